@@ -1,0 +1,1 @@
+"""Starting the toolkit: environments, ranks of mpirun, the demo and the tests."""

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# See it work, on any machine with Python: make example data, convert it, train PWC-Net with two ranks
+# under mpirun, evaluate, and say where the pictures and curves are. What is done already is not done
+# again; removing data/example* and runs/example starts afresh. Arguments are recipe overrides.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+set_up tensorboard
+cd "$root"
+
+step() { printf '\n== %s\n' "$*" >&2; }
+
+step "1/4 example data: data/example"
+python prep/synthesize.py --out data/example
+
+step "2/4 converted to MindRecord: data/example-mindrecord"
+python prep/convert.py flyingchairs --root data/example --out data/example-mindrecord \
+    --split-file data/example/validation.txt --shards 4
+
+step "3/4 training on two ranks: runs/example"
+mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example-mindrecord \
+    --out runs/example "$@"
+
+step "4/4 evaluation"
+python train/evaluate.py --data data/example-mindrecord --split val \
+    --ckpt "$(ls runs/example/checkpoints/step-*.ckpt | tail -n 1)" --out runs/example/evaluation --batch 4
+
+cat <<EOF
+
+Pictures: $root/runs/example/evaluation/flow.png
+Curves:   $environment/bin/tensorboard --logdir $root/runs/example/tensorboard
+EOF

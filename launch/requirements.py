@@ -1,0 +1,46 @@
+"""Whether this interpreter's environment holds what setup.cfg asks for.
+
+python launch/requirements.py [EXTRA ...]: prints what is missing; exit status 0 if nothing is. It
+uses the standard library and, where there is one, MindSpore's dependency `packaging`, so that it
+runs in an environment that is still empty.
+"""
+
+import configparser
+import importlib.metadata
+import pathlib
+import sys
+
+SETUP = pathlib.Path(__file__).resolve().parent.parent / "setup.cfg"
+
+
+def wanted(extras):
+    """The requirements of the package and of its extras, as texts."""
+    config = configparser.ConfigParser()
+    config.read(SETUP, encoding="utf-8")
+    lists = [config["options"]["install_requires"]]
+    lists += [config["options.extras_require"][extra] for extra in extras]
+    return [line.strip() for text in lists for line in text.splitlines() if line.strip()]
+
+
+def missing(requirements):
+    """Those that are not installed, or not in the wanted version."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return requirements
+    found = []
+    for text in requirements:
+        requirement = Requirement(text)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if version is None or version not in requirement.specifier:
+            found.append(text)
+    return found
+
+
+if __name__ == "__main__":
+    lacking = missing(wanted(sys.argv[1:]))
+    print("\n".join(lacking))
+    sys.exit(bool(lacking))

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the tests, after setting up what they need; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+set_up test
+cd "$root"
+exec python -m pytest "$@"

@@ -1,0 +1,1 @@
+"""PWC-Net: its operators, the network, its losses and its metrics."""

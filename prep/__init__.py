@@ -1,0 +1,1 @@
+"""Data preparation: convert optical-flow data sets to MindRecord shards and read them back."""

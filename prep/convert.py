@@ -1,0 +1,393 @@
+"""Convert a data set to a folder of MindRecord shards and a manifest."""
+
+import os, sys
+if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import collections
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import platform
+import shlex
+import shutil
+import signal
+import time
+import traceback
+from importlib.metadata import version
+
+from tqdm import tqdm
+
+from prep import codec, shards
+from prep.datasets import flyingchairs, pair_size, sintel, split
+from prep.errors import UserError, describe_os_error, run
+
+DATASETS = {"flyingchairs": flyingchairs, "sintel": sintel}
+PLAN = "plan.json"
+
+
+def main():
+    options = parse_options()
+    if options.shards < 1 or options.workers < 1:
+        raise UserError("--shards and --workers: expected numbers of at least 1")
+    out = os.path.normpath(options.out)
+    partial = out + ".partial"
+    plan = make_plan(options)
+    if is_whole(out, plan):
+        print(f"{out}: this set is already whole, nothing to do")
+        return
+    check_inputs(plan)
+    rank, ranks = mpi_rank()
+    if rank == 0:
+        lock = open_partial(partial, out, plan)  # noqa: F841 - held until this process ends
+    else:
+        # Rank 0 may also have ended already, when no shard of this rank was left to write.
+        wait_for(lambda: read_plan(partial) == plan.description or is_whole(out, plan))
+        if is_whole(out, plan):
+            return
+    try:
+        write_shards(partial, plan.tasks[rank::ranks], options, rank)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
+    if rank == 0:
+        wait_for(lambda: all(find_shard(partial, file) for file, _ in plan.tasks))
+        finish(partial, out, plan, options)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Convert an optical-flow data set to MindRecord shards. Work goes to OUT.partial, "
+        "which becomes OUT when it is whole; a run that was cut short goes on where it stopped. Under "
+        "mpirun the shards are spread over the ranks.",
+    )
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="the layout of the files under --root")
+    parser.add_argument("--root", required=True, metavar="DIR", help="the unpacked release")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new set's folder")
+    parser.add_argument(
+        "--shards", type=int, default=16, metavar="N",
+        help="shards of the training split, and of each of its parts (default %(default)s); several "
+        "times the number of worker processes is good",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W",
+        help="worker processes, each writing one shard at a time (default: one per core)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--codec", choices=codec.CODECS, default=codec.CODECS[0],
+        help="lossless compression (default %(default)s, a fifth of the bytes) or none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split-file", metavar="FILE",
+        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed list)",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is to be written: tasks are (shard file, its pairs), splits the files of each one's shards,
+    validation the name and hash of the split file. description tells this conversion from others."""
+
+    pairs: list
+    tasks: list
+    splits: dict
+    validation: dict
+    description: dict
+
+
+def make_plan(options):
+    """List the pairs, split them and deal them out to shards; tell when the release isn't whole."""
+    dataset = DATASETS[options.dataset]
+    path = options.split_file or os.path.join(split.FOLDER, dataset.VALIDATION)
+    indices, digest = split.read_list(path)
+    pairs, tasks, splits = [], [], {"train": [], "val": []}
+    for part in dataset.PARTS:
+        listed = dataset.list_pairs(options.root, part)
+        pairs += listed
+        if options.split_file and max(indices, default=0) >= len(listed):
+            raise UserError(
+                f"{path}: has index {max(indices)}, but there are {len(listed)} pairs, from 0 to "
+                f"{len(listed) - 1}; it is not for these files"
+            )
+        train, val = split.divide(listed, indices)
+        for name, chosen, wanted in (
+            ("train", train, options.shards),
+            ("val", val, -(-options.shards * len(val) // max(1, len(train)))),
+        ):
+            stem = f"{name}-{part}" if part else name
+            dealt = deal(stem, chosen, wanted)
+            tasks += dealt
+            files = [file for file, _ in dealt]
+            splits[name] += files
+            if part:
+                splits[stem] = files
+        tell_sizes(dataset, part, listed, train, val, options)
+    check_names(pairs)
+    description = {
+        "dataset": options.dataset,
+        "schema_version": shards.SCHEMA_VERSION,
+        "codec": options.codec,
+        "inputs": fingerprint(pairs),
+        "validation": digest,
+        "shards": [file for file, _ in tasks],
+    }
+    return Plan(pairs, tasks, splits, {"file": os.path.basename(path), "sha256": digest}, description)
+
+
+def fingerprint(pairs):
+    """SHA-256 over the pairs' names and their files' sizes and times, so that changed input is seen."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for path in pair.files():
+            found = os.stat(path)
+            digest.update(f"{pair.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def deal(stem, pairs, wanted):
+    """The (file, pairs) of at most `wanted` shards that share `pairs` out in order and evenly."""
+    count = min(wanted, len(pairs))
+    ends = [len(pairs) * i // count for i in range(count + 1)] if count else []
+    return [
+        (f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)
+    ]
+
+
+def tell_sizes(dataset, part, pairs, train, val, options):
+    """Say how the pairs are split, and whether that is not the whole release or a part is empty."""
+    title = f"{dataset.TITLE} {part}".strip()
+    print(f"{title}: {len(pairs)} pairs, {len(train)} for training and {len(val)} for validation")
+    if len(pairs) != dataset.PAIRS and not options.split_file:
+        print(
+            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split by its list of "
+            "indices all the same (--split-file takes another)"
+        )
+    for name, chosen in (("training", train), ("validation", val)):
+        if not chosen:
+            print(f"note: no pair is for {name}; --split-file takes another list", file=sys.stderr)
+
+
+def check_names(pairs):
+    """UserError if two pairs have one name, or a name that can't be written as text."""
+    for name, times in collections.Counter(pair.name for pair in pairs).items():
+        if times > 1:
+            raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise UserError(f"{name!a}: the file name is not UTF-8; rename the files")
+
+
+def is_whole(out, plan):
+    """True if `out` holds just what `plan` would write; UserError if it holds anything else."""
+    if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
+        return False
+    if not os.path.exists(os.path.join(out, shards.MANIFEST)):
+        raise UserError(f"{out}: is there and not empty; choose another folder for --out or remove it")
+    manifest = shards.Manifest.load(out)
+    if manifest.made["plan"] != plan.description:
+        raise UserError(
+            f"{out}: holds another set ({manifest.dataset}, made by `{manifest.made['command']}`, or "
+            "from other files); choose another folder for --out or remove it"
+        )
+    for shard in manifest.shards.values():
+        shard.check_files(out)
+    return True
+
+
+def check_inputs(plan):
+    """Check every file's header before the work begins; UserError for the first that is wrong."""
+    for pair in tqdm(plan.pairs, "checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False):
+        pair_size(pair)
+
+
+def mpi_rank():
+    """This process's rank and the number of ranks, (0, 1) without mpirun."""
+    environ = os.environ
+    return int(environ.get("OMPI_COMM_WORLD_RANK", 0)), int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
+
+
+def wait_for(condition):
+    """Wait for what other ranks do; mpirun ends this one if one of them fails."""
+    while not condition():
+        time.sleep(0.2)
+
+
+def read_plan(partial):
+    """The description of the plan that `partial` was begun with, None if there is none."""
+    try:
+        with open(os.path.join(partial, PLAN), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def open_partial(partial, out, plan):
+    """Make the work folder, or go on with one of the same plan; returns the file that locks it."""
+    if os.path.lexists(partial) and (not os.path.isdir(partial) or os.listdir(partial)):
+        found = read_plan(partial)
+        if found is None:
+            raise UserError(f"{partial}: is there and not from a conversion; move it away")
+        if found != plan.description:
+            raise UserError(
+                f"{partial}: an unfinished conversion of other files or with other options; remove it, "
+                "or finish it with the command that began it"
+            )
+    else:
+        os.makedirs(partial, exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        shards.write_json(os.path.join(partial, PLAN), plan.description)
+    lock = open(os.path.join(partial, PLAN), "r+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{partial}: another conversion is writing it; wait for its end") from None
+    except OSError:
+        pass  # some shared file systems have no locks; two runs would only do the work twice
+    return lock
+
+
+def find_shard(partial, file):
+    """The whole shard `file` of an earlier run, or None."""
+    try:
+        with open(os.path.join(partial, file + ".json"), encoding="utf-8") as described:
+            shard = shards.Shard.from_dict(json.load(described))
+        shard.check_files(partial)
+        return shard
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+
+
+def write_shards(partial, tasks, options, rank):
+    """Write those of `tasks` that are not whole yet, in worker processes, with a progress bar."""
+    remaining = [task for task in tasks if not find_shard(partial, task[0])]
+    clear(partial, [file for file, _ in tasks])  # they take space that may be needed
+    total, to_do = (sum(len(pairs) for _, pairs in some) for some in (tasks, remaining))
+    if not remaining:
+        return
+    import mindspore.mindrecord  # noqa: F401 - here once, for all the workers forked below
+
+    context = multiprocessing.get_context("fork")
+    workers = {}
+    for _ in range(min(options.workers, len(remaining))):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, partial, options.codec, os.getpid()))
+        process.start()
+        theirs.close()
+        workers[ours] = process
+    bar = tqdm(
+        total=total, initial=total - to_do, desc="converting", unit="pair", disable=rank != 0,
+        smoothing=0.1, dynamic_ncols=True,
+    )  # fmt: skip
+    whole = False
+    try:
+        with bar:
+            drive(workers, remaining, bar)
+        whole = True
+    finally:
+        for process in workers.values():
+            process.terminate()
+            process.join()
+        if not whole:  # else rank 0 may have given the folder its final name by now
+            clear(partial, [file for file, _ in tasks])
+
+
+def clear(partial, files):
+    """Remove what killed processes left of the unfinished shards `files`."""
+    for left in os.listdir(partial):
+        if ".partial-" in left and left.startswith(tuple(files)):
+            path = os.path.join(partial, left)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def drive(workers, tasks, bar):
+    """Hand out tasks to idle workers and count the pairs that they report, until all is done."""
+    queue, busy = collections.deque(tasks), 0
+    for connection in workers:
+        connection.send(queue.popleft())
+        busy += 1
+    while busy:
+        for connection in multiprocessing.connection.wait(list(workers)):
+            try:
+                kind, value = connection.recv()
+                if kind == "done" and queue:
+                    connection.send(queue.popleft())
+                elif kind == "done":
+                    busy -= 1
+            except (EOFError, ConnectionError):
+                raise UserError(
+                    f"worker process {workers[connection].pid} was killed (out of memory?); run the "
+                    "same command again to go on, perhaps with fewer --workers"
+                ) from None
+            if kind == "pairs":
+                bar.update(value)
+            elif kind == "error":
+                raise UserError(value)
+            elif kind == "bug":
+                raise RuntimeError(value)
+
+
+def work(connection, partial, codec_name, parent):
+    """A worker process: write the shards that come through `connection`, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
+
+    def progress():
+        if os.getppid() != parent:  # killed; forked neighbours keep its pipes open, so none breaks
+            os._exit(1)
+        connection.send(("pairs", 1))
+
+    try:
+        while True:
+            while not connection.poll(1):
+                if os.getppid() != parent:
+                    return
+            file, pairs = connection.recv()
+            shards.write_shard(partial, file, pairs, codec_name=codec_name, progress=progress)
+            connection.send(("done", file))
+    except EOFError:
+        pass
+    except UserError as error:
+        connection.send(("error", str(error)))
+    except OSError as error:
+        connection.send(("error", describe_os_error(error)))
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))
+
+
+def finish(partial, out, plan, options):
+    """Write the manifest and give the set its final name."""
+    found = [find_shard(partial, file) for file, _ in plan.tasks]
+    words = ["prep/convert.py", options.dataset, "--root", options.root, "--shards", str(options.shards)]
+    words += ["--codec", options.codec] + (["--split-file", options.split_file] * bool(options.split_file))
+    manifest = shards.Manifest(
+        dataset=options.dataset,
+        schema_version=shards.SCHEMA_VERSION,
+        splits=plan.splits,
+        shards={shard.file: shard for shard in found},
+        validation=plan.validation,
+        made={
+            "command": shlex.join(words),
+            "plan": plan.description,
+            "versions": {"mindspore": version("mindspore"), "python": platform.python_version()},
+        },
+    )
+    manifest.save(partial)
+    shards.sync(partial)
+    os.rename(partial, out)
+    shards.sync(os.path.dirname(os.path.abspath(out)))
+    # Only now, as until then they are what a run that goes on would need.
+    for file in [PLAN] + [shard.file + ".json" for shard in found]:
+        os.remove(os.path.join(out, file))
+    # MindRecord's pages end in holes, which no disk stores, so blocks say more than lengths.
+    size = sum(512 * os.stat(os.path.join(out, shard.file)).st_blocks for shard in found)
+    raw = sum(os.path.getsize(path) for pair in plan.pairs for path in pair.files())
+    print(f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for {raw / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Image files: read any 8-bit picture as RGB, bit for bit, and write PPM."""
+
+import io
+import os
+import re
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from prep.errors import UserError
+from prep.flowio import write_whole
+
+FORMATS = ("PNG", "PPM", "JPEG", "BMP")
+
+# "P6", width, height, 255, each after white space or comments, then one white space and the pixels.
+PPM_HEADER = re.compile(rb"P6(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+255\s")
+
+# No format above packs more than this many pixel bytes into one byte of file (deflate: 1,032), so a
+# picture that says it is larger is damaged, and must not be given the memory that it asks for.
+MAX_EXPANSION = 1100
+
+
+def read_image(path):
+    """Read a picture: uint8 (H, W, 3), RGB. UserError if it is damaged or has more than 8 bits."""
+    with open(path, "rb") as file:
+        return parse_image(file.read(), path)
+
+
+def image_size(path):
+    """(H, W) of a picture from its header; UserError if it has none."""
+    with open(path, "rb") as file:
+        header = PPM_HEADER.match(file.read(4096))
+        if header:
+            return int(header[2]), int(header[1])
+        if not os.fstat(file.fileno()).st_size:
+            raise unreadable(path, "it is empty")
+        try:
+            return Image.open(file, formats=FORMATS).size[::-1]
+        except Exception as error:  # as in parse_image
+            raise unreadable(path, error) from None
+
+
+def parse_image(data, name):
+    """The picture in the bytes of an image file, uint8 (H, W, 3), RGB; `name` is for the error.
+
+    Grey and palette pictures become RGB, which loses nothing. An alpha channel that hides something,
+    or more than 8 bits per channel, would: those are errors.
+    """
+    if not data:
+        raise unreadable(name, "it is empty")
+    header = PPM_HEADER.match(data[:4096])
+    if header:  # FlyingChairs: parsed here, without a copy, as Pillow takes several times longer
+        width, height = int(header[1]), int(header[2])
+        expected = header.end() + 3 * width * height
+        if len(data) != expected or not width or not height:
+            raise UserError(
+                f"{name}: {len(data)} bytes, expected {expected} for a {width}x{height} PPM image; "
+                "the file is damaged, copy or unpack it again"
+            )
+        return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        bands, depth = len(image.getbands()), bit_depth(image, data)
+        if image.width * image.height * bands <= MAX_EXPANSION * len(data) and depth <= 8:
+            image.load()
+            return to_rgb(image, name)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise unreadable(name, error) from None
+    if depth > 8:
+        raise UserError(
+            f"{name}: an image of {depth} bits per channel, expected 8; reduce it to 8 bits first"
+        )
+    raise UserError(
+        f"{name}: says it is {image.width}x{image.height}, far more than its {len(data)} bytes can "
+        "hold; the file is damaged"
+    )
+
+
+def unreadable(name, error):
+    """UserError for a file that Pillow can't read."""
+    reason = "of no kind that is known here"
+    if not isinstance(error, UnidentifiedImageError):
+        reason = " ".join(str(error).split())[:100]
+    return UserError(
+        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, copy or "
+        "unpack it again"
+    )
+
+
+def bit_depth(image, data):
+    """Bits per channel of an opened picture; Pillow shows 16-bit RGB PNG as if it had 8."""
+    if image.format == "PNG":
+        return data[24]  # in the IHDR chunk, which comes first
+    return 8 if image.mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr") else 16
+
+
+def to_rgb(image, name):
+    """uint8 (H, W, 3) from a loaded Pillow picture of 8 bits, UserError if some of it is see-through."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            raise UserError(f"{name}: parts of the image are transparent; expected an opaque one")
+    return np.asarray(image.convert("RGB"))
+
+
+def write_ppm(path, image):
+    """Write uint8 (H, W, 3), RGB, as a binary PPM (P6) file, bit for bit."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
+    height, width, _ = image.shape
+    write_whole(path, b"P6\n%d %d\n255\n" % (width, height) + image.tobytes())

@@ -1,0 +1,339 @@
+"""The reader: batches of a converted set for training and evaluation, in an order anyone can repeat.
+
+Training reads an endless stream of pairs: epoch after epoch, each a permutation of the split that is
+a pure function of (seed, epoch). Step b takes the next batch * ranks pairs, and each rank its share
+of them. So every pair is seen once an epoch over all ranks, no batch is partial, and neither the
+number of ranks nor of workers changes what is learnt from.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from prep.errors import UserError
+from prep.shards import Manifest, decode_record
+
+COLUMNS = ("image1", "image2", "flow", "valid", "index")
+STORED = COLUMNS[:4]  # the columns that are decoded from records
+
+# A mixture deals its sources out in blocks of this many pairs, each with every source's exact share.
+MIXTURE_BLOCK = 1000
+
+PADDING = -1  # the index of a pair that is only there to fill the last batch of an evaluation
+
+
+# --- Order: pure functions ---------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_order(pairs, seed, epoch, source=0):
+    """The order of a source's pairs in an epoch: a permutation of range(pairs), int64, read-only.
+
+    It sorts by Philox's raw numbers, which, unlike numpy's shuffle, no later numpy may change.
+    """
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch, source])).random_raw(pairs)
+    order = np.argsort(raw, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def mixture_block(weights, seed, block):
+    """Which source each of a block's positions takes from: int64 (MIXTURE_BLOCK,).
+
+    Every block has the same numbers of each source, in the ratio of `weights` (largest remainders).
+    """
+    exact = np.asarray(weights) / np.sum(weights) * MIXTURE_BLOCK
+    share = np.floor(exact).astype(np.int64)
+    share[np.argsort(share - exact, kind="stable")[: MIXTURE_BLOCK - share.sum()]] += 1
+    sources = np.repeat(np.arange(len(share)), share)
+    # An epoch and source that no order has, so that the block's numbers are its own.
+    raw = np.random.Philox(np.random.SeedSequence([seed, block, 1 << 30])).random_raw(MIXTURE_BLOCK)
+    return sources[np.argsort(raw, kind="stable")]
+
+
+def draw(positions, counts, weights, seed):
+    """What the training stream holds at `positions`: (source, epoch, index), each int64 like positions.
+
+    `counts` are the sources' numbers of pairs, `weights` their shares of the stream.
+    """
+    positions = np.asarray(positions, np.int64)
+    source = np.zeros_like(positions)
+    within = positions.copy()  # the position in the source's own endless stream
+    if len(counts) > 1:
+        blocks, offsets = np.divmod(positions, MIXTURE_BLOCK)
+        for block in np.unique(blocks):
+            here, choice = blocks == block, mixture_block(weights, seed, int(block))
+            source[here] = choice[offsets[here]]
+            for s in range(len(counts)):
+                before, mine = np.cumsum(choice == s), here & (source == s)
+                within[mine] = block * before[-1] + before[offsets[mine]] - 1
+    epoch, index = np.divmod(within, np.asarray(counts, np.int64)[source])
+    for s, e in sorted(set(zip(source.tolist(), epoch.tolist()))):
+        here = (source == s) & (epoch == e)
+        index[here] = epoch_order(counts[s], seed, e, s)[index[here]]
+    return source, epoch, index
+
+
+def sample_rng(seed, source, epoch, index):
+    """The random generator for one pair's augmentation: a pure function of its arguments."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, index])))
+
+
+# --- Sets on disk ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a converted set, opened: its folder, name and shards, which are all there."""
+
+    folder: str
+    name: str
+    shards: list
+
+    @classmethod
+    def open(cls, folder, name):
+        """Open a split; UserError if the set, the split or one of its shards is missing or damaged."""
+        shards = Manifest.load(folder).split(name, folder)
+        for shard in shards:
+            shard.check_structure(folder)
+        return cls(folder, name, shards)
+
+    @functools.cached_property
+    def names(self):
+        """The pairs' names, in order."""
+        return [name for shard in self.shards for name in shard.names]
+
+    @functools.cached_property
+    def sizes(self):
+        """The pairs' sizes in order: int64 (pairs, 2) as (H, W)."""
+        runs = np.array([run for s in self.shards for run in s.sizes], np.int64).reshape(-1, 3)
+        return np.repeat(runs[:, 1:], runs[:, 0], axis=0)
+
+    @functools.cached_property
+    def files(self):
+        """The shards' paths, in order."""
+        return [os.path.join(self.folder, shard.file) for shard in self.shards]
+
+    def file_of(self, index):
+        """The path of the shard that holds pair `index`."""
+        ends = np.cumsum([len(shard.names) for shard in self.shards])
+        return self.files[int(np.searchsorted(ends, index, side="right"))]
+
+
+def pair_names(directory, split):
+    """The names of a split's pairs, in order: names[index] for the index column."""
+    return Split.open(directory, split).names
+
+
+def count(directory, split):
+    """The number of pairs in a split."""
+    return len(pair_names(directory, split))
+
+
+def image_size(directory, split):
+    """(H, W) of a split's images; UserError if they are not all of one size, or there are none."""
+    opened = Split.open(directory, split)
+    sizes = np.unique(opened.sizes, axis=0)
+    if len(sizes) != 1:
+        found = ", ".join(f"{w}x{h}" for h, w in sizes[:5].tolist()) or "no pair"
+        raise UserError(f"{directory}: split {split} has {found}; expected images of one size")
+    return tuple(sizes[0].tolist())
+
+
+# --- Batches -----------------------------------------------------------------------------------------
+
+
+def training_batches(
+    sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, split="train", transform=None,
+    workers=None,
+):  # fmt: skip
+    """This rank's batches for steps first_step ... first_step + steps - 1, as a MindSpore dataset.
+
+    sources    a converted set's folder, or for a mixture a list of (folder, weight); the weights are
+               the shares of the pairs drawn
+    batch      pairs per rank and step
+    transform  function (sample, rng) -> sample on a dict of image1, image2 uint8 (H, W, 3), flow
+               float32 (H, W, 2), valid uint8 (H, W); `rng` (numpy Generator) depends on seed, epoch
+               and pair alone. It runs in threads and must return the same fields, of one size.
+    workers    decoding threads (default: one per core, at most 8)
+
+    Columns: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where unknown; valid uint8
+    (B, H, W); index int32 (B,), the pair's place in its split (in a mixture, after the sources before
+    it). UserError if a set is damaged or has fewer pairs than the ranks take in one step.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [(sources, 1.0)]
+    splits = [Split.open(os.fspath(folder), split) for folder, _ in sources]
+    weights = [float(weight) for _, weight in sources]
+    if not all(weight > 0 for weight in weights):
+        raise UserError(f"mixture weights {weights}: expected numbers above 0")
+    counts = [len(s.names) for s in splits]
+    for opened, pairs in zip(splits, counts):
+        if pairs < batch * ranks:
+            raise UserError(
+                f"{opened.folder}: split {split} has {pairs} pairs, but {ranks} rank(s) with a batch of "
+                f"{batch} take {batch * ranks} a step; use a smaller batch, fewer ranks or more data"
+            )
+
+    def draws():
+        # Some thousands of positions at a time: an order function's call has its price.
+        chunk = max(1, 4096 // batch)
+        for begin in range(first_step, first_step + steps, chunk):
+            step = np.arange(begin, min(begin + chunk, first_step + steps))
+            positions = step[:, None] * batch * ranks + rank * batch + np.arange(batch)
+            yield from zip(*(a.tolist() for a in draw(positions.ravel(), counts, weights, seed)))
+
+    def finish(sample, source, epoch, index):
+        return transform(sample, sample_rng(seed, source, epoch, index)) if transform else sample
+
+    return _batches(splits, draws, batch, finish, workers)
+
+
+def evaluation_batches(directory, split, *, batch, rank=0, ranks=1, workers=None):
+    """This rank's share of a split, every ranks-th pair, each pair once over all ranks.
+
+    Columns as in `training_batches`. All ranks have the same number of batches, all of them whole: the
+    last repeats a pair, with index -1. Pairs of different sizes are never in one batch.
+    """
+    opened = Split.open(directory, split)
+    if not opened.names:
+        raise UserError(f"{directory}: split {split} has no pair; convert the set with --split-file")
+
+    def draws():
+        for indices in evaluation_order(opened.sizes, batch * ranks):
+            for index, real in indices[rank::ranks]:
+                yield 0, 0 if real else PADDING, index
+
+    return _batches([opened], draws, batch, lambda sample, *_: sample, workers)
+
+
+def evaluation_order(sizes, group):
+    """For each image size the list of (index, real), in split order, padded to a multiple of `group`
+    with repeats of its last pair, for which real is False."""
+    order = {}
+    for index, size in enumerate(map(tuple, sizes.tolist())):
+        order.setdefault(size, []).append((index, True))
+    for indices in order.values():
+        indices += [(indices[-1][0], False)] * (-len(indices) % group)
+    return list(order.values())
+
+
+def iterate(dataset):
+    """Iterate over batches as tuples of numpy arrays, in the order of COLUMNS.
+
+    What goes wrong in the pipeline comes out as the UserError that names the file, not as MindSpore's
+    report of it.
+    """
+    try:
+        yield from dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
+    except RuntimeError as error:
+        failures = getattr(dataset, "failures", [])
+        raise (failures[0] if failures else error) from None
+
+
+def _batches(splits, draws, batch, finish, workers):
+    """A MindSpore dataset of whole batches of the pairs that `draws()` yields as (source, epoch, index).
+
+    Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C with
+    the interpreter released) some batches ahead.
+    """
+    import mindspore.dataset as ds
+
+    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    starts = np.cumsum([0] + [len(s.names) for s in splits]).tolist()
+    failures = []
+
+    def prepare(record, source, epoch, index):
+        opened = splits[source]
+        name, file = opened.names[index], opened.file_of(index)
+        sample = decode_record(record, STORED, pair=name, source=file)
+        if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
+            sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
+        sample = finish(sample, source, epoch, index)
+        return sample, PADDING if epoch == PADDING else starts[source] + index, f"{file}: pair {name}"
+
+    def generate():
+        try:
+            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                pending, ready = collections.deque(), []
+                try:
+                    for record, place in _records(splits, starts, draws()):
+                        pending.append(pool.submit(prepare, record, *place))
+                        if len(pending) > batch + workers:
+                            ready.append(pending.popleft().result())
+                        if len(ready) == batch:
+                            yield _stack(ready)
+                            ready = []
+                    while pending:
+                        ready.append(pending.popleft().result())
+                        if len(ready) == batch:
+                            yield _stack(ready)
+                            ready = []
+                finally:
+                    for future in pending:
+                        future.cancel()
+        except UserError as error:
+            failures.append(error)
+            raise
+
+    # The default, 16 batches ready in the queue, would be 200 MB for four pairs of 384x512.
+    ds.config.set_prefetch_size(4)
+    dataset = ds.GeneratorDataset(generate, list(COLUMNS), shuffle=False, python_multiprocessing=False)
+    dataset.failures = failures
+    return dataset
+
+
+def _records(splits, starts, draws):
+    """Yield (record, (source, epoch, index)) for each of `draws`; a record is a uint8 array."""
+    import mindspore.dataset as ds
+
+    files = [file for s in splits for file in s.files]
+    draws = iter(draws)
+    # MindDataset takes at most as many indices as there are records: one pipeline for each such piece.
+    while piece := list(itertools.islice(draws, starts[-1])):
+        rows = [starts[source] + index for source, _, index in piece]
+        dataset = ds.MindDataset(
+            files, ["pair"], num_parallel_workers=1, sampler=ds.SubsetSampler(rows)
+        )
+        try:
+            for (column,), place in zip(
+                dataset.create_tuple_iterator(output_numpy=True, num_epochs=1), piece, strict=True
+            ):
+                # The 'S' array of a bytes column loses trailing zeros in item(), not here.
+                yield np.frombuffer(column, np.uint8), place
+        except (RuntimeError, ValueError) as error:
+            raise _explain(splits, error) from None
+
+
+def _explain(splits, error):
+    """A UserError for what MindSpore said of a set: the shard that is not what it was, if one isn't."""
+    for opened in splits:
+        for shard in opened.shards:
+            try:
+                shard.check_bytes(opened.folder)
+            except UserError as found:
+                return found
+    folders = ", ".join(s.folder for s in splits)
+    text = " ".join(line for line in str(error).splitlines() if line.startswith("[ERROR]"))
+    return UserError(
+        f"{folders}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set from a copy "
+        "or convert it again"
+    )
+
+
+def _stack(ready):
+    """The columns of a batch from (sample, index, name) of its pairs."""
+    for sample, _, name in ready:
+        for field in STORED:
+            if sample[field].shape != ready[0][0][field].shape:
+                raise UserError(
+                    f"{name}: {field} is {sample[field].shape}, but {ready[0][0][field].shape} in "
+                    f"{ready[0][2]}; pairs of different sizes need a transform that crops them"
+                )
+    columns = [np.stack([sample[field] for sample, _, _ in ready]) for field in STORED]
+    return *columns, np.array([index for _, index, _ in ready], np.int32)

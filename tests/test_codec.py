@@ -1,0 +1,87 @@
+"""Payloads: every array comes back bit for bit, every flipped bit and every swap is found."""
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from prep import codec, datasets
+from prep.datasets import flyingchairs
+from prep.errors import UserError
+
+sides = hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)
+arrays = st.one_of(
+    hnp.arrays(np.uint8, sides),
+    hnp.arrays(np.uint8, sides.map(lambda s: (*s, 3))),
+    hnp.arrays(np.float32, sides.map(lambda s: (*s, 2)), elements=st.floats(width=32)),
+)
+codecs = st.sampled_from(codec.CODECS)
+NAMES = {"pair": "clean/alley_1/frame_0001", "field": "flow"}
+
+
+def encode(array, name):
+    return codec.encode(array, name, **NAMES)
+
+
+def decode(payload, **names):
+    return codec.decode(payload, **{**NAMES, **names}, source="f.mindrecord")
+
+
+@given(arrays, codecs)
+def test_round_trip(array, name):
+    found = decode(encode(array, name))
+    assert found.dtype == array.dtype and found.shape == array.shape
+    assert found.tobytes() == array.tobytes()
+
+
+def test_nan_payloads_and_negative_zero_survive():
+    bits = np.array([[[0x7FC00001, 0xFFC12345], [0x80000000, 0x7F800001]]], np.uint32)
+    assert decode(encode(bits.view(np.float32), "zstd")).tobytes() == bits.tobytes()
+
+
+def test_sums_beyond_32_bits_wrap_back():
+    """The decoder sums up to H * W residuals of up to 255 in int32."""
+    rows, columns = np.indices((2900, 3000))
+    green = (-(rows + 1) * (columns + 1)).astype(np.uint8)  # every residual of it is 255
+    image = np.stack([green, green, green], 2)
+    assert np.array_equal(decode(encode(image, "zstd")), image)
+
+
+@given(arrays, codecs, st.integers(0, 10**9), st.integers(0, 7))
+def test_one_flipped_bit_is_found(array, name, place, bit):
+    payload = bytearray(encode(array, name))
+    payload[place % len(payload)] ^= 1 << bit
+    with pytest.raises(UserError, match="f.mindrecord: flow of pair clean/alley_1/frame_0001"):
+        decode(bytes(payload))
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_an_error(data):
+    with pytest.raises(UserError):
+        decode(data)
+    with pytest.raises(UserError):
+        codec.unpack(data + b"\xff" * 80, 5, pair="p", source="f")
+
+
+def test_another_pairs_or_fields_payload_is_found():
+    payload = encode(np.zeros((2, 3, 2), np.float32), "raw")
+    for names in ({"pair": "clean/alley_1/frame_0002"}, {"field": "image1"}):
+        with pytest.raises(UserError):
+            decode(payload, **names)
+
+
+@given(st.lists(st.binary(max_size=9), min_size=5, max_size=5))
+def test_pack(payloads):
+    record = codec.pack(payloads)
+    assert list(codec.unpack(record, 5, pair="p", source="f")) == payloads
+
+
+def test_the_real_pair_takes_a_quarter_at_most():
+    root = tiny.ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
+    if not root.exists():
+        pytest.skip(f"{root} is not there")
+    sample = datasets.read_pair(flyingchairs.list_pairs(root, "")[0])
+    raw = sum(sample[field].nbytes for field in ("image1", "image2", "flow"))
+    assert sum(len(encode(array, "zstd")) for array in sample.values()) <= 0.25 * raw

@@ -1,0 +1,327 @@
+"""Conversion as a user runs it: sets, splits, interruptions, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from prep import codec, datasets, reader
+from prep.datasets import flyingchairs, sintel, split
+from prep.shards import FIELDS, Manifest, decode_record
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.chairs(tmp_path_factory.mktemp("chairs") / "data", 12)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stop(*arguments):
+    """Run a conversion that must end with one line of error; returns that line."""
+    done = tiny.run_convert(*arguments)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1 and done.stderr.strip().splitlines()[-1] == lines[0], done.stderr
+    return lines[0]
+
+
+# --- What is written ---------------------------------------------------------------------------------
+
+
+def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
+    """Content may not depend on how many processes made it: hashes in papers and bug reports."""
+    one = tiny.convert("flyingchairs", root, tmp_path / "1", "--shards", 5, "--workers", 3)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
+             tmp_path / "2", "--shards", "5", "--workers", "1"],
+            env={**os.environ, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert contents(one) == contents(tmp_path / "2")
+    assert sorted(contents(one)) == sorted(
+        ["manifest.json"]
+        + [f"train-0000{i}-of-00005.mindrecord{s}" for i in range(5) for s in ("", ".db")]
+        + [f"val-00000-of-00001.mindrecord{s}" for s in ("", ".db")]
+    )
+
+
+def test_the_manifest_says_what_is_there(root, tmp_path):
+    list_file = tiny.split_file(tmp_path / "mine.txt", [0, 11])
+    out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 3, "--split-file", list_file)
+    manifest = Manifest.load(out)
+    assert manifest.dataset == "flyingchairs" and manifest.validation["file"] == "mine.txt"
+    assert reader.pair_names(out, "val") == ["00001", "00012"]
+    assert reader.pair_names(out, "train") == [f"{i:05}" for i in range(2, 12)]
+    for shard in manifest.shards.values():
+        shard.check_bytes(out)
+        assert (out / shard.file).stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_release_folder_may_be_given_instead_of_its_data_folder(root, tmp_path):
+    assert flyingchairs.list_pairs(root.parent, "") == flyingchairs.list_pairs(root, "")
+
+
+def test_fixed_splits():
+    for dataset, val in ((flyingchairs, 640), (sintel, 133)):
+        indices, _ = split.read_list(os.path.join(split.FOLDER, dataset.VALIDATION))
+        assert len(set(indices)) == val and max(indices) < dataset.PAIRS
+
+
+def test_the_real_pair(tmp_path):
+    release = tiny.ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
+    if not release.exists():
+        pytest.skip(f"{release} is not there")
+    out = tiny.convert("flyingchairs", release, tmp_path / "a set é")
+    (pair,) = flyingchairs.list_pairs(release, "")
+    sample = datasets.read_pair(pair)
+    ((*columns, _),) = reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+    for field, column in zip(reader.COLUMNS, columns):
+        assert column[0].tobytes() == sample[field].tobytes()
+
+
+# --- MPI-Sintel --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def release(tmp_path):
+    return tiny.sintel(tmp_path / "sintel", {"alley_1": 4, "market_2": 3})
+
+
+def test_sintel(release, tmp_path):
+    """Both passes under one split; masks and unknown flow travel with the pairs."""
+    path = release / "training/flow/alley_1/frame_0002.flo"
+    data = bytearray(path.read_bytes())
+    data[12:20] = np.array([1e10, np.nan], np.float32).tobytes()
+    path.write_bytes(data)
+    list_file = tiny.split_file(tmp_path / "val.txt", [1])  # frame_0002, in both passes
+    out = tiny.convert("sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
+    frame = "alley_1/frame_0002"
+    assert reader.pair_names(out, "val") == [f"clean/{frame}", f"final/{frame}"]
+    assert reader.pair_names(out, "val-final") == [f"final/{frame}"]
+    assert reader.count(out, "train") == 8 and reader.count(out, "train-clean") == 4
+    ((image1, image2, flow, valid, _),) = reader.iterate(
+        reader.evaluation_batches(out, "val-final", batch=1)
+    )
+    training = release / "training"
+    for found, number in ((image1, 2), (image2, 3)):
+        expected = Image.open(training / f"final/alley_1/frame_000{number}.png")
+        assert np.array_equal(found[0], np.asarray(expected))
+    invalid = np.asarray(Image.open(training / f"invalid/{frame}.png")) != 0
+    invalid[0, 0] = True  # where the flow is not known
+    assert np.array_equal(valid[0], ~invalid)
+    assert np.isfinite(flow).all() and (flow[0][invalid] == 0).all()
+    stored = stored_pair(out, "val-final", f"final/{frame}")
+    assert stored["flow"].tobytes() == bytes(data[12:])
+    occluded = np.asarray(Image.open(training / f"occlusions/{frame}.png")) != 0
+    assert np.array_equal(stored["occluded"], occluded)
+
+
+def stored_pair(folder, name, pair):
+    """The first record of a split as it is stored, through MindSpore's own reader."""
+    from mindspore.mindrecord import FileReader
+
+    file = str(folder / Manifest.load(folder).splits[name][0])
+    rows = FileReader(file)
+    record = next(iter(rows.get_next()))["pair"]
+    rows.close()
+    return decode_record(record, FIELDS, pair=pair, source=file)
+
+
+@pytest.mark.parametrize("missing,message", [
+    ("clean/alley_1/frame_0002.png", "frame_0002.png: not there; the scene's frames must run from 1"),
+    ("final/alley_1/frame_0001.png", "frame_0001.png: not there; the scene's frames must run from 1"),
+    ("clean/alley_1/frame_0004.png", "frame_0004.png: not there; the scene has as many flow files"),
+    ("flow/alley_1/frame_0002.flo", "frame_0002.flo: not there; every frame but a scene's last"),
+    ("final", "final: does not exist; expected the final pass"),
+    ("flow", "flow: does not exist; expected the flow"),
+])  # fmt: skip
+def test_sintel_with_something_missing(release, tmp_path, missing, message):
+    path = release / "training" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert message in stop("sintel", release, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+# --- Interruptions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
+    root = tiny.chairs(tmp_path / "data", 24, 128, 160)
+    whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
+               out, "--shards", "12", "--workers", "2"]  # fmt: skip
+    run = subprocess.Popen(
+        [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not list(partial.glob("train-0000[23]*.json")) and run.poll() is None:
+        time.sleep(0.002)
+    if how == signal.SIGINT:
+        os.killpg(run.pid, how)  # as a terminal does
+    else:
+        os.kill(run.pid, how)  # the workers are left behind, and must end by themselves
+    stderr = run.communicate(timeout=30)[1]
+    assert run.returncode == (130 if how == signal.SIGINT else -9), stderr
+    assert "Traceback" not in stderr
+    assert partial.exists() and not out.exists()
+    deadline = time.time() + 10
+    while processes_of(run.pid) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(run.pid), "workers outlive the run"
+    (partial / "train-00011-of-00012.mindrecord.partial-1").mkdir()  # kill -9 may leave either
+    (partial / "train-00011-of-00012.mindrecord.json.partial-1").touch()
+    before = {path: path.stat().st_ino for path in partial.glob("*.mindrecord")}
+    assert 0 < len(before) < 13
+    tiny.convert("flyingchairs", root, out, "--shards", 12, "--workers", 1)
+    assert contents(out) == contents(whole)
+    assert not partial.exists()
+    assert all((out / path.name).stat().st_ino == inode for path, inode in before.items())
+
+
+def processes_of(session):
+    """The live processes of a session."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    state, _, _, sid = file.read().rpartition(")")[2].split()[:4]
+                if int(sid) == session and state != "Z":
+                    found.append(int(entry))
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+    return found
+
+
+def test_a_killed_worker_ends_the_run_with_a_line(tmp_path):
+    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
+               tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
+    run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*"))) and run.poll() is None:
+        time.sleep(0.002)
+    os.kill(int(begun[0].name.rpartition("-")[2]), signal.SIGKILL)
+    stderr = run.communicate(timeout=30)[1]
+    assert run.returncode == 1 and "was killed (out of memory?)" in stderr.splitlines()[-1]
+
+
+def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root, tmp_path):
+    out = tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 2)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = tiny.run_convert("flyingchairs", root, out, "--shards", 2)
+    assert again.returncode == 0 and "already whole, nothing to do" in again.stdout
+    assert "holds another set" in stop("flyingchairs", root, out, "--shards", 3)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    os.truncate(next(out.glob("*.mindrecord")), 10)
+    assert "10 bytes, expected" in stop("flyingchairs", root, out, "--shards", 2)
+
+
+def test_an_unfinished_set_of_other_options_is_left_alone(root, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "plan.json").write_text("{}")
+    line = stop("flyingchairs", root, tmp_path / "out")
+    assert "out.partial: an unfinished conversion of other files or with other options" in line
+
+
+# --- Bad input ---------------------------------------------------------------------------------------
+
+
+def test_a_root_that_is_not_there(tmp_path):
+    assert "nowhere: does not exist; expected" in stop("flyingchairs", tmp_path / "nowhere", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    assert "empty: no pair in it" in stop("flyingchairs", tmp_path / "empty", tmp_path / "o")
+    (tmp_path / "file").touch()
+    assert "file: is not a folder" in stop("sintel", tmp_path / "file", tmp_path / "o")
+
+
+def test_an_output_folder_that_is_not_ours(root, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    assert "out: is there and not empty" in stop("flyingchairs", root, out)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "removed":
+        path.unlink()
+    elif how == "resized":
+        Image.new("RGB", (8, 8)).save(path)
+    else:
+        path.write_bytes({"empty": b"", "cut": data[:-9], "long": data + b"x", "other": b"x" * 99}[how])
+
+
+@pytest.mark.parametrize("file,how,message", [
+    ("00003_img2.ppm", "removed", "every pair needs two images and a flow"),
+    ("00003_flow.flo", "removed", "every pair needs two images and a flow"),
+    ("00003_img1.ppm", "resized", "8x8 pixels, expected 40x24"),
+    ("00003_img1.ppm", "empty", "not a readable image (it is empty)"),
+    ("00003_img1.ppm", "other", "not a readable image"),
+    ("00003_img1.ppm", "cut", "bytes, expected 2893 for a 40x24 PPM"),
+    ("00003_flow.flo", "cut", "the file is cut short"),
+    ("00003_flow.flo", "long", "the file is too long"),
+    ("00003_flow.flo", "empty", "0 bytes, expected a .flo file"),
+    ("00003_flow.flo", "other", "begins with b'xxxx'"),
+])  # fmt: skip
+def test_a_damaged_input_file_is_named(root, tmp_path, file, how, message):
+    broken = shutil.copytree(root, tmp_path / "with space é")
+    damage(broken / file, how)
+    line = stop("flyingchairs", broken, tmp_path / "out", "--shards", 2)
+    assert message in line and f"with space é/{file}" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text,message", [
+    ("1\nx\n", "line 2 is 'x', expected a pair's 0-based index"),
+    ("3\n12\n", "has index 12, but there are 12 pairs, from 0 to 11"), ("-1\n", "line 1 is '-1'"), ("1\n2\n1\n", "index 1 is there twice"),
+])  # fmt: skip
+def test_a_bad_split_file(root, tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    assert message in stop(
+        "flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "list.txt"
+    )
+    assert "none.txt" in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt")
+
+
+def test_a_full_disk(root, tmp_path):
+    """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
+    command = f"ulimit -f 100; trap '' XFSZ; exec '{sys.executable}' prep/convert.py flyingchairs" \
+        f" --root '{root}' --out '{tmp_path}/out' --shards 1"  # fmt: skip
+    run = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+    tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 1)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 1
+
+
+def test_run_as_a_file_from_its_own_folder(root, tmp_path):
+    """prep/ as the first place to import from would hide the standard library's `inspect`."""
+    done = subprocess.run(
+        [sys.executable, "convert.py", "flyingchairs", "--root", root, "--out", tmp_path / "o",
+         "--codec", codec.CODECS[1]],
+        cwd=tiny.ROOT / "prep", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,147 @@
+"""The network, its losses and metrics: sizes, conventions, precision, learning."""
+
+import mindspore
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow
+from model.metrics import end_point_error, mean_epe
+from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet
+from prep.synthesize import make_pair
+from train.step import TrainStep, use_float16
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """One synthetic pair as a batch: two images uint8, flow float32, valid uint8."""
+    image1, image2, flow, _ = make_pair(3, 64, 64)
+    valid = np.ones((64, 64), np.uint8)
+    return [Tensor(array[None]) for array in (image1, image2, flow, valid)]
+
+
+def test_parameters():
+    """The published network's parameter count and names (their order is the checkpoint's)."""
+    names = {p.name: p.shape for p in PWCNet().get_parameters()}
+    assert sum(np.prod(shape) for shape in names.values()) == 8_639_230
+    assert names["feature_pyramid_extractor.convs.5.1.0.weight"] == (196, 196, 3, 3)
+    assert names["flow_estimators.0.conv1.0.weight"] == (128, 81, 3, 3)
+    assert names["flow_estimators.4.conv1.0.weight"] == (128, 81 + 32 + 2, 3, 3)
+    assert names["flow_estimators.4.conv_last.0.weight"] == (2, 81 + 32 + 2 + 448, 3, 3)
+    assert names["context_networks.convs.0.0.weight"] == (128, 565, 3, 3)
+    assert names["context_networks.convs.6.0.bias"] == (2,)
+
+
+def test_plain_estimators_are_smaller():
+    """The plain network replaces features where the dense one collects them."""
+    shapes = {p.name: p.shape for p in PWCNet(dense=False).get_parameters()}
+    assert shapes["flow_estimators.4.conv2.0.weight"] == (128, 128, 3, 3)
+    assert shapes["context_networks.convs.0.0.weight"] == (128, 34, 3, 3)
+
+
+def test_flow_of_every_level_and_of_any_size():
+    """Five flows coarse to fine in training; a flow of the images' own size in use."""
+    mindspore.set_seed(0)
+    network = PWCNet(dense=False)
+    rng = np.random.default_rng(0)
+    images = Tensor(rng.random((2, 1, 3, 64, 128), np.float32))
+    flows = network(images[0], images[1])
+    assert [flow.shape for flow in flows] == [
+        (1, 2, 64 >> level, 128 >> level) for level in (6, 5, 4, 3, 2)]
+    odd = Tensor(rng.integers(0, 256, (2, 1, 65, 90, 3)).astype(np.uint8))
+    assert FlowPredictor(network)(odd[0], odd[1]).shape == (1, 65, 90, 2)
+
+
+def test_resizing_scales_the_flow(monkeypatch):
+    """Images resized to multiples of 64 give flow in the pixels of the images that came in."""
+
+    class Constant(nn.Cell):
+        def construct(self, image1, image2):
+            n, _, h, w = image1.shape
+            shape = (n, 1, h // 4, w // 4)
+            from mindspore import ops
+            return (ops.concat((ops.ones(shape), 2 * ops.ones(shape)), 1) * DIV_FLOW,)
+
+    image = Tensor(np.zeros((1, 48, 96, 3), np.uint8))
+    flow = FlowPredictor(Constant())(image, image).asnumpy()
+    np.testing.assert_allclose(flow, np.broadcast_to([96 / 128, 2 * 48 / 64], flow.shape), rtol=1e-5)
+
+
+def test_loss_by_hand():
+    """Level weights, sum over pixels, division by the batch, target times 0.05, both distances."""
+    flow = np.zeros((2, 2, 64, 64), np.float32)
+    flow[:, 0], flow[:, 1] = 60, 80  # 100 px, 5 in the network's units
+    valid = np.ones((2, 1, 64, 64), np.float32)
+    flows = [Tensor(np.zeros((2, 2, 64 >> level, 64 >> level), np.float32))
+             for level in (6, 5, 4, 3, 2)]
+    pixels = np.array([1, 4, 16, 64, 256])
+    losses = MultiScaleLoss()(flows, Tensor(flow), Tensor(valid)).asnumpy()
+    np.testing.assert_allclose(losses, LEVEL_WEIGHTS * pixels * 5, rtol=1e-5)
+    robust = MultiScaleLoss(robust=True)(flows, Tensor(flow), Tensor(valid)).asnumpy()
+    np.testing.assert_allclose(robust, LEVEL_WEIGHTS * pixels * 7.01 ** 0.4, rtol=1e-5)
+
+
+def test_unknown_flow_never_counts():
+    """Whatever stands where flow is unknown, even NaN, leaves targets, loss and EPE as they are."""
+    rng = np.random.default_rng(0)
+    flow = rng.normal(0, 9, (1, 2, 64, 64)).astype(np.float32)
+    valid = (rng.random((1, 1, 64, 64)) < 0.5).astype(np.float32)
+    valid[:, :, :4, :4] = 0  # a whole block of the finest level
+    spoilt = np.where(valid > 0, flow, np.float32(np.nan))
+    target, present = downsample_flow(Tensor(flow), Tensor(valid), 16, 16)
+    blocks = flow[0, :, 4:8, 4:8], valid[0, :, 4:8, 4:8]
+    expected = (blocks[0] * blocks[1]).sum((1, 2)) / blocks[1].sum()
+    np.testing.assert_allclose(target.asnumpy()[0, :, 1, 1], expected, rtol=1e-5)
+    assert present.asnumpy()[0, 0, 0, 0] == 0 and present.asnumpy().mean() > 0.9
+    flows = [Tensor(np.zeros((1, 2, 64 >> level, 64 >> level), np.float32))
+             for level in (6, 5, 4, 3, 2)]
+    losses = [MultiScaleLoss()(flows, Tensor(f), Tensor(valid)).asnumpy() for f in (flow, spoilt)]
+    np.testing.assert_array_equal(*losses)
+    assert np.isfinite(losses[0]).all()
+    rows = [f[0].transpose(1, 2, 0) for f in (flow, spoilt)]
+    known = np.hypot(*flow[0])[valid[0, 0] > 0].mean()
+    for row in rows:
+        assert mean_epe(np.zeros_like(row), row, valid[0, 0]) == pytest.approx(known, rel=1e-5)
+    assert np.isnan(mean_epe(rows[0], rows[0], np.zeros((64, 64))))
+
+
+def test_end_point_error():
+    """A 3-4-5 triangle."""
+    assert end_point_error(np.array([[3.0, 4.0]]), np.zeros((1, 2), np.float32)) == [5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_overfitting_one_pair(pair, precision):
+    """The network learns one pair by heart, and in half precision too (the smaller one, for time)."""
+    mindspore.set_seed(1)
+    half = precision == "float16"
+    network = PWCNet(dense=not half, normalize_features=True)
+    if half:
+        use_float16(network)
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=3e-4)
+    step = TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0, loss_scaling=half)
+    rate = Tensor(3e-4, mindspore.float32)
+    losses = [float(step(*pair, rate)[0].sum()) for _ in range(60 if not half else 25)]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < (0.35 if not half else 0.6) * losses[0]
+
+
+def test_an_overflow_leaves_the_weights(pair):
+    """A gradient that is not finite changes no weight and halves the loss scale; the next one counts."""
+    mindspore.set_seed(1)
+    network = PWCNet(dense=False)
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=1e-4)
+    step = TrainStep(network, MultiScaleLoss(), optimizer, loss_scaling=True)
+    rate = Tensor(1e-4, mindspore.float32)
+    before = [p.asnumpy().copy() for p in network.get_parameters()]
+    scale = float(step.loss_scale)
+    step.loss_scale.set_data(Tensor(np.float32(3e38)))
+    assert not step(*pair, rate)[2]
+    for old, new in zip(before, network.get_parameters(), strict=True):
+        np.testing.assert_array_equal(old, new.asnumpy())
+    assert float(step.loss_scale) == pytest.approx(1.5e38)
+    step.loss_scale.set_data(Tensor(np.float32(scale)))
+    assert step(*pair, rate)[2]
+    assert any((old != new.asnumpy()).any()
+               for old, new in zip(before, network.get_parameters(), strict=True))

@@ -1,0 +1,260 @@
+"""Reading a converted set: bytes, order over ranks and epochs, evaluation, mixtures, damage."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prep import datasets, reader
+from prep.datasets import flyingchairs
+from prep.errors import UserError
+from prep.shards import Manifest
+
+PAIRS, VAL = 17, [3, 5, 6, 16]  # 13 training pairs
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.chairs(tmp_path_factory.mktemp("chairs") / "data", PAIRS)
+
+
+@pytest.fixture(scope="module")
+def converted(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    list_file = tiny.split_file(folder / "split.txt", VAL)
+    return tiny.convert("flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file)
+
+
+def train_indices(directory, **options):
+    batches = reader.training_batches(directory, **options)
+    return [index.tolist() for *_, index in reader.iterate(batches)]
+
+
+def flip_byte(path, offset):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+# --- Order -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 10**6))
+def test_an_epoch_is_a_permutation(pairs, seed, epoch):
+    assert sorted(reader.epoch_order(pairs, seed, epoch).tolist()) == list(range(pairs))
+
+
+def test_epoch_order_never_changes():
+    """Another order after an update would break the resume of every run begun before it."""
+    assert reader.epoch_order(8, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
+
+
+def test_orders_differ_between_epochs_seeds_and_sources():
+    orders = [reader.epoch_order(100, *key).tolist() for key in ((0, 0), (0, 1), (1, 0), (0, 0, 1))]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=4),
+       st.integers(0, 5000), st.integers(1, 3000))  # fmt: skip
+def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, start, length):
+    """The resume: positions drawn from the middle are those that a run from the start would draw."""
+    counts, weights = zip(*sources)
+    whole = reader.draw(np.arange(start + length), counts, weights, 7)
+    part = reader.draw(np.arange(start, start + length), counts, weights, 7)
+    for a, b in zip(whole, part):
+        assert np.array_equal(a[start:], b)
+
+
+def test_a_mixture_takes_each_sources_share_and_its_epochs_whole():
+    source, epoch, index = reader.draw(np.arange(5000), (10, 700), (1, 3), 0)
+    assert np.bincount(source).tolist() == [1250, 3750]
+    for pairs, which in ((10, 0), (700, 1)):
+        mine = source == which
+        for e in range(3):
+            seen = index[mine & (epoch == e)]
+            assert sorted(seen.tolist()) == list(range(pairs))
+
+
+# --- Training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["zstd", "raw"])
+def test_every_pair_comes_back_byte_for_byte(root, tmp_path, codec):
+    out = tiny.convert("flyingchairs", root, tmp_path / "set", "--shards", 4, "--codec", codec)
+    pairs = {p.name: p for p in flyingchairs.list_pairs(root, "")}
+    for split in ("train", "val"):
+        names = reader.pair_names(out, split)
+        for *columns, index in reader.iterate(reader.evaluation_batches(out, split, batch=1)):
+            sample = datasets.read_pair(pairs.pop(names[index[0]]))
+            for name, column in zip(reader.COLUMNS, columns):
+                assert column.dtype == sample[name].dtype
+                assert column[0].tobytes() == sample[name].tobytes(), name
+    assert not pairs
+
+
+def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted):
+    one = train_indices(converted, batch=6, steps=7, seed=3)
+    ranks = [train_indices(converted, batch=2, rank=r, ranks=3, steps=7, seed=3, workers=r + 1)
+             for r in range(3)]  # fmt: skip
+    assert one == [a + b + c for a, b, c in zip(*ranks)]
+    assert one[4:] == train_indices(converted, batch=6, first_step=4, steps=3, seed=3)
+    stream = sum(one, [])
+    assert stream[:13] == reader.epoch_order(13, 3, 0).tolist()
+    assert sorted(stream[13:26]) == list(range(13))
+
+
+def test_index_names_the_pair_that_is_in_the_batch(root, converted):
+    names, pairs = reader.pair_names(converted, "train"), flyingchairs.list_pairs(root, "")
+    by_name = {p.name: datasets.read_pair(p)["image1"] for p in pairs}
+    for image1, *_, index in reader.iterate(reader.training_batches(converted, batch=4, steps=5)):
+        for image, i in zip(image1, index):
+            assert np.array_equal(image, by_name[names[i]])
+
+
+def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted):
+    def crop(sample, rng):
+        y, x = rng.integers(0, 8, 2)
+        return {k: v[y : y + 16, x : x + 24] for k, v in sample.items()}
+
+    def images(**options):
+        batches = reader.training_batches(converted, transform=crop, **options)
+        return np.concatenate([image1 for image1, *_ in reader.iterate(batches)])
+
+    one = images(batch=4, steps=8)
+    assert one.shape == (32, 16, 24, 3)
+    assert np.array_equal(one, images(batch=2, steps=16, workers=1))
+    assert np.array_equal(one[16:], images(batch=4, first_step=4, steps=4))
+
+
+def test_a_mixture_of_two_sets_with_two_sizes(converted, tmp_path):
+    wide = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out")
+    mixture = [(converted, 1), (wide, 1)]
+    batches = reader.training_batches(
+        mixture, batch=4, steps=10, transform=lambda s, rng: {k: v[:16, :16] for k, v in s.items()}
+    )
+    seen = np.concatenate([index for *_, index in reader.iterate(batches)])
+    assert set(seen.tolist()) == set(range(13 + reader.count(wide, "train")))
+    with pytest.raises(UserError, match="different sizes need a transform"):
+        list(reader.iterate(reader.training_batches(mixture, batch=4, steps=10)))
+
+
+def test_fewer_pairs_than_a_global_batch(converted):
+    with pytest.raises(UserError, match="has 13 pairs.*take 14 a step"):
+        reader.training_batches(converted, batch=7, ranks=2, steps=1)
+
+
+def test_an_error_in_a_transform_is_not_hidden(converted):
+    def broken(sample, rng):
+        raise ZeroDivisionError("a bug in the transform")
+
+    with pytest.raises(RuntimeError, match="a bug in the transform"):
+        list(reader.iterate(reader.training_batches(converted, batch=2, steps=2, transform=broken)))
+
+
+# --- Evaluation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks,batch", [(1, 1), (1, 3), (2, 2), (3, 4)])
+def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch):
+    shares = [
+        [index.tolist() for *_, index in reader.iterate(
+            reader.evaluation_batches(converted, "train", batch=batch, rank=r, ranks=ranks))]
+        for r in range(ranks)
+    ]  # fmt: skip
+    assert len({len(share) for share in shares}) == 1, "ranks would wait for each other for ever"
+    seen = [i for share in shares for indices in share for i in indices]
+    assert sorted(i for i in seen if i >= 0) == list(range(13))
+    assert all(len(indices) == batch for share in shares for indices in share)
+
+
+def test_evaluation_keeps_sizes_apart(tmp_path):
+    data = tiny.chairs(tmp_path / "data", 9)
+    tiny.chairs(data, 4, width=56)  # 00001 to 00004 are wider
+    none = tiny.split_file(tmp_path / "none.txt", [])
+    out = tiny.convert("flyingchairs", data, tmp_path / "out", "--split-file", none)
+    widths = [(image1.shape[2], index.tolist()) for image1, *_, index in reader.iterate(
+        reader.evaluation_batches(out, "train", batch=3))]  # fmt: skip
+    assert widths == [(56, [0, 1, 2]), (56, [3, -1, -1]), (40, [4, 5, 6]), (40, [7, 8, -1])]
+    with pytest.raises(UserError, match="images of one size"):
+        reader.image_size(out, "train")
+
+
+def test_helpers(converted):
+    assert reader.count(converted, "val") == len(VAL)
+    assert reader.pair_names(converted, "val") == [f"{i + 1:05}" for i in VAL]
+    assert reader.image_size(converted, "val") == (24, 40)
+
+
+# --- What is wrong with a set ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "copy")
+
+
+def shard_of(folder, number=1):
+    return folder / Manifest.load(folder).splits["train"][number]
+
+
+def read_all(folder):
+    return list(reader.iterate(reader.training_batches(folder, batch=13, steps=1)))
+
+
+@pytest.mark.parametrize("how", ["cut", "removed", "renamed", "index cut"])
+def test_a_shard_that_is_not_whole_is_named_at_once(copy, how):
+    path = shard_of(copy)
+    if how == "cut":
+        os.truncate(path, 5000)
+    elif how == "removed":
+        path.unlink()
+    elif how == "renamed":
+        path.rename(copy / "other.mindrecord")
+    else:
+        path = path.with_name(path.name + ".db")
+        os.truncate(path, 100)
+    with pytest.raises(UserError, match=f"{path}: (not there|[0-9]+ bytes, expected)"):
+        reader.training_batches(copy, batch=2, steps=1)
+
+
+def test_a_flipped_byte_is_found_with_its_file(copy):
+    """In each part of a shard and its index: none may pass, and none may end the process."""
+    path = shard_of(copy)
+    shard = Manifest.load(copy).shards[path.name]
+    record = shard.header_bytes + 8  # MindRecord's own length of a row comes first, and is not used
+    rng = np.random.default_rng(0)
+    places = [(path, offset, "") for offset in rng.integers(0, shard.header_bytes, 2)]
+    places += [(path, record + i, "record of pair") for i in (0, 3, 19)]
+    places += [(path, record + i, "pair 0000.") for i in [20, 25, 36, *rng.integers(40, 9000, 3)]]
+    index = path.with_name(path.name + ".db")
+    places += [(index, offset, "") for offset in rng.integers(0, shard.index_bytes, 2)]
+    for file, offset, what in places:
+        flip_byte(file, offset)
+        with pytest.raises(UserError, match=f"{file}: .*{what}.* ?damaged"):
+            read_all(copy)
+        flip_byte(file, offset)
+    assert len(read_all(copy)) == 1
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "damaged"), ("[]", "damaged"), ("{}", "damaged"), ("[" * 100000, "damaged"),
+    ('{"schema_version": 99}', "schema version 99, this toolkit knows up to 1"),
+])  # fmt: skip
+def test_a_manifest_that_is_damaged_or_newer(copy, text, message):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Manifest.load(copy)
+
+
+def test_a_folder_that_is_not_a_set(tmp_path, converted):
+    with pytest.raises(UserError, match="not there; expected a folder written by prep/convert.py"):
+        reader.count(tmp_path, "train")
+    with pytest.raises(UserError, match="has no split 'test'; it has train, val"):
+        reader.count(converted, "test")

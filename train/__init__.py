@@ -1,0 +1,1 @@
+"""Data-parallel training of PWC-Net: recipes, the step, the loop, checkpoints, curves."""

@@ -1,0 +1,228 @@
+"""Training: the loop from a recipe and a converted data set to checkpoints, curves and figures.
+
+mpirun -n RANKS launch/train.sh --config RECIPE --data DIR --out RUN [key=value ...]
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import time
+
+import numpy as np
+
+from launch import cluster
+from prep.errors import UserError, run
+from train import recipe as recipes
+from train.schedule import learning_rate
+
+LEVELS = ("level6", "level5", "level4", "level3", "level2")
+"""Names of the loss vector's elements: pyramid levels, coarse to fine."""
+PICTURES = 4
+"""Validation pairs drawn each time."""
+
+
+def prepare(args, ranks):
+    """Check all that can be checked before MindSpore is there, on every rank.
+
+    Returns:
+        (settings, (recipe, versions)): settings are what must be the same on all ranks, as a dict of
+        strings.
+    """
+    from prep import reader
+
+    recipe = recipes.load(args.config, args.overrides)
+    if recipe.batch % ranks:
+        raise UserError(f"batch is {recipe.batch}, over {ranks} ranks: take a multiple of {ranks} "
+                        f"(batch={-(-recipe.batch // ranks) * ranks}) or another mpirun -n")
+    size = reader.image_size(args.data, "train")
+    if any(side < part for side, part in zip(size, recipe.crop)):
+        raise UserError(f"{args.data}: pairs are {size[0]}x{size[1]}, the recipe crops "
+                        f"{recipe.crop[0]}x{recipe.crop[1]}; choose a smaller crop=[H,W]")
+    if (pairs := reader.count(args.data, "train")) < recipe.batch:
+        raise UserError(f"{args.data}: {pairs} training pairs are fewer than one global batch of "
+                        f"{recipe.batch}; choose a smaller batch=N or convert more pairs")
+    reader.count(args.data, "val")
+    check_folder(args.out, recipe)
+    manifest = (args.data / "manifest.json").read_bytes()
+    settings = {"recipe": recipe.to_yaml(), "data": hashlib.sha256(manifest).hexdigest()}
+    about = versions()
+    return settings | about, (recipe, about)
+
+
+def check_folder(out, recipe):
+    """Raise UserError unless a run can start in `out` or the same run go on there."""
+    saved = out / "recipe.yaml"
+    if saved.exists():
+        if saved.read_text() != recipe.to_yaml():
+            raise UserError(f"{out}: holds a run with another recipe ({saved}); give another --out, "
+                            "or the same recipe to go on with that run")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out takes a folder")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty and not a run of this trainer; give another --out")
+
+
+def versions():
+    """What a run was made with: package versions and the revision of this code."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], text=True,
+                         capture_output=True, check=False)
+    found = {name: importlib.metadata.version(name) for name in ("mindspore", "numpy")}
+    return {"python": sys.version.split()[0], **found, "revision": git.stdout.strip() or "unknown"}
+
+
+def train(recipe, data, out, here, about):
+    """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
+
+    Args:
+        recipe: a `train.recipe.Recipe`.
+        data: folder of a converted data set.
+        out: folder of the run; rank 0 writes there.
+        here: this rank's `launch.cluster.Place`.
+        about: dict of strings to keep with the run.
+
+    Returns:
+        The final figures, a dict (the same on every rank).
+    """
+    import mindspore
+    from mindspore import Tensor, nn
+
+    from model.losses import MultiScaleLoss
+    from model.pwcnet import PWCNet
+    from prep import reader
+    from prep.picture import strip
+    from train import checkpoint
+    from train.augment import Augment
+    from train.evaluate import evaluate, summarize
+    from train.monitor import Clock, Monitor
+    from train.step import TrainStep, use_float16
+
+    mindspore.set_seed(recipe.seed)  # the same first weights on every rank
+    options = {"dense": recipe.dense, "normalize_features": recipe.normalize_features,
+               "warp_mode": recipe.warp_mode}
+    network = PWCNet(**options)
+    half = recipe.precision == "float16"
+    if half:
+        use_float16(network)
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=recipe.learning_rate,
+                        weight_decay=recipe.weight_decay)
+    step = TrainStep(network, MultiScaleLoss(recipe.loss == "robust"), optimizer,
+                     ranks=here.ranks, clip_norm=recipe.clip_norm, loss_scaling=half)
+    saved = checkpoint.list_checkpoints(out / "checkpoints")
+    first = checkpoint.restore(saved[-1], step) if saved else 0
+
+    pairs = reader.count(data, "train")
+    batches = reader.training_batches(
+        data, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
+        seed=recipe.seed, first_step=first, steps=recipe.steps - first,
+        transform=Augment(recipe.crop, recipe.flip, recipe.jitter))
+    # Rank 0 draws the pictures, so they are of pairs that it evaluates.
+    shown = range(0, reader.count(data, "val"), here.ranks)[:PICTURES]
+    clock, overflows, rates, validations = Clock(), 0, [], []
+
+    def validate(done):
+        result = evaluate(network, data, "val", batch=recipe.validation_batch, rank=here.rank,
+                          ranks=here.ranks, pictures=shown)
+        summary = summarize(result)
+        validations.append({"step": done, **summary})
+        monitor.scalars(done, {"validation/epe": summary["epe"],
+                               "validation/zero_flow_epe": summary["zero_epe"]})
+        if rows := [strip(*result["samples"][i]) for i in sorted(result["samples"])]:
+            monitor.picture(done, "validation/flow", np.concatenate(rows))
+        monitor.say(f"step {done}: validation EPE {summary['epe']:.3f} px, of a flow of zero "
+                    f"{summary['zero_epe']:.3f} px")
+
+    with Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor:
+        monitor.text("recipe", recipe.to_yaml())
+        monitor.text("made_with", "\n".join(f"{key}: {value}" for key, value in about.items()))
+        if first:
+            monitor.say(f"going on after step {first}: {saved[-1]}")
+        for done, sample in enumerate(clock.waiting(reader.iterate(batches)), first + 1):
+            rate = learning_rate(recipe, done - 1)
+            inputs = [*map(Tensor, sample[:4]), Tensor(rate, mindspore.float32)]
+            if done == first + 1:
+                step.compile(*inputs)
+                cluster.barrier()
+            losses, norm, finite = step(*inputs)
+            overflows += not finite
+            if done % recipe.log_every == 0:
+                losses = losses.asnumpy()
+                rates.append(clock.lap(done, recipe.batch))
+                monitor.scalars(done, {
+                    "train/loss": float(losses.sum()),
+                    **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses)},
+                    "train/gradient_norm": float(norm), "train/learning_rate": rate,
+                    "train/loss_scale": float(step.loss_scale), "train/overflows": overflows,
+                    **rates[-1]})
+                speed = rates[-1].get("speed/pairs_per_second", float("nan"))
+                monitor.advance(done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
+            last = done == recipe.steps
+            if last or done % recipe.checkpoint_every == 0:
+                if here.rank == 0:
+                    checkpoint.save(out / "checkpoints", done, step, options)
+                cluster.barrier()
+            if last or is_validation_due(recipe, done, pairs):
+                validate(done)
+                clock.restart(done)
+        if not validations:  # the run was whole already
+            validate(first)
+    speeds = [lap["speed/pairs_per_second"] for lap in rates if lap]
+    return {**validations[-1], "best_epe": min(entry["epe"] for entry in validations),
+            "ranks": here.ranks, "overflows": overflows,
+            "pairs_per_second": float(np.median(speeds)) if speeds else None,
+            "validations": validations, "made_with": about}
+
+
+def is_validation_due(recipe, done, pairs):
+    """Whether to validate after this many steps: once an epoch, unless the recipe says when."""
+    if recipe.validate_every:
+        return done % recipe.validate_every == 0
+    return done * recipe.batch // pairs > (done - 1) * recipe.batch // pairs
+
+
+def write_whole(path, text):
+    """Write a text file that is there whole or not at all."""
+    partial = path.with_name(f"writing-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="With an --out that holds a run of the same recipe, that run goes on.")
+    parser.add_argument("--config", required=True, metavar="RECIPE",
+                        help="a recipe's name (example, chairs, ...) or a YAML file")
+    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="DIR",
+                        help="a folder that prep/convert.py made")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RUN",
+                        help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="values that win over the recipe's")
+    args = parser.parse_args()
+
+    ranks = cluster.place().ranks
+    with cluster.joined(lambda: prepare(args, ranks)) as (here, (recipe, about)):
+        if here.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_whole(args.out / "recipe.yaml", recipe.to_yaml())
+        start = time.monotonic()
+        result = train(recipe, args.data, args.out, here, about)
+        if here.rank == 0:
+            result["seconds"] = round(time.monotonic() - start, 1)
+            write_whole(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+            print(f"validation EPE {result['epe']:.3f} px, {result['ratio']:.3f} of a flow of zero; "
+                  f"figures: {args.out / 'result.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress line."""
+
+import pathlib
+import sys
+import time
+
+import mindspore
+import numpy as np
+import tensorboardX
+import tqdm
+from mindspore.train.summary import _writer_pool, summary_record
+
+
+class PatientWriterPool(_writer_pool.WriterPool):
+    """SummaryRecord's writing process, waiting for work.
+
+    MindSpore 2.8.0's own asks for it in a loop without a pause, and so takes a whole core from the
+    training for as long as it lasts.
+    """
+
+    def run(self):
+        get = self._queue.get
+        self._queue.get = lambda block=True: get(timeout=0.2)  # raises the same queue.Empty
+        super().run()
+
+
+summary_record.WriterPool = PatientWriterPool
+
+
+class Clock:
+    """Measures the loop's speed and how much of its time went by waiting for data."""
+
+    def __init__(self):
+        self.restart(None)
+
+    def restart(self, step):
+        """Measure from this step on (None: from the next one that is asked about)."""
+        self.step, self.start, self.waited = step, time.perf_counter(), 0.0
+
+    def waiting(self, batches):
+        """Go through batches and add up the time that each took to come."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def lap(self, step, pairs_per_step):
+        """Pairs per second and share of time spent waiting since the last lap, as curves.
+
+        Empty the first time, which would measure the compilation of the graph.
+        """
+        seconds = time.perf_counter() - self.start
+        rates = {}
+        if self.step is not None and step > self.step:
+            rates = {"speed/pairs_per_second": (step - self.step) * pairs_per_step / seconds,
+                     "speed/data_wait": self.waited / seconds}
+        self.restart(step)
+        return rates
+
+
+class Monitor:
+    """Writes the same tags to MindSpore's SummaryRecord and to TensorBoard. A context manager.
+
+    TensorBoard does not read SummaryRecord's files and MindInsight not TensorBoard's, so there are
+    both. Only rank 0 has one; on other ranks, `enabled=False`, it does nothing.
+
+    Args:
+        folder: the run's; gets `summary/` and `tensorboard/`.
+        first_step: the run (re)starts after this many steps; TensorBoard forgets what an interrupted
+            run wrote beyond it.
+        steps: how many there are in all.
+    """
+
+    def __init__(self, folder, first_step, steps, enabled=True):
+        self.enabled = enabled
+        if not enabled:
+            return
+        folder = pathlib.Path(folder)
+        self.summary = mindspore.SummaryRecord(str(folder / "summary"))
+        self.events = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.progress = tqdm.tqdm(
+            total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
+            mininterval=0.5 if sys.stderr.isatty() else 15, file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.enabled:
+            self.progress.close()
+            self.events.close()
+            self.summary.close()
+
+    def text(self, tag, text):
+        """Show a text in TensorBoard as it stands."""
+        if self.enabled:
+            self.events.add_text(tag, f"```\n{text}\n```", 0)
+
+    def scalars(self, step, values):
+        """Add one point to each of several curves, tag to number."""
+        if self.enabled:
+            for tag, value in values.items():
+                self.events.add_scalar(tag, value, step)
+                self.summary.add_value("scalar", tag, mindspore.Tensor(value, mindspore.float32))
+            self.summary.record(step)
+            self.events.flush()
+
+    def picture(self, step, tag, image):
+        """Add a picture, (H, W, 3) uint8."""
+        if self.enabled:
+            self.events.add_image(tag, image, step, dataformats="HWC")
+            planar = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+            self.summary.add_value("image", tag, mindspore.Tensor(planar))
+            self.summary.record(step)
+
+    def advance(self, step, **values):
+        """Move the progress line to a step and show these figures on it."""
+        if self.enabled:
+            self.progress.set_postfix(values, refresh=False)
+            self.progress.update(step - self.progress.n)
+
+    def say(self, line):
+        """Print a line above the progress line."""
+        if self.enabled:
+            self.progress.write(line, file=sys.stderr)

@@ -1,0 +1,147 @@
+"""Recipes: everything that decides what a training run learns, as typed YAML."""
+
+import dataclasses
+import difflib
+import math
+import pathlib
+import typing
+
+import yaml
+
+from prep.errors import UserError
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "recipes"
+
+
+def bounded(default=dataclasses.MISSING, low=None, high=None, above=None, choices=None):
+    """A field of the recipe with its default and the range of its values."""
+    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run, apart from its data, its folder and its ranks.
+
+    `batch` is the global one, over all ranks; sizes are pixels, lengths of time are steps.
+    """
+
+    seed: int = bounded(1, low=0)
+    # data
+    crop: tuple[int, int] = bounded(low=64)
+    batch: int = bounded(low=1)
+    flip: bool = True
+    jitter: float = bounded(0.0, low=0, high=1)
+    # network and loss
+    dense: bool = True
+    normalize_features: bool = False
+    warp_mode: str = bounded("bilinear", choices=("bilinear", "nearest"))
+    loss: str = bounded("multiscale", choices=("multiscale", "robust"))
+    precision: str = bounded("float32", choices=("float32", "float16"))
+    # optimisation
+    steps: int = bounded(low=1)
+    learning_rate: float = bounded(above=0)
+    schedule: str = bounded("milestones", choices=("milestones", "one-cycle"))
+    milestones: tuple[int, ...] = bounded((), low=1)
+    weight_decay: float = bounded(0.0, low=0)
+    clip_norm: float = bounded(0.0, low=0)
+    # watching
+    log_every: int = bounded(10, low=1)
+    validate_every: int = bounded(0, low=0)  # 0: once an epoch
+    validation_batch: int = bounded(1, low=1)  # on each rank
+    checkpoint_every: int = bounded(1000, low=1)
+
+    def __post_init__(self):
+        if any(side % 64 for side in self.crop):
+            raise UserError(f"crop is {list(self.crop)}; PWC-Net takes multiples of 64")
+
+    def to_yaml(self):
+        """The whole recipe, defaults written out, as YAML text."""
+        values = {key: list(value) if isinstance(value, tuple) else value
+                  for key, value in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+def load(name, overrides=()):
+    """Read a recipe.
+
+    Args:
+        name: one that comes with the package ("example") or the path of a YAML file.
+        overrides: texts "key=value" that win over the file.
+
+    Raises:
+        UserError: no such recipe, an unknown key (with the nearest known one), a value of the wrong
+            type or out of range, a missing key.
+    """
+    path = pathlib.Path(name)
+    if not path.suffix:
+        path = FOLDER / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise UserError(f"{name}: no such recipe; give a YAML file or one of: {known}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, expected lines of `key: value`")
+    sources = dict.fromkeys(values, str(path))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} on the command line: expected key=value")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{text!r} on the command line: the value is not YAML") from None
+        sources[key] = "the command line"
+    return check(values, sources, path)
+
+
+def check(values, sources, path):
+    """Build a Recipe from plain values; `sources` says for each key where it was given."""
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    types = typing.get_type_hints(Recipe)
+    checked = {}
+    for key, value in values.items():
+        where = f"{sources[key]}: {key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.4)
+            advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(fields)
+            raise UserError(f"{where} is not a key of a recipe; {advice}")
+        checked[key] = check_value(where, value, types[key], fields[key].metadata)
+    missing = [name for name, field in fields.items()
+               if name not in checked and field.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; add a line `{missing[0]}: ...`")
+    return Recipe(**checked)
+
+
+def check_value(where, value, kind, limits):
+    """Return the value in its type or raise UserError, naming where it was given."""
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        open_ended = inner[-1] is Ellipsis
+        if not isinstance(value, list) or not (open_ended or len(value) == len(inner)):
+            count = "" if open_ended else f"{len(inner)} "
+            raise UserError(f"{where} is {value!r}; expected a list of {count}numbers, as [a, b]")
+        return tuple(check_value(where, item, inner[0], limits) for item in value)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-4 as a text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise UserError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
+    choices, low, high, above = (limits.get(key) for key in ("choices", "low", "high", "above"))
+    if choices and value not in choices:
+        raise UserError(f"{where} is {value!r}; expected one of: {', '.join(choices)}")
+    if low is not None and value < low:
+        raise UserError(f"{where} is {value!r}; expected at least {low}")
+    if high is not None and value > high:
+        raise UserError(f"{where} is {value!r}; expected at most {high}")
+    if above is not None and value <= above:
+        raise UserError(f"{where} is {value!r}; expected more than {above}")
+    return value
