@@ -14,15 +14,17 @@ import subprocess
 import sys
 import time
 
-from prep.errors import UserError
+from prep.errors import UserError, report
 
 SCHEDULER_TIMEOUT = 120
 """Seconds for the scheduler to listen: importing MindSpore takes 4 to 20 of them."""
 
+
 SCHEDULER = """
 import ctypes, signal
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive rank 0
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with rank 0
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks to answer
 import mindspore.communication
 mindspore.communication.init()
 """
@@ -51,7 +53,7 @@ def place():
 
 
 @contextlib.contextmanager
-def joined(prepare):
+def joined(prepare, device="CPU"):
     """Check on all ranks, then start MindSpore on each with communication between them.
 
     Use it before anything imports MindSpore:
@@ -63,12 +65,15 @@ def joined(prepare):
     Args:
         prepare: called once on every rank, before MindSpore is imported; returns (settings, plan),
             where settings must be the same on all ranks: a dict of strings.
+        device: "CPU" or "GPU"; on GPUs each rank takes the one of its local rank, and MindSpore
+            uses NCCL, started by mpirun itself.
 
     Yields:
         The place of this rank, and plan.
 
     Raises:
-        UserError: on every rank, if prepare raised one on any or if the settings differ.
+        UserError: of prepare. Of several ranks, rank 0 prints it and all exit with status 1; so too
+            if their settings differ.
     """
     here = place()
     # Read when the libraries load; what the user has set stays.
@@ -76,7 +81,7 @@ def joined(prepare):
     os.environ.setdefault("GLOG_v", "3")
     if here.ranks == 1:
         _, plan = prepare()
-        start_mindspore(here)
+        start_mindspore(here, device)
         yield here, plan
         return
     mpi = start_mpi(here)
@@ -85,14 +90,31 @@ def joined(prepare):
         settings, plan = prepare()
     except UserError as failure:
         error = str(failure)
-    check_agreement(mpi.COMM_WORLD.allgather((socket.gethostname(), settings, error)))
-    address = mpi.COMM_WORLD.bcast((socket.gethostname(), free_port()))
-    if here.local_ranks == here.ranks:
-        address = ("127.0.0.1", address[1])  # a machine's own name need not lead to it
-    start_mindspore(here, address)
+    outcomes = mpi.COMM_WORLD.allgather((socket.gethostname(), settings, error))
+    if problem := find_disagreement(outcomes):
+        if here.rank == 0:  # once; and before the first exit makes mpirun end the rest
+            report(problem)
+        mpi.COMM_WORLD.Barrier()
+        sys.exit(1)
+    address = None
+    if device == "CPU":
+        address = mpi.COMM_WORLD.bcast((socket.gethostname(), free_port()))
+        if here.local_ranks == here.ranks:
+            address = ("127.0.0.1", address[1])  # a machine's own name need not lead to it
+    start_mindspore(here, device, address)
     yield here, plan
     mpi.COMM_WORLD.Barrier()
     mpi.Finalize()
+    # The cluster's own farewell, at exit, is a race between ranks and scheduler that MindSpore 2.8.0
+    # now and then loses by a segmentation fault or ten seconds of waiting: leave without it.
+    atexit.register(leave)
+
+
+def leave():
+    """End this process, successfully and at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def start_mpi(here):
@@ -120,25 +142,28 @@ def barrier():
         sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier()
 
 
-def check_agreement(outcomes):
-    """Raise UserError if a rank failed to prepare or prepared something else than rank 0.
+def find_disagreement(outcomes):
+    """What keeps the ranks from starting together: a rank that failed to prepare or that prepared
+    something else than rank 0.
 
     Args:
         outcomes: by rank, (host, settings, error or None).
+
+    Returns:
+        A line for the user, or None.
     """
     errors = [(rank, host, error) for rank, (host, _, error) in enumerate(outcomes) if error]
-    if errors:
-        rank, host, error = errors[0]
-        everywhere = len(errors) == len(outcomes)
-        raise UserError(error if everywhere else f"rank {rank} on {host}: {error}")
+    if len(errors) == len(outcomes):
+        return errors[0][2]
+    for rank, host, error in errors:
+        return f"rank {rank} on {host}: {error}"
     first_host, expected, _ = outcomes[0]
     for rank, (host, settings, _) in enumerate(outcomes):
         for key, value in settings.items():
             if value != expected.get(key):
-                raise UserError(
-                    f"rank {rank} on {host} has {key} {value}, rank 0 on {first_host} has "
-                    f"{expected.get(key)}: start all ranks with the same code, recipe and data"
-                )
+                return (f"rank {rank} on {host} has {key} {value}, rank 0 on {first_host} has "
+                        f"{expected.get(key)}: start all ranks with the same code, recipe and data")
+    return None
 
 
 def free_port():
@@ -148,8 +173,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_mindspore(here, address=None):
-    """Import MindSpore and, if there is a scheduler's address, join the cluster there."""
+def start_mindspore(here, device, address=None):
+    """Import MindSpore and start its communication, on the CPU with a scheduler at this address."""
     scheduler = None
     if address:
         # MindSpore takes the mere presence of these for a job on MPI's own collectives.
@@ -160,28 +185,30 @@ def start_mindspore(here, address=None):
         if here.rank == 0:
             scheduler = start_scheduler()
     import mindspore
+    import mindspore.communication as communication
 
-    mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU")
+    try:
+        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"MindSpore cannot use a {device} here: {reason}") from None
+    if here.ranks == 1:
+        return
     if address:
         wait_for(address, scheduler)
         os.environ["MS_ROLE"] = "MS_WORKER"
-        import mindspore.communication as communication
-
-        communication.init()
-        if (communication.get_rank(), communication.get_group_size()) != (here.rank, here.ranks):
-            raise RuntimeError("MindSpore numbered the ranks differently from mpirun")
-        mindspore.set_auto_parallel_context(
-            parallel_mode=mindspore.ParallelMode.DATA_PARALLEL, gradients_mean=True,
-            device_num=here.ranks)
+    communication.init()
+    if (communication.get_rank(), communication.get_group_size()) != (here.rank, here.ranks):
+        raise RuntimeError("MindSpore numbered the ranks differently from mpirun")
+    mindspore.set_auto_parallel_context(parallel_mode=mindspore.ParallelMode.DATA_PARALLEL,
+                                        gradients_mean=True, device_num=here.ranks)
 
 
 def start_scheduler():
-    """Start the dynamic cluster's scheduler, which ends with this process at the latest."""
-    process = subprocess.Popen(
+    """Start the dynamic cluster's scheduler with the MS_* variables of this process."""
+    return subprocess.Popen(
         [sys.executable, "-c", SCHEDULER], env=dict(os.environ, MS_ROLE="MS_SCHED"),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    atexit.register(process.kill)
-    return process
 
 
 def wait_for(address, scheduler=None):

@@ -36,9 +36,14 @@ def run(main):
 
 
 def fail(message):
-    """Print `error: message` as one line on stderr and leave with status 1."""
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    """Report the message and leave with status 1."""
+    report(message)
     sys.exit(1)
+
+
+def report(message):
+    """Print `error: message` as one line on stderr."""
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
 
 
 def describe_os_error(error):

@@ -248,9 +248,14 @@ def _batches(splits, draws, batch, finish, workers):
     starts = np.cumsum([0] + [len(s.names) for s in splits]).tolist()
     failures = []
 
-    def prepare(record, source, epoch, index):
+    def prepare(stored, record, source, epoch, index):
         opened = splits[source]
         name, file = opened.names[index], opened.file_of(index)
+        if stored != name:
+            raise UserError(
+                f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the file "
+                "from a copy or convert the set again"
+            )
         sample = decode_record(record, STORED, pair=name, source=file)
         if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
@@ -262,8 +267,8 @@ def _batches(splits, draws, batch, finish, workers):
             with concurrent.futures.ThreadPoolExecutor(workers) as pool:
                 pending, ready = collections.deque(), []
                 try:
-                    for record, place in _records(splits, starts, draws()):
-                        pending.append(pool.submit(prepare, record, *place))
+                    for name, record, place in _records(splits, starts, draws()):
+                        pending.append(pool.submit(prepare, name, record, *place))
                         if len(pending) > batch + workers:
                             ready.append(pending.popleft().result())
                         if len(ready) == batch:
@@ -289,7 +294,7 @@ def _batches(splits, draws, batch, finish, workers):
 
 
 def _records(splits, starts, draws):
-    """Yield (record, (source, epoch, index)) for each of `draws`; a record is a uint8 array."""
+    """Yield (stored name, record, (source, epoch, index)) for each of `draws`; record is uint8 (N,)."""
     import mindspore.dataset as ds
 
     files = [file for s in splits for file in s.files]
@@ -298,14 +303,14 @@ def _records(splits, starts, draws):
     while piece := list(itertools.islice(draws, starts[-1])):
         rows = [starts[source] + index for source, _, index in piece]
         dataset = ds.MindDataset(
-            files, ["pair"], num_parallel_workers=1, sampler=ds.SubsetSampler(rows)
+            files, ["name", "pair"], num_parallel_workers=1, sampler=ds.SubsetSampler(rows)
         )
         try:
-            for (column,), place in zip(
+            for (name, column), place in zip(
                 dataset.create_tuple_iterator(output_numpy=True, num_epochs=1), piece, strict=True
             ):
                 # The 'S' array of a bytes column loses trailing zeros in item(), not here.
-                yield np.frombuffer(column, np.uint8), place
+                yield str(name), np.frombuffer(column, np.uint8), place
         except (RuntimeError, ValueError) as error:
             raise _explain(splits, error) from None
 

@@ -40,11 +40,13 @@ BACKGROUND_MOTION = {
     "shift": {"power": 3, "sigma": 1.15, "low": -40, "high": 40, "chance": 1.0},
     "turn": {"power": 2, "sigma": 1.2, "low": -10, "high": 10, "chance": 0.3},
     "zoom": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.6},
+    "squeeze": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.3},
 }
 SHAPE_MOTION = {
     "shift": {"power": 3, "sigma": 2.3, "low": -120, "high": 120, "chance": 1.0},
     "turn": {"power": 2, "sigma": 2.3, "low": -30, "high": 30, "chance": 0.7},
     "zoom": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.7},
+    "squeeze": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.5},
 }
 
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
@@ -107,22 +109,31 @@ def draw_shape(rng, height, width, background_motion):
 
 def place(turn, patch_size, centre):
     """3 x 3 matrix that turns a patch by `turn` radians and puts its middle on `centre` (x, y)."""
-    cos, sin = np.cos(turn), np.sin(turn)
     middle = (np.array(patch_size) - 1) / 2
-    matrix = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    matrix = np.eye(3)
+    matrix[:2, :2] = rotation(turn)
     matrix[:2, 2] = centre - matrix[:2, :2] @ middle
     return matrix
 
 
 def draw_motion(rng, parameters, centre, width):
-    """3 x 3 matrix of a random similarity about `centre`, from frame 1 to frame 2, in pixels."""
+    """3 x 3 matrix of a random affine motion about `centre`, from frame 1 to frame 2, in pixels."""
     shift = [draw_skewed(rng, **parameters["shift"]) * width / CHAIRS_WIDTH for _ in range(2)]
     turn = np.deg2rad(draw_skewed(rng, **parameters["turn"]))
     zoom = 1 + draw_skewed(rng, **parameters["zoom"])
-    cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
-    matrix = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    # Wider by this factor along a direction of its own, and narrower across it.
+    squeeze = np.exp(draw_skewed(rng, **parameters["squeeze"]))
+    axis = rotation(rng.uniform(0, np.pi))
+    matrix = np.eye(3)
+    matrix[:2, :2] = zoom * rotation(turn) @ axis @ np.diag([squeeze, 1 / squeeze]) @ axis.T
     matrix[:2, 2] = centre + np.array(shift) - matrix[:2, :2] @ centre
     return matrix
+
+
+def rotation(angle):
+    """2 x 2 matrix that turns by `angle` radians."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, -sin], [sin, cos]])
 
 
 def draw_skewed(rng, power, sigma, low, high, chance):

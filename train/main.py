@@ -206,12 +206,14 @@ def main():
                         help="a folder that prep/convert.py made")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RUN",
                         help="folder of the run")
+    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="values that win over the recipe's")
     args = parser.parse_args()
 
     ranks = cluster.place().ranks
-    with cluster.joined(lambda: prepare(args, ranks)) as (here, (recipe, about)):
+    joined = cluster.joined(lambda: prepare(args, ranks), args.device)
+    with joined as (here, (recipe, about)):
         if here.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
             write_whole(args.out / "recipe.yaml", recipe.to_yaml())

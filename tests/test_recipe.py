@@ -1,0 +1,83 @@
+"""Recipes and schedules: what is accepted, what is refused, what the rate is."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prep.errors import UserError
+from train import recipe as recipes
+from train.schedule import learning_rate
+
+MINIMAL = {"crop": [64, 64], "batch": 4, "steps": 100, "learning_rate": 1e-3}
+
+
+def write(path, **values):
+    """A recipe file of MINIMAL with other values."""
+    path.write_text(yaml.safe_dump({**MINIMAL, **values}))
+    return path
+
+
+@pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
+def test_the_package_s_own_recipes_load(name):
+    assert recipes.load(name).steps > 0
+
+
+def test_written_out_and_read_back(tmp_path):
+    """The resolved recipe that a run keeps is the recipe again."""
+    recipe = recipes.load(write(tmp_path / "a.yaml"), ["milestones=[10, 20]", "weight_decay=4e-4"])
+    (tmp_path / "b.yaml").write_text(recipe.to_yaml())
+    assert recipes.load(tmp_path / "b.yaml") == recipe
+    assert recipe.weight_decay == 4e-4 and recipe.milestones == (10, 20)
+
+
+def test_a_missing_key(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("crop: [64, 64]\n")
+    with pytest.raises(UserError, match="batch is missing"):
+        recipes.load(path)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "7", "\0", ""])
+def test_a_file_that_is_no_recipe(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="a.yaml"):
+        recipes.load(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4)
+KEYS = st.sampled_from([field.name for field in dataclasses.fields(recipes.Recipe)])
+
+
+@given(key=KEYS | st.text(max_size=12), value=VALUES)
+def test_any_value_is_taken_or_refused_with_its_key(key, value):
+    """No value makes another exception than the package's own, which names the key."""
+    values = {**MINIMAL, key: value}
+    try:
+        recipe = recipes.check(values, dict.fromkeys(values, "here"), "file")
+    except UserError as error:
+        assert key in str(error)
+    else:
+        kept = getattr(recipe, key)
+        assert type(kept) is not bool or type(value) is bool
+
+
+def test_milestones():
+    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
+    assert [learning_rate(recipe, step) for step in (0, 1, 2, 4, 5, 8)] == [8, 8, 4, 4, 2, 2]
+
+
+def test_one_cycle():
+    """Up from a twenty-fifth to the whole rate in a tenth of the run, then down to a thousandth."""
+    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0,
+                            schedule="one-cycle")
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04) and rates[10] == 1 == max(rates)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(recipe, 100) == pytest.approx(1e-3)

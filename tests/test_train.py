@@ -1,0 +1,191 @@
+"""Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from prep import synthesize
+
+RECIPE = {"crop": "[64,64]", "batch": 4, "steps": 4, "dense": "false", "log_every": 1,
+          "validate_every": 2, "checkpoint_every": 1, "validation_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A converted set of 14 pairs of 64x128, 3 of them for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    synthesize.write_set(str(folder / "raw"), 14, 64, 128, 1, 2)
+    return tiny.convert("flyingchairs", folder / "raw", folder / "set", "--shards", "2",
+                        "--split-file", tiny.split_file(folder / "val.txt", [2, 5, 9]))
+
+
+def command(ranks, program, *arguments):
+    """A command that starts the program under mpirun, or alone."""
+    mpirun = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
+    return [*mpirun, *map(str, program), *map(str, arguments)]
+
+
+def start(command, **keywords):
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.Popen(command, env=dict(os.environ, **root), text=True, cwd=tiny.ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+
+
+def finish(process):
+    """(exit status, stdout, stderr) of a started command; it must end within five minutes."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def train(data, out, ranks=1, recipe="example", **overrides):
+    """Start a training run through launch/train.sh."""
+    pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
+    return start(command(ranks, ["launch/train.sh"], "--config", recipe, "--data", data,
+                         "--out", out, *pairs))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path):
+    """Equal weights on both ranks after several steps, and those of one rank with the whole batch."""
+    program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
+    for ranks in (2, 1):
+        status, _, err = finish(start(command(ranks, program, data, tmp_path, 4)))
+        assert status == 0, err
+    first, second, alone = (dict(np.load(tmp_path / f"rank-{name}.npz"))
+                            for name in ("0-of-2", "1-of-2", "0-of-1"))
+    for name, weights in first.items():
+        np.testing.assert_array_equal(weights, second[name], err_msg=name)
+        np.testing.assert_allclose(weights, alone[name], rtol=2e-3, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
+    """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    status, _, err = finish(train(data, whole, ranks=2))
+    assert status == 0, err
+
+    job = train(data, broken, ranks=2)
+    deadline = time.monotonic() + 240
+    while not (broken / "checkpoints" / "step-00000002.ckpt").exists():
+        assert job.poll() is None and time.monotonic() < deadline, finish(job)
+        time.sleep(0.02)
+    ranks = subprocess.run(["pgrep", "-f", f"train/main.py.*{broken}"], text=True,
+                           capture_output=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert finish(job)[0] != 0
+    assert not (broken / "result.json").exists()
+
+    status, _, err = finish(train(data, broken, ranks=2))
+    assert status == 0 and "going on after step" in err, err
+    from train import checkpoint
+
+    first, second = (checkpoint.read(run / "checkpoints" / "step-00000004.ckpt")
+                     for run in (whole, broken))
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"model"}:
+        np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
+
+    check_curves(whole)
+    check_result(whole)
+    check_evaluation(data, whole, tmp_path / "evaluation")
+
+
+def check_curves(run):
+    """Both kinds of file hold the same curves, read back by their own readers."""
+    from mindspore.train.summary_pb2 import Event
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = {"train/loss", "train/level6", "train/level2", "train/learning_rate",
+            "train/gradient_norm", "speed/pairs_per_second", "validation/epe"}
+    assert tags <= set(events.Tags()["scalars"])
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [point.step for point in events.Scalars("validation/epe")] == [2, 4]
+    assert [image.step for image in events.Images("validation/flow")] == [2, 4]
+
+    data = next((run / "summary").glob("events.out.*")).read_bytes()
+    losses, position = {}, 0
+    while position < len(data):  # length, its checksum, the message, its checksum
+        length = int.from_bytes(data[position:position + 8], "little")
+        event = Event.FromString(data[position + 12:position + 12 + length])
+        for value in event.summary.value:
+            if value.tag.startswith("train/loss/") or value.tag == "train/loss":
+                losses[event.step] = value.scalar_value
+        position += 16 + length
+    expected = {point.step: point.value for point in events.Scalars("train/loss")}
+    assert losses == pytest.approx(expected)
+
+
+def check_result(run):
+    """The final figures are those of the last validation, and say what they were made with."""
+    result = json.loads((run / "result.json").read_text())
+    assert result["pairs"] == 3 and result["ranks"] == 2
+    assert result["step"] == 4 and 0 < result["epe"] < 1000
+    assert result["made_with"]["mindspore"]
+
+
+def check_evaluation(data, run, out):
+    """train/evaluate.py sees the EPE that the two ranks saw, and leaves table, JSON and picture."""
+    ckpt = run / "checkpoints" / "step-00000004.ckpt"
+    done = start(command(1, [sys.executable, "train/evaluate.py"], "--data", data, "--split", "val",
+                         "--ckpt", ckpt, "--out", out))
+    status, text, err = finish(done)
+    assert status == 0, err
+    figures = json.loads((out / "evaluation.json").read_text())
+    seen = json.loads((run / "result.json").read_text())
+    assert figures["epe"] == pytest.approx(seen["epe"], rel=1e-4)
+    assert figures["zero_epe"] == pytest.approx(seen["zero_epe"], rel=1e-6)
+    assert f"{figures['epe']:.3f}" in text and "zero flow" in text
+    assert [pair["pair"] for pair in figures["by_pair"]] == ["00003", "00006", "00010"]
+    assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_refused(process, *words):
+    """The command ends with a status and one line that holds the words."""
+    status, out, err = finish(process)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("overrides,words", [
+    ({"learning_rat": 1}, ["learning_rat", "learning_rate"]),
+    ({"batch": 40}, ["11 training pairs", "batch"]),
+    ({"crop": "[128,128]"}, ["64x128", "128x128"]),
+    ({"crop": "[64,96]"}, ["multiples of 64"]),
+    ({"precision": "float8"}, ["float16"]),
+    ({"steps": -1}, ["steps", "at least 1"]),
+])
+def test_a_bad_recipe(data, tmp_path, overrides, words):
+    """One line says which key is wrong and what would be right; no run folder appears."""
+    check_refused(train(data, tmp_path / "run", **overrides), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_folders(data, tmp_path):
+    """No data set, somebody's own folder, another run's folder, an unknown recipe, no checkpoint."""
+    check_refused(train(tmp_path / "nothing", tmp_path / "run"), "nothing")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.tex").write_text("")
+    check_refused(train(data, own), str(own), "not empty")
+    (own / "recipe.yaml").write_text("steps: 7\n")
+    check_refused(train(data, own), str(own), "another recipe")
+    check_refused(train(data, tmp_path / "run", recipe="exampel"), "exampel", "example")
+    check_refused(start([sys.executable, "train/evaluate.py", "--data", data, "--ckpt",
+                         str(tmp_path / "none.ckpt")]), "none.ckpt")
+
+
+def test_ranks_are_told_once(data, tmp_path):
+    """A mistake that every rank sees is one line of output."""
+    check_refused(train(data, tmp_path / "run", ranks=2, batch=3), "batch is 3", "multiple of 2")
