@@ -79,6 +79,7 @@ def joined(prepare, device="CPU"):
     # Read when the libraries load; what the user has set stays.
     os.environ.setdefault("OMP_NUM_THREADS", str(here.threads))
     os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{DISTRIBUTED:3}")  # it does not heed GLOG_v
     if here.ranks == 1:
         _, plan = prepare()
         start_mindspore(here, device)

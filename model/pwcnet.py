@@ -6,7 +6,8 @@ Joint Optical Flow and Occlusion Estimation", CVPR 2019: two convolutions a pyra
 upsampling between levels, dense estimators.
 """
 
-from mindspore import float32, nn, ops
+import numpy as np
+from mindspore import Tensor, float32, nn, ops
 from mindspore.common.initializer import HeNormal
 
 from model.ops import SEARCH_RANGE, cost_volume, warp
@@ -181,6 +182,28 @@ class PWCNet(nn.Cell):
         scale_y = (height - 1) / (image_height - 1) / DIV_FLOW
         pixels = ops.stack((flow[:, 0] * scale_x, flow[:, 1] * scale_y), 1)
         return warp(features2.astype(float32), pixels, self.warp_mode).astype(features2.dtype)
+
+
+def start_from_coarser_flow(network, share=0.1):
+    """Change a new network's weights so that each level begins with the flow of the coarser one.
+
+    The last convolution of every estimator reads the upsampled flow, its last two input channels;
+    it starts as passing that on, plus `share` of what its random weights make of the rest. With
+    random weights alone a level must first learn to hand the flow on, which takes most of a short
+    training. The weights are those of the same network: nothing else changes.
+
+    Args:
+        network: a dense `PWCNet`.
+    """
+    for index, estimator in enumerate(network.flow_estimators):
+        layer = estimator.conv_last[0]
+        weight = layer.weight.asnumpy() * np.float32(share)
+        if index > 0:
+            weight[:, -2:] = 0
+            weight[[0, 1], [-2, -1], 1, 1] = 1
+        layer.weight.set_data(Tensor(weight))
+    layer = network.context_networks.convs[-1][0]
+    layer.weight.set_data(Tensor(layer.weight.asnumpy() * np.float32(share)))
 
 
 def resize(x, size):

@@ -22,11 +22,31 @@ from importlib.metadata import version
 
 from tqdm import tqdm
 
-from prep import codec, shards
-from prep.datasets import flyingchairs, pair_size, sintel, split
+from prep import codec, memory, shards
+from prep.datasets import (
+    flyingchairs,
+    flyingthings3d,
+    flyingthings3d_subset,
+    hd1k,
+    kitti2012,
+    kitti2015,
+    pair_size,
+    sintel,
+    split,
+    spring,
+)
 from prep.errors import UserError, describe_os_error, run
 
-DATASETS = {"flyingchairs": flyingchairs, "sintel": sintel}
+DATASETS = {
+    "flyingchairs": flyingchairs,
+    "flyingthings3d": flyingthings3d,
+    "flyingthings3d-subset": flyingthings3d_subset,
+    "hd1k": hd1k,
+    "kitti2012": kitti2012,
+    "kitti2015": kitti2015,
+    "sintel": sintel,
+    "spring": spring,
+}
 PLAN = "plan.json"
 
 
@@ -34,6 +54,10 @@ def main():
     options = parse_options()
     if options.shards < 1 or options.workers < 1:
         raise UserError("--shards and --workers: expected numbers of at least 1")
+    for path in (options.root, options.out):
+        # MindRecord takes text, and so do the manifest's readers.
+        if not is_text(os.path.abspath(path)):
+            raise UserError(f"{path!a}: the path is not UTF-8; rename the folder that is not")
     out = os.path.normpath(options.out)
     partial = out + ".partial"
     plan = make_plan(options)
@@ -83,7 +107,7 @@ def parse_options():
     )  # fmt: skip
     parser.add_argument(
         "--split-file", metavar="FILE",
-        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed list)",
+        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed list, or those that it holds out itself)",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -91,7 +115,7 @@ def parse_options():
 @dataclasses.dataclass
 class Plan:
     """What is to be written: tasks are (shard file, its pairs), splits the files of each one's shards,
-    validation the name and hash of the split file. description tells this conversion from others."""
+    validation the name and hash of the split file (None: the data set itself holds pairs out). description tells this conversion from others."""
 
     pairs: list
     tasks: list
@@ -103,18 +127,23 @@ class Plan:
 def make_plan(options):
     """List the pairs, split them and deal them out to shards; tell when the release isn't whole."""
     dataset = DATASETS[options.dataset]
-    path = options.split_file or os.path.join(split.FOLDER, dataset.VALIDATION)
-    indices, digest = split.read_list(path)
+    path, indices, digest = options.split_file, None, None
+    if dataset.VALIDATION:
+        path = path or os.path.join(split.FOLDER, dataset.VALIDATION)
+    if path:
+        indices, digest = split.read_list(path)
     pairs, tasks, splits = [], [], {"train": [], "val": []}
     for part in dataset.PARTS:
         listed = dataset.list_pairs(options.root, part)
+        if not listed:
+            continue  # a part that was not downloaded
         pairs += listed
         if options.split_file and max(indices, default=0) >= len(listed):
             raise UserError(
                 f"{path}: has index {max(indices)}, but there are {len(listed)} pairs, from 0 to "
                 f"{len(listed) - 1}; it is not for these files"
             )
-        train, val = split.divide(listed, indices)
+        train, val = split.divide(listed, split.held_out(listed) if indices is None else indices)
         for name, chosen, wanted in (
             ("train", train, options.shards),
             ("val", val, -(-options.shards * len(val) // max(1, len(train)))),
@@ -136,7 +165,8 @@ def make_plan(options):
         "validation": digest,
         "shards": [file for file, _ in tasks],
     }
-    return Plan(pairs, tasks, splits, {"file": os.path.basename(path), "sha256": digest}, description)
+    validation = {"file": os.path.basename(path) if path else None, "sha256": digest}
+    return Plan(pairs, tasks, splits, validation, description)
 
 
 def fingerprint(pairs):
@@ -162,10 +192,10 @@ def tell_sizes(dataset, part, pairs, train, val, options):
     """Say how the pairs are split, and whether that is not the whole release or a part is empty."""
     title = f"{dataset.TITLE} {part}".strip()
     print(f"{title}: {len(pairs)} pairs, {len(train)} for training and {len(val)} for validation")
-    if len(pairs) != dataset.PAIRS and not options.split_file:
+    if dataset.PAIRS not in (None, len(pairs)) and not options.split_file:
         print(
-            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split by its list of "
-            "indices all the same (--split-file takes another)"
+            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split as it is all the "
+            "same (--split-file takes another list)"
         )
     for name, chosen in (("training", train), ("validation", val)):
         if not chosen:
@@ -177,8 +207,13 @@ def check_names(pairs):
     for name, times in collections.Counter(pair.name for pair in pairs).items():
         if times > 1:
             raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
-        if any("\ud800" <= c <= "\udfff" for c in name):
+        if not is_text(name):
             raise UserError(f"{name!a}: the file name is not UTF-8; rename the files")
+
+
+def is_text(path):
+    """Whether a path's bytes were UTF-8; Python keeps others as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def is_whole(out, plan):
@@ -335,6 +370,7 @@ def drive(workers, tasks, bar):
 def work(connection, partial, codec_name, parent):
     """A worker process: write the shards that come through `connection`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
+    if os.environ.get("KEEP", "1") == "1": memory.keep_freed_blocks()
 
     def progress():
         if os.getppid() != parent:  # killed; forked neighbours keep its pipes open, so none breaks

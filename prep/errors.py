@@ -52,6 +52,7 @@ def describe_os_error(error):
         errno.ENOSPC: "free some space or choose another disk, then run the same command again",
         errno.EDQUOT: "free some of your quota or choose another disk, then run it again",
         errno.EACCES: "check the permissions of the file and its folder",
+        errno.EPERM: "check the permissions of the file and its folder",
         errno.EROFS: "the file system is read-only; choose another folder",
     }.get(error.errno)
     text = f"{error.filename}: {error.strerror}" if error.filename else str(error)

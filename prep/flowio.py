@@ -1,12 +1,15 @@
-"""Flow files: read and write optical flow bit for bit.
+"""Flow files: read optical flow bit for bit from .flo, .pfm, KITTI's .png and Spring's .flo5; write .flo.
 
 A flow is a float32 array (H, W, 2): the displacement in pixels, right and down, that takes each
 pixel of the first image to its place in the second.
 """
 
+import io
 import os
+import re
 import struct
 
+import cv2
 import numpy as np
 
 from prep.errors import UserError
@@ -16,20 +19,69 @@ from prep.errors import UserError
 FLO_TAG = b"PIEH"
 FLO_HEADER = struct.Struct("<4sii")
 
-# The same source: a larger value (Sintel writes 1e10) means that the flow is not known there.
+# The same source: larger values (Sintel writes 1e10) mean that the flow is not known there. Some write
+# the limit itself, which is no more of a motion.
 UNKNOWN_FLOW = 1e9
+
+# "PF" (three channels; "Pf" has one), width, height and a scale whose sign is the byte order, then the
+# rows of float32 from the bottom up. Source: https://www.pauldebevec.com/Research/HDR/PFM
+PFM_HEADER = re.compile(rb"P([Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?[\d.]{1,20}(?:[eE][-+]?\d{1,3})?)\s")
+
+# KITTI: a 16-bit RGB PNG of 64 u + 2^15, 64 v + 2^15 and, where these are known, a number that is not
+# 0. Source: the development kit of https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # signature; name, width, height, depth, colour of IHDR
+PNG_RGB = 2
+
+# Deflate packs at most 1,032 bytes into one, so a file that says it holds more is damaged, and must not
+# be given the memory that it asks for.
+MAX_EXPANSION = 1100
 
 
 def read_flow(path):
     """Read a flow file by its suffix: float32 (H, W, 2) and uint8 (H, W), 1 where it is known."""
-    flow = read_flo(path)
+    parse, _ = format_of(path)
+    with open(path, "rb") as file:
+        flow = parse(file.read(), path)
     return flow, known(flow)
 
 
 def flow_size(path):
     """(H, W) of a flow file from its header and its length; UserError if they don't fit."""
+    _, size = format_of(path)
     with open(path, "rb") as file:
-        return parse_flo_header(file.read(FLO_HEADER.size), os.fstat(file.fileno()).st_size, path)
+        return size(file, os.fstat(file.fileno()).st_size, path)
+
+
+def format_of(path):
+    """The (parse, size) functions for a flow file's suffix; UserError for an unknown one."""
+    suffix = os.path.splitext(path)[1]
+    if suffix not in FORMATS:
+        raise UserError(f"{path}: not a flow file that is known here; expected {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def known(flow):
+    """uint8 (H, W): 1 where the flow is known, 0 where it is NaN or from `UNKNOWN_FLOW` on."""
+    # Nearly every flow is known everywhere, and its extremes say so in a tenth of the time.
+    if -UNKNOWN_FLOW < flow.min() and flow.max() < UNKNOWN_FLOW:
+        return np.ones(flow.shape[:2], np.uint8)
+    with np.errstate(invalid="ignore"):
+        return (np.abs(flow) < UNKNOWN_FLOW).all(axis=2).astype(np.uint8)
+
+
+def check_size(name, width, height, expected, length):
+    """UserError unless a file has the `length` that is `expected` for its width and height."""
+    if width < 1 or height < 1:
+        raise UserError(f"{name}: says it is {width} wide and {height} high; the file is damaged")
+    if length != expected:
+        raise UserError(
+            f"{name}: {length} bytes, expected {expected} for {width}x{height} flow; the file is "
+            f"{'cut short' if length < expected else 'too long'}, copy or unpack it again"
+        )
+
+
+# --- .flo: Middlebury, FlyingChairs, Sintel ----------------------------------------------------------
 
 
 def read_flo(path):
@@ -43,13 +95,14 @@ def parse_flo(data, name):
 
     The array is read-only and shares the memory of `data`.
     """
-    height, width = parse_flo_header(data[: FLO_HEADER.size], len(data), name)
+    height, width = flo_size(io.BytesIO(data), len(data), name)
     return np.frombuffer(data, "<f4", offset=FLO_HEADER.size).reshape(height, width, 2)
 
 
-def parse_flo_header(header, length, name):
-    """(H, W) from the first 12 bytes of a .flo file of `length` bytes; UserError if it is damaged."""
-    if length < FLO_HEADER.size:
+def flo_size(file, length, name):
+    """(H, W) of an open .flo file of `length` bytes; UserError if it is damaged."""
+    header = file.read(FLO_HEADER.size)
+    if len(header) < FLO_HEADER.size:
         raise UserError(
             f"{name}: {length} bytes, expected a .flo file (its header alone has "
             f"{FLO_HEADER.size}); copy or unpack the file again"
@@ -57,37 +110,134 @@ def parse_flo_header(header, length, name):
     tag, width, height = FLO_HEADER.unpack(header)
     if tag != FLO_TAG:
         raise UserError(f"{name}: begins with {tag!r}, expected a .flo file, which begins {FLO_TAG!r}")
-    if width < 1 or height < 1:
-        raise UserError(f"{name}: says it is {width} wide and {height} high; the file is damaged")
-    expected = FLO_HEADER.size + 8 * width * height
-    if length != expected:
-        raise UserError(
-            f"{name}: {length} bytes, expected {expected} for {width}x{height} flow; the file is "
-            f"{'cut short' if length < expected else 'too long'}, copy or unpack it again"
-        )
+    check_size(name, width, height, FLO_HEADER.size + 8 * width * height, length)
     return height, width
 
 
 def write_flo(path, flow):
     """Write float32 (H, W, 2) as a Middlebury .flo file, bit for bit."""
-    height, width, _ = check_flow(flow).shape
+    if flow.ndim != 3 or flow.shape[2] != 2 or flow.dtype != np.float32:
+        raise ValueError(f"flow is {flow.dtype} {flow.shape}, expected float32 (H, W, 2)")
+    height, width, _ = flow.shape
     write_whole(path, FLO_HEADER.pack(FLO_TAG, width, height) + flow.astype("<f4").tobytes())
 
 
-def check_flow(flow):
-    """`flow` itself if it is float32 (H, W, 2), else ValueError (a caller's bug)."""
-    if flow.ndim != 3 or flow.shape[2] != 2 or flow.dtype != np.float32:
-        raise ValueError(f"flow is {flow.dtype} {flow.shape}, expected float32 (H, W, 2)")
+# --- .pfm: FlyingThings3D ----------------------------------------------------------------------------
+
+
+def parse_pfm(data, name):
+    """The flow in the bytes of a three-channel .pfm file, float32 (H, W, 2); the third is always 0."""
+    height, width = pfm_size(io.BytesIO(data), len(data), name)
+    header = PFM_HEADER.match(data[:100])
+    order = "<" if float(header[4]) < 0 else ">"
+    rows = np.frombuffer(data, order + "f4", offset=header.end()).reshape(height, width, 3)
+    return rows[::-1, :, :2].astype(np.float32)
+
+
+def pfm_size(file, length, name):
+    """(H, W) of an open .pfm file of `length` bytes; UserError if it is damaged or not of flow."""
+    start = file.read(100)
+    header = PFM_HEADER.match(start)
+    if not header:
+        raise UserError(
+            f"{name}: begins with {start[:8]!r}, expected a .pfm file, which begins b'PF', width, height"
+        )
+    width, height = int(header[2]), int(header[3])
+    try:
+        scale = float(header[4])
+    except ValueError:
+        scale = 0.0
+    if header[1] != b"F" or scale == 0:
+        raise UserError(
+            f"{name}: a .pfm file of one channel or with a scale of 0; expected flow, which has three "
+            "channels (PF) and a scale of 1 or -1"
+        )
+    check_size(name, width, height, header.end() + 12 * width * height, length)
+    return height, width
+
+
+# --- .png: KITTI, HD1K -------------------------------------------------------------------------------
+
+
+def parse_kitti_png(data, name):
+    """The flow in the bytes of a KITTI flow .png, float32 (H, W, 2); NaN where the file has none."""
+    size = kitti_png_size(io.BytesIO(data), len(data), name)
+    # None if a checksum or the amount of data is wrong.
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.shape != (*size, 3):
+        raise UserError(f"{name}: a PNG file that can't be decoded; copy or unpack it again")
+    # OpenCV's order of channels is blue, green, red. The numbers are all exact in float32.
+    flow = (pixels[..., :0:-1].astype(np.float32) - 2**15) / 64
+    flow[pixels[..., 0] == 0] = np.nan
     return flow
 
 
-def known(flow):
-    """uint8 (H, W): 1 where the flow is known, 0 where it is NaN or beyond `UNKNOWN_FLOW`."""
-    # Nearly every flow is known everywhere, and its extremes say so in a tenth of the time.
-    if -UNKNOWN_FLOW <= flow.min() and flow.max() <= UNKNOWN_FLOW:
-        return np.ones(flow.shape[:2], np.uint8)
-    with np.errstate(invalid="ignore"):
-        return (np.abs(flow) <= UNKNOWN_FLOW).all(axis=2).astype(np.uint8)
+def kitti_png_size(file, length, name):
+    """(H, W) of an open KITTI flow .png of `length` bytes; UserError if it is not one."""
+    header = file.read(PNG_HEADER.size)
+    if len(header) < PNG_HEADER.size or not header.startswith(PNG_SIGNATURE):
+        raise UserError(f"{name}: {length} bytes, the first {header[:8]!r}; expected a PNG file")
+    _, chunk, width, height, depth, colour = PNG_HEADER.unpack(header)
+    if (chunk, depth, colour) != (b"IHDR", 16, PNG_RGB):
+        raise UserError(
+            f"{name}: a PNG of {depth} bits and colour type {colour}; expected flow as KITTI has it, 16-bit "
+            f"RGB (type {PNG_RGB})"
+        )
+    if not 0 < 6 * width * height <= MAX_EXPANSION * length:
+        raise UserError(
+            f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is damaged"
+        )
+    return height, width
+
+
+# --- .flo5: Spring -----------------------------------------------------------------------------------
+
+
+def parse_flo5(data, name):
+    """The flow in the bytes of a .flo5 file, float32 (H, W, 2), NaN where it is not known.
+
+    HDF5 with one data set, "flow". Source: https://spring-benchmark.org and its flow_IO.
+    """
+    return use_flo5(io.BytesIO(data), len(data), name, lambda flow: flow[()])
+
+
+def flo5_size(file, length, name):
+    """(H, W) of an open .flo5 file of `length` bytes; UserError if it is not one."""
+    return use_flo5(file, length, name, lambda flow: flow.shape[:2])
+
+
+def use_flo5(file, length, name, use):
+    """`use(flow)` of the data set "flow" in an open HDF5 file; UserError if there is none."""
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{name}: an HDF5 file; reading it needs h5py, `pip install h5py`") from None
+    try:
+        with h5py.File(file, "r") as opened:
+            flow = opened["flow"]
+            found = f"{flow.dtype} {flow.shape}"
+            sound = flow.dtype == np.float32 and flow.ndim == 3 and flow.shape[2] == 2 and flow.size
+            # A chunk is read as a whole, whatever part of it is in the data set.
+            values = max(flow.size, np.prod(flow.chunks or 0, dtype=float))
+            if sound and 4 * values <= MAX_EXPANSION * length:
+                return use(flow)
+    except Exception as error:  # h5py raises a dozen kinds on damaged files
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"{name}: not a readable .flo5 file ({reason}); copy or unpack it again"
+        ) from None
+    raise UserError(f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold")
+
+
+FORMATS = {
+    ".flo": (parse_flo, flo_size),
+    ".pfm": (parse_pfm, pfm_size),
+    ".png": (parse_kitti_png, kitti_png_size),
+    ".flo5": (parse_flo5, flo5_size),
+}
+
+
+# --- Writing -----------------------------------------------------------------------------------------
 
 
 def write_whole(path, data):

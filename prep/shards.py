@@ -82,11 +82,11 @@ class Shard:
         self.check_structure(folder)
         check_hash(os.path.join(folder, self.file), self.bytes, self.sha256)
 
-    def records(self, folder):
-        """Yield (offset in the file, record as bytes) of each pair, in order, without MindSpore.
+    def records(self, folder, indices=None):
+        """Yield (offset in the file, record as bytes) of the pairs at `indices` (default: all, in order).
 
-        Only for a shard that `check_structure` has passed. MindSpore itself gives up a whole shard for
-        one wrong byte among the names; this reads all the others.
+        Only for a shard that `check_structure` has passed. It does without MindSpore, which starts in
+        seconds and gives up a whole shard for one wrong byte among the names; this reads all the others.
         """
         path = os.path.join(folder, self.file)
         with open(path, "rb") as file:
@@ -95,11 +95,11 @@ class Shard:
             # with its length (uint64), which nobody reads, as the index has it too.
             (length,) = struct.unpack("<Q", file.read(8))
             page_size = json.loads(file.read(length))["page_size"]
-            places = "SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END FROM INDEXES ORDER BY ROW_ID"
+            columns = "PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END"
             uri = f"file:{urllib.parse.quote(os.path.abspath(path))}.db?mode=ro&immutable=1"
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as index:
-                rows = index.execute(places).fetchall()
-            for page, start, end in rows:
+                rows = index.execute(f"SELECT {columns} FROM INDEXES ORDER BY ROW_ID").fetchall()
+            for page, start, end in rows if indices is None else [rows[i] for i in indices]:
                 offset = self.header_bytes + page * page_size + start
                 file.seek(offset + 8)
                 yield offset, file.read(end - start - 8)
@@ -110,7 +110,8 @@ class Manifest:
     """What a converted set holds and how it was made.
 
     shards: by file name; splits: for each split its shards' file names in order, so a shard may be in
-    several (Sintel's val-clean is a part of val); validation: the split file's name and SHA-256.
+    several (Sintel's val-clean is a part of val); validation: the split file's name and SHA-256, None
+    if the data set itself holds pairs out. The file ends with a SHA-256 of all else in it.
     """
 
     dataset: str
@@ -139,6 +140,8 @@ class Manifest:
                     f"{path}: schema version {version}, this toolkit knows up to {SCHEMA_VERSION}; "
                     "update the toolkit or convert the set with this one"
                 )
+            if fields.pop("sha256") != hash_fields(fields):
+                raise ValueError("its SHA-256 is not the one in it")
             shards = {s["file"]: Shard.from_dict(s) for s in fields["shards"]}
             manifest = cls(**{**fields, "shards": shards})
             for files in manifest.splits.values():
@@ -154,10 +157,8 @@ class Manifest:
 
     def save(self, folder):
         """Write the manifest into `folder`; it appears only when it is whole."""
-        write_json(
-            os.path.join(folder, MANIFEST),
-            {**vars(self), "shards": [dataclasses.asdict(s) for s in self.shards.values()]},
-        )
+        fields = {**vars(self), "shards": [dataclasses.asdict(s) for s in self.shards.values()]}
+        write_json(os.path.join(folder, MANIFEST), {**fields, "sha256": hash_fields(fields)})
 
     def split(self, name, folder):
         """The shards of a split, in order. UserError, naming `folder`, if there is no such split."""
@@ -261,6 +262,12 @@ def hash_file(path, length):
             digest.update(block)
             length -= len(block)
     return digest.hexdigest()
+
+
+def hash_fields(fields):
+    """The SHA-256 of what a JSON file holds, however it is laid out, as hexadecimal digits."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_hash(path, length, expected):

@@ -37,13 +37,13 @@ VERSION = 1  # of the pictures: one more whenever the same seed gives other byte
 # give the heavy tail: most motions are small, a few very large. The parameters here were chosen
 # for a mean displacement of about 11 pixels at 384 x 512, as FlyingChairs has.
 BACKGROUND_MOTION = {
-    "shift": {"power": 3, "sigma": 1.15, "low": -40, "high": 40, "chance": 1.0},
+    "shift": {"power": 2, "sigma": 1.8, "low": -40, "high": 40, "chance": 1.0},
     "turn": {"power": 2, "sigma": 1.2, "low": -10, "high": 10, "chance": 0.3},
     "zoom": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.6},
     "squeeze": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.3},
 }
 SHAPE_MOTION = {
-    "shift": {"power": 3, "sigma": 2.3, "low": -120, "high": 120, "chance": 1.0},
+    "shift": {"power": 3, "sigma": 2.0, "low": -120, "high": 120, "chance": 1.0},
     "turn": {"power": 2, "sigma": 2.3, "low": -30, "high": 30, "chance": 0.7},
     "zoom": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.7},
     "squeeze": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.5},
@@ -67,7 +67,7 @@ def make_pair(rng_or_seed, height, width):
     rng = np.random.default_rng(rng_or_seed)
     background = draw_background(rng, height, width)
     layers = [background]
-    for _ in range(rng.integers(4, 13)):
+    for _ in range(rng.integers(3, 9)):
         layers.append(draw_shape(rng, height, width, background["motion"]))
     image1, label1 = render(layers, [layer["pose"] for layer in layers], height, width)
     image2, label2 = render(
@@ -94,7 +94,7 @@ def draw_background(rng, height, width):
 def draw_shape(rng, height, width, background_motion):
     """A layer in front: a textured shape on a transparent patch, moving with the background and
     on its own."""
-    radius = width * np.exp(rng.uniform(np.log(0.04), np.log(0.25)))
+    radius = width * np.exp(rng.uniform(np.log(0.07), np.log(0.3)))
     side = int(2 * radius) + 8
     alpha = np.zeros((side, side), np.uint8)
     contours = [side / 2 + radius * contour for contour in draw_contours(rng)]

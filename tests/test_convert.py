@@ -1,5 +1,6 @@
 """Conversion as a user runs it: sets, splits, interruptions, bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,13 +9,15 @@ import subprocess
 import sys
 import time
 
+import cv2
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from prep import codec, datasets, reader
+from prep import codec, convert, datasets, reader
 from prep.datasets import flyingchairs, sintel, split
+from prep.errors import UserError
 from prep.shards import FIELDS, Manifest, decode_record
 
 
@@ -291,6 +294,63 @@ def test_a_damaged_input_file_is_named(root, tmp_path, file, how, message):
     line = stop("flyingchairs", broken, tmp_path / "out", "--shards", 2)
     assert message in line and f"with space é/{file}" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("image,message", [
+    (np.full((24, 40, 3), 1000, np.uint16), "an image of 16 bits per channel, expected 8"),
+    (np.full((24, 40, 4), 7, np.uint8), "parts of the image are transparent"),
+    (np.full((24, 40), 77, np.uint8), None),
+    (Image.fromarray(np.full((24, 40), 77, np.uint8)).convert("P"), None),
+])  # fmt: skip
+def test_frames_of_other_kinds(release, tmp_path, image, message):
+    """Grey and palette frames become RGB without loss; what would lose something is an error."""
+    path = release / "training/clean/alley_1/frame_0002.png"
+    image.save(path) if isinstance(image, Image.Image) else cv2.imwrite(str(path), image)
+    if message:
+        line = stop("sintel", release, tmp_path / "out")
+        assert str(path) in line and message in line
+    else:
+        none = tiny.split_file(tmp_path / "none.txt", [])
+        out = tiny.convert("sintel", release, tmp_path / "out", "--split-file", none)
+        images = [image for image, *_ in reader.iterate(reader.evaluation_batches(out, "train", batch=1))]
+        assert (images[1] == 77).all() and not (images[0] == 77).all()
+
+
+def test_unknown_flow_of_every_kind(root, tmp_path):
+    broken = shutil.copytree(root, tmp_path / "data")
+    path = broken / "00001_flow.flo"
+    data = bytearray(path.read_bytes())
+    data[12:44] = np.array([1e9, 0, np.nan, 0, 0, -np.inf, 3e38, 1], np.float32).tobytes()
+    path.write_bytes(data)
+    out = tiny.convert("flyingchairs", broken, tmp_path / "out")
+    batches = reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+    _, _, flow, valid, _ = next(batches)
+    assert (valid[0, 0, :4] == 0).all() and valid[0, 0, 4:].all() and valid[0, 1:].all()
+    assert (flow[0, 0, :4] == 0).all() and np.isfinite(flow).all()
+
+
+def test_two_pairs_with_one_name():
+    pair = datasets.Pair("00001", "a.ppm", "b.ppm", "c.flo")
+    with pytest.raises(UserError, match="00001: 2 pairs have this name; rename or remove all but one"):
+        convert.check_names([pair, dataclasses.replace(pair, name="00002"), pair])
+
+
+def test_names_that_are_not_text(root, tmp_path):
+    """Python shows bytes that are not UTF-8 as lone surrogates, which neither JSON nor MindSpore take."""
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/strange\xff")
+    assert "the path is not UTF-8" in stop("flyingchairs", root, strange)
+    shutil.copytree(root, strange)
+    assert "the path is not UTF-8" in stop("flyingchairs", strange, tmp_path / "out")
+    os.rename(strange, tmp_path / "data")
+    for suffix in flyingchairs.SUFFIXES:
+        os.rename(tmp_path / f"data/00001{suffix}", os.fsencode(tmp_path) + b"/data/\xff" + suffix.encode())
+    assert "the file name is not UTF-8" in stop("flyingchairs", tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere/out", "/sys/out"])
+def test_a_target_that_takes_no_files(root, out):
+    """Not by permissions, which do not hold for root."""
+    assert stop("flyingchairs", root, out).startswith(f"error: {os.path.dirname(out)}")
 
 
 @pytest.mark.parametrize("text,message", [

@@ -2,9 +2,12 @@
 
 import io
 import struct
+import sys
 
+import cv2
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -70,11 +73,149 @@ def test_any_bytes_are_a_flow_or_an_error(data):
         pass
 
 
-def test_unknown_flow_is_nan_or_beyond_1e9():
-    flow = np.zeros((1, 6, 2), np.float32)
-    flow[0, 1, 0], flow[0, 2, 1], flow[0, 3, 0], flow[0, 4, 1] = np.nan, 1e10, -np.inf, 1e9
-    assert flowio.known(flow).tolist() == [[1, 0, 0, 0, 1, 1]]
-    assert flowio.known(flow[:, 4:]).tolist() == [[1, 1]]
+# --- .pfm, KITTI's .png, Spring's .flo5 --------------------------------------------------------------
+
+
+def pfm(flow, order="<", scale=b"-1.0"):
+    rows = np.dstack([flow, np.zeros(flow.shape[:2], np.float32)])[::-1]
+    return b"PF\n%d %d\n%s\n" % (*flow.shape[1::-1], scale) + rows.astype(order + "f4").tobytes()
+
+
+def kitti_png(flow, valid):
+    return cv2.imencode(".png", tiny.kitti_pixels(flow, valid)[..., ::-1])[1].tobytes()
+
+
+def flo5(data, name="flow", **options):
+    h5py = pytest.importorskip("h5py")
+    file = io.BytesIO()
+    with h5py.File(file, "w") as opened:
+        opened.create_dataset(name, data=data, **options)
+    return file.getvalue()
+
+
+def test_pfm_rows_run_from_the_bottom_up():
+    data = b"PF\n2 2\n-1\n" + struct.pack("<12f", 5, 6, 0, 7, 8, 0, 1, 2, 0, 3, 4, 0)
+    assert flowio.parse_pfm(data, "f").tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+
+
+@given(flows, st.sampled_from([("<", b"-1"), ("<", b"-1.000000"), (">", b"1"), (">", b"+1.0e0")]))
+def test_pfm_is_read_bit_for_bit_in_both_byte_orders(tmp_path_factory, flow, order):
+    path = tmp_path_factory.mktemp("pfm") / "é x.pfm"
+    path.write_bytes(pfm(flow, *order))
+    found, valid = flowio.read_flow(path)
+    # Swapping the bytes of a NaN may set its quiet bit.
+    assert np.array_equal(found, flow, equal_nan=True) and found.flags.c_contiguous
+    assert np.array_equal(valid, flowio.known(flow)) and flowio.flow_size(path) == flow.shape[:2]
+
+
+def test_kitti_png_is_what_the_development_kit_says(tmp_path):
+    """R and G are 64 times the flow after 2^15, B is whether it is valid."""
+    pixels = np.array([[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16)
+    path = tmp_path / "a.png"
+    path.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+    flow, valid = flowio.read_flow(path)
+    assert flow[valid == 1].tolist() == [[1, -0.5], [0, -512], [511.984375, -511.984375]]
+    assert valid.tolist() == [[1, 1], [0, 1]] and np.isnan(flow[1, 0]).all()
+    assert flowio.flow_size(path) == (2, 2)
+
+
+def test_flo5(tmp_path):
+    flow = np.random.default_rng(0).normal(0, 9, (6, 8, 2)).astype(np.float32)
+    flow[0, 0] = np.nan
+    for number, options in enumerate(({}, {"compression": "gzip", "compression_opts": 5})):
+        path = tmp_path / f"{number} é.flo5"
+        path.write_bytes(flo5(flow, **options))
+        found, valid = flowio.read_flow(path)
+        assert found.tobytes() == flow.tobytes() and flowio.flow_size(path) == (6, 8)
+        assert valid.sum() == 47
+
+
+def test_flo5_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    path = tmp_path / "a.flo5"
+    path.touch()
+    with pytest.raises(UserError, match="a.flo5: an HDF5 file; reading it needs h5py"):
+        flowio.read_flow(path)
+
+
+ZEROS = np.zeros((4, 5, 2), np.float32)
+PFM, PNG = pfm(ZEROS), kitti_png(ZEROS, ZEROS[..., 0] == 0)
+
+
+@pytest.mark.parametrize("suffix,data,message", [
+    (".pfm", b"", "begins with b'', expected a .pfm file"),
+    (".pfm", PFM[:-1], "bytes, expected .* for 5x4 flow; the file is cut short"),
+    (".pfm", PFM + b"x", "too long"),
+    (".pfm", b"Pf" + PFM[2:], "of one channel"),
+    (".pfm", b"PF\n5 4\n0\n", "a scale of 0"),
+    (".pfm", b"PF\n5 4\n1.2.3\n", "a scale of 0"),
+    (".pfm", b"PF\n999999999 999999999\n-1\n", "cut short"),
+    (".pfm", b"PF\n0 4\n-1\n", "says it is 0 wide"),
+    (".png", b"", "0 bytes, the first b''; expected a PNG file"),
+    (".png", PNG[:40], "can't be decoded"),
+    (".png", PNG[:-20], "can't be decoded"),
+    (".png", PNG[:20] + b"\xff" + PNG[21:], "which its .* bytes can't be"),
+    (".png", PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:], "can't be decoded"),
+    (".png", encoded(np.zeros((4, 5, 3), np.uint8), format="PNG"), "of 8 bits and colour type 2"),
+    (".png", encoded(np.zeros((4, 5), np.uint16), format="PNG"), "of 16 bits and colour type 0"),
+    (".exr", b"", "not a flow file that is known here; expected .flo, .pfm, .png, .flo5"),
+])  # fmt: skip
+def test_damaged_pfm_and_png(tmp_path, suffix, data, message):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+        flowio.read_flow(path)
+
+
+def test_damaged_flo5(tmp_path):
+    sound = flo5(ZEROS)
+    huge = flo5(None, shape=(9999, 9999, 2), dtype=np.float32, chunks=(10, 10, 2))
+    for data, message in (
+        (b"", "not a readable .flo5 file"),
+        (sound[:-9], "not a readable .flo5 file"),
+        (flo5(ZEROS, "disparity"), "not a readable .flo5 file"),
+        (flo5(ZEROS[..., 0]), r"holds float32 \(4, 5\), expected"),
+        (flo5(ZEROS.astype(int)), r"holds int64 \(4, 5, 2\), expected"),
+        (huge, "holds float32 .*expected float32 .* that [0-9]+ bytes can hold"),
+    ):
+        path = tmp_path / "a.flo5"
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{path}: {message}"):
+            flowio.read_flow(path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from(["pfm", "png", "flo5"]))
+def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind):
+    """Damaged copies of each format: cut, or with some bytes overwritten."""
+    parse, sound = {
+        "pfm": (flowio.parse_pfm, lambda: PFM),
+        "png": (flowio.parse_kitti_png, lambda: PNG),
+        "flo5": (flowio.parse_flo5, lambda: flo5(ZEROS)),
+    }[kind]
+    seed = bytearray(data.draw(st.just(sound()) | st.binary(max_size=60)))
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)))):
+        if place < len(seed):
+            seed[place] = value
+    seed = bytes(seed[: data.draw(st.integers(0, len(seed)))])
+    try:
+        flow = parse(seed, "f")
+        assert flow.dtype == np.float32 and flow.ndim == 3 and flow.shape[2] == 2
+        assert flow.nbytes <= 1500 * len(seed)
+    except UserError:
+        pass
+
+
+# --- What is not known -------------------------------------------------------------------------------
+
+
+def test_unknown_flow_is_nan_or_from_1e9_on():
+    below = np.nextafter(np.float32(1e9), np.float32(0))
+    flow = np.zeros((1, 7, 2), np.float32)
+    flow[0, 1, 0], flow[0, 2, 1], flow[0, 3, 0], flow[0, 4, 1] = np.nan, 1e10, -np.inf, -1e9
+    flow[0, 5] = below, -below
+    assert flowio.known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
+    assert flowio.known(flow[:, 5:]).tolist() == [[1, 1]]
 
 
 @given(pictures)
@@ -102,8 +243,6 @@ def test_grey_and_palette_pictures_become_rgb():
 
 def sixteen_bit_rgb():
     """A 16-bit RGB PNG, which Pillow can't write and shows as an 8-bit one."""
-    import cv2
-
     return cv2.imencode(".png", np.full((3, 4, 3), 1000, np.uint16))[1].tobytes()
 
 

@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow
 from model.metrics import end_point_error, mean_epe
-from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet
+from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet, start_from_coarser_flow
 from prep.synthesize import make_pair
 from train.step import TrainStep, use_float16
 
@@ -37,6 +37,19 @@ def test_plain_estimators_are_smaller():
     shapes = {p.name: p.shape for p in PWCNet(dense=False).get_parameters()}
     assert shapes["flow_estimators.4.conv2.0.weight"] == (128, 128, 3, 3)
     assert shapes["context_networks.convs.0.0.weight"] == (128, 34, 3, 3)
+
+
+def test_starting_from_the_coarser_flow():
+    """With none of their random weights, all levels hand the first one's flow on as it is."""
+    mindspore.set_seed(0)
+    network = PWCNet()
+    start_from_coarser_flow(network, share=0.0)
+    bias = network.flow_estimators[0].conv_last[0].bias
+    bias.set_data(Tensor(np.float32([0.3, -0.7])))
+    images = Tensor(np.random.default_rng(0).random((2, 1, 3, 64, 64), np.float32))
+    for flow in network(images[0], images[1]):
+        expected = np.broadcast_to(np.float32([0.3, -0.7])[:, None, None], flow.shape[1:])
+        np.testing.assert_allclose(flow.asnumpy()[0], expected, rtol=1e-5)
 
 
 def test_flow_of_every_level_and_of_any_size():

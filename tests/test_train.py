@@ -13,7 +13,8 @@ import tiny
 
 from prep import synthesize
 
-RECIPE = {"crop": "[64,64]", "batch": 4, "steps": 4, "dense": "false", "log_every": 1,
+RECIPE = {"crop": "[64,64]", "batch": 4, "steps": 4, "dense": "false",
+          "start_from_coarser_flow": "false", "log_every": 1,
           "validate_every": 2, "checkpoint_every": 1, "validation_batch": 2}
 
 

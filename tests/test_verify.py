@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 from prep import verify
+from prep.errors import UserError
 from prep.shards import Manifest
 
 
@@ -68,6 +70,17 @@ def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy):
                 assert found and all(str(path) in line and "damaged" in line for line in found), offset
                 flip(path, offset)
     assert problems(copy, deep=True) == []
+
+
+def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy):
+    path = copy / "manifest.json"
+    size = path.stat().st_size
+    for offset in [0, size - 3, *np.random.default_rng(1).integers(0, size - 1, 200)]:
+        flip(path, offset)
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}: (damaged|schema version)"):
+            Manifest.load(copy)
+        flip(path, offset)
+    assert Manifest.load(copy)
 
 
 def test_every_damaged_pair_is_named_and_no_other(copy):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -55,6 +56,97 @@ def sintel(folder, scenes, height=24, width=40, masks=True):
                     mask = 255 * rng.integers(0, 2, (height, width), np.uint8)
                     save(training / "occlusions" / scene / f"frame_{number:04}.png", mask)
     return folder
+
+
+def kitti(folder, pairs, frames="image_2", height=24, width=40):
+    """A KITTI release whose every pair is a little wider than the last; returns its folder."""
+    rng = np.random.default_rng(2)
+    training = folder / "training"
+    for number in range(pairs):
+        size = height, width + 8 * number
+        for frame in (10, 11):
+            save(training / frames / f"{number:06}_{frame}.png", picture(rng, *size))
+        valid = rng.integers(0, 2, size)
+        for kind, mask in (("flow_occ", valid), ("flow_noc", valid & rng.integers(0, 2, size))):
+            save_kitti(training / kind / f"{number:06}_10.png", flow(rng, *size), mask)
+    return folder
+
+
+def hd1k(folder, sequences, height=24, width=40):
+    """An HD1K release with `sequences`, a dict of number to number of frames; returns its folder."""
+    rng = np.random.default_rng(3)
+    for sequence, frames in sequences.items():
+        for frame in range(frames):
+            name = f"{sequence:06}_{10 + frame:04}.png"
+            save(folder / "hd1k_input/image_2" / name, picture(rng, height, width))
+            mask = rng.integers(0, 2, (height, width))
+            save_kitti(folder / "hd1k_flow_gt/flow_occ" / name, flow(rng, height, width), mask)
+    return folder
+
+
+def spring(folder, scenes, height=12, width=20):
+    """A Spring release with `scenes`, a dict of name to number of frames; returns its folder."""
+    import h5py
+
+    rng = np.random.default_rng(4)
+    for scene, frames in scenes.items():
+        for camera in ("left", "right"):
+            for frame in range(1, frames + 1):
+                name = f"frame_{camera}/frame_{camera}_{frame:04}.png"
+                save(folder / "train" / scene / name, picture(rng, height, width))
+            for direction, numbers in (("FW", range(1, frames)), ("BW", range(2, frames + 1))):
+                kind = f"flow_{direction}_{camera}"
+                (folder / "train" / scene / kind).mkdir()
+                for frame in numbers:
+                    with h5py.File(folder / "train" / scene / kind / f"{kind}_{frame:04}.flo5", "w") as file:
+                        file.create_dataset("flow", data=flow(rng, 2 * height, 2 * width), compression=5)
+    return folder
+
+
+def flyingthings3d(folder, scenes, height=24, width=40):
+    """A FlyingThings3D release of the clean pass with `scenes`, as TRAIN/A/0000; returns its folder."""
+    rng = np.random.default_rng(5)
+    for scene in scenes:
+        for camera in ("left", "right"):
+            for frame in (6, 7, 8):
+                name = f"{scene}/{camera}/{frame:04}.png"
+                save(folder / "frames_cleanpass" / name, picture(rng, height, width))
+                for direction, word in (("into_future", "IntoFuture"), ("into_past", "IntoPast")):
+                    name = f"{scene}/{direction}/{camera}/OpticalFlow{word}_{frame:04}_{camera[0].upper()}.pfm"
+                    path = folder / "optical_flow" / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    rows = np.dstack([flow(rng, height, width), np.zeros((height, width))])[::-1]
+                    path.write_bytes(b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes())
+    return folder
+
+
+def flyingthings3d_subset(folder, frames, height=24, width=40):
+    """A FlyingThings3D subset of the clean pass with the numbers `frames` in train and in val."""
+    rng = np.random.default_rng(6)
+    for split in ("train", "val"):
+        for camera in ("left", "right"):
+            for frame in frames:
+                image = picture(rng, height, width)
+                save(folder / split / "image_clean" / camera / f"{frame:07}.png", image)
+                for direction in ("into_future", "into_past"):
+                    path = folder / split / "flow" / camera / direction / f"{frame:07}.flo"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_flo(path, flow(rng, height, width))
+                    mask = 255 * rng.integers(0, 2, (height, width), np.uint8)
+                    save(folder / split / "flow_occlusions" / camera / direction / f"{frame:07}.png", mask)
+    return folder
+
+
+def save_kitti(path, flow, valid):
+    """Write a KITTI flow PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), kitti_pixels(flow, valid)[..., ::-1])
+
+
+def kitti_pixels(flow, valid):
+    """Flow (H, W, 2) and validity (H, W) as the RGB pixels of a KITTI flow PNG, uint16 (H, W, 3)."""
+    pixels = np.dstack([np.rint(64 * flow) + 2**15, np.ones(valid.shape)])
+    return np.where(valid[..., None] != 0, pixels, 0).astype(np.uint16)
 
 
 def save(path, array):

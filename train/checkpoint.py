@@ -31,6 +31,9 @@ def save(folder, step, state, model_options, keep=3):
     partial = folder / f"writing-{path.name}"
     extra = {"step": step, "model": json.dumps(model_options)}
     mindspore.save_checkpoint(state, str(partial), append_dict=extra, crc_check=True)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # MindSpore leaves it readable for the owner alone
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

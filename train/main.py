@@ -97,7 +97,7 @@ def train(recipe, data, out, here, about):
     from mindspore import Tensor, nn
 
     from model.losses import MultiScaleLoss
-    from model.pwcnet import PWCNet
+    from model.pwcnet import PWCNet, start_from_coarser_flow
     from prep import reader
     from prep.picture import strip
     from train import checkpoint
@@ -110,6 +110,8 @@ def train(recipe, data, out, here, about):
     options = {"dense": recipe.dense, "normalize_features": recipe.normalize_features,
                "warp_mode": recipe.warp_mode}
     network = PWCNet(**options)
+    if recipe.start_from_coarser_flow:
+        start_from_coarser_flow(network)
     half = recipe.precision == "float16"
     if half:
         use_float16(network)
@@ -121,10 +123,10 @@ def train(recipe, data, out, here, about):
     first = checkpoint.restore(saved[-1], step) if saved else 0
 
     pairs = reader.count(data, "train")
-    batches = reader.training_batches(
+    batches = reader.iterate(reader.training_batches(
         data, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
         seed=recipe.seed, first_step=first, steps=recipe.steps - first,
-        transform=Augment(recipe.crop, recipe.flip, recipe.jitter))
+        transform=Augment(recipe.crop, recipe.flip, recipe.jitter))) if first < recipe.steps else ()
     # Rank 0 draws the pictures, so they are of pairs that it evaluates.
     shown = range(0, reader.count(data, "val"), here.ranks)[:PICTURES]
     clock, overflows, rates, validations = Clock(), 0, [], []
@@ -146,7 +148,7 @@ def train(recipe, data, out, here, about):
         monitor.text("made_with", "\n".join(f"{key}: {value}" for key, value in about.items()))
         if first:
             monitor.say(f"going on after step {first}: {saved[-1]}")
-        for done, sample in enumerate(clock.waiting(reader.iterate(batches)), first + 1):
+        for done, sample in enumerate(clock.waiting(batches), first + 1):
             rate = learning_rate(recipe, done - 1)
             inputs = [*map(Tensor, sample[:4]), Tensor(rate, mindspore.float32)]
             if done == first + 1:

@@ -27,6 +27,20 @@ class PatientWriterPool(_writer_pool.WriterPool):
 summary_record.WriterPool = PatientWriterPool
 
 
+class LineWriter:
+    """Gives a progress bar's drawings to a file that is no terminal, each as a line of its own."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        if text := text.strip("\r\n "):
+            self.file.write(text + "\n")
+
+    def flush(self):
+        self.file.flush()
+
+
 class Clock:
     """Measures the loop's speed and how much of its time went by waiting for data."""
 
@@ -84,9 +98,11 @@ class Monitor:
         self.summary = mindspore.SummaryRecord(str(folder / "summary"))
         self.events = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        # Under mpirun there is no terminal: it passes on whole lines only.
         self.progress = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
-            mininterval=0.5 if sys.stderr.isatty() else 15, file=sys.stderr)
+            file=sys.stderr if sys.stderr.isatty() else LineWriter(sys.stderr),
+            mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def __enter__(self):
         return self
@@ -128,4 +144,4 @@ class Monitor:
     def say(self, line):
         """Print a line above the progress line."""
         if self.enabled:
-            self.progress.write(line, file=sys.stderr)
+            self.progress.write(line, file=self.progress.fp)

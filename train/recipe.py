@@ -36,6 +36,7 @@ class Recipe:
     dense: bool = True
     normalize_features: bool = False
     warp_mode: str = bounded("bilinear", choices=("bilinear", "nearest"))
+    start_from_coarser_flow: bool = False
     loss: str = bounded("multiscale", choices=("multiscale", "robust"))
     precision: str = bounded("float32", choices=("float32", "float16"))
     # optimisation
@@ -54,6 +55,9 @@ class Recipe:
     def __post_init__(self):
         if any(side % 64 for side in self.crop):
             raise UserError(f"crop is {list(self.crop)}; PWC-Net takes multiples of 64")
+        if self.start_from_coarser_flow and not self.dense:
+            raise UserError("start_from_coarser_flow is true and dense false; plain estimators do "
+                            "not see the coarser flow in their last layer: turn one of them round")
 
     def to_yaml(self):
         """The whole recipe, defaults written out, as YAML text."""

@@ -3,8 +3,9 @@
 A data set is a module with
 
     TITLE       its name for people
-    PAIRS       the number of pairs in its release
-    VALIDATION  the file in prep/splits that lists its validation pairs
+    PAIRS       the number of pairs in its release (in each part); None if that is not certain
+    VALIDATION  the file in prep/splits that lists its validation pairs; None if its pairs say
+                themselves which are held out, as the release does or as whole scenes
     PARTS       its parts, each holding the same scenes under the same split; ("",) if it has none
     list_pairs(root, part) -> list[Pair], in the order that the split's indices mean
 """
@@ -23,8 +24,11 @@ from prep.images import image_size, read_image
 class Pair:
     """The files of one pair: two frames, the flow between them and the masks that the set has.
 
-    invalid and occluded are pictures, not 0 where the flow is not to be trusted or where the first
-    frame's pixel can't be seen in the second.
+    invalid, occluded   pictures, not 0 where the flow is not to be trusted or where the first frame's
+                        pixel can't be seen in the second
+    visible             a flow file that lacks, of those in `flow`, the pixels that can't be seen there
+    flow_step           rows and columns of the flow file for each of the frames', as Spring has 2
+    held_out            whether the data set itself has the pair for validation
     """
 
     name: str
@@ -33,10 +37,17 @@ class Pair:
     flow: str
     invalid: str | None = None
     occluded: str | None = None
+    visible: str | None = None
+    flow_step: int = 1
+    held_out: bool = False
 
     def files(self):
         """The paths of all its files."""
-        return [f for f in (self.image1, self.image2, self.flow, self.invalid, self.occluded) if f]
+        return [f for f in (self.image1, self.image2, self.flow, *self.masks(), self.visible) if f]
+
+    def masks(self):
+        """The paths of its masks: invalid, occluded; None for one that it has not."""
+        return self.invalid, self.occluded
 
 
 def read_pair(pair):
@@ -45,34 +56,34 @@ def read_pair(pair):
     image1, image2: uint8 (H, W, 3); flow: float32 (H, W, 2), pixels; valid, occluded: uint8 (H, W), 1
     where the flow is known and where it leads to something hidden. UserError if the sizes differ.
     """
-    flow, valid = read_flow(pair.flow)
-    sample = {
-        "image1": read_image(pair.image1),
-        "image2": read_image(pair.image2),
-        "flow": flow,
-        "valid": valid,
-        "occluded": np.zeros_like(valid),
-    }
+    flow, valid = (a[:: pair.flow_step, :: pair.flow_step] for a in read_flow(pair.flow))
     size = flow.shape[:2]
-    for field in ("image1", "image2"):
-        check_size(getattr(pair, field), sample[field].shape[:2], pair.flow, size)
-    if pair.invalid:
-        mask = read_image(pair.invalid)[..., 0]
-        check_size(pair.invalid, mask.shape, pair.flow, size)
-        sample["valid"] = valid & (mask == 0)
+
+    def read(path):
+        image = read_image(path)
+        check_size(path, image.shape[:2], pair.flow, size)
+        return image
+
+    sample = {"image1": read(pair.image1), "image2": read(pair.image2), "flow": flow}
+    occluded = np.zeros(size, np.uint8)
     if pair.occluded:
-        mask = read_image(pair.occluded)[..., 0]
-        check_size(pair.occluded, mask.shape, pair.flow, size)
-        sample["occluded"] = (mask != 0).astype(np.uint8)
-    return sample
+        occluded = (read(pair.occluded)[..., 0] != 0).astype(np.uint8)
+    if pair.visible:
+        _, seen = read_flow(pair.visible)
+        check_size(pair.visible, seen.shape, pair.flow, size)
+        occluded |= valid & (seen == 0)
+    if pair.invalid:
+        valid = valid & (read(pair.invalid)[..., 0] == 0)
+    return {**sample, "valid": valid, "occluded": occluded}
 
 
 def pair_size(pair):
     """(H, W) of a pair from its files' headers; UserError if a header is wrong or they differ."""
-    size = flow_size(pair.flow)
-    for path in pair.files():
-        if path != pair.flow:
-            check_size(path, image_size(path), pair.flow, size)
+    size = tuple(-(-side // pair.flow_step) for side in flow_size(pair.flow))
+    for path in (pair.image1, pair.image2, *filter(None, pair.masks())):
+        check_size(path, image_size(path), pair.flow, size)
+    if pair.visible:
+        check_size(pair.visible, flow_size(pair.visible), pair.flow, size)
     return size
 
 
@@ -90,6 +101,30 @@ def check_folder(path, expected):
     if not os.path.isdir(path):
         found = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UserError(f"{path}: {found}; expected {expected}")
+
+
+def find_folder(root, inner, expected):
+    """`root`/`inner` if it is a folder, else `root` itself; UserError unless that is one."""
+    check_folder(root, expected)
+    path = os.path.join(root, inner)
+    return path if os.path.isdir(path) else root
+
+
+def check_present(paths, reason):
+    """UserError, with the `reason`, if one of the files `paths` is not there."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise missing_files(missing, reason)
+
+
+def check_run(numbers, path_of):
+    """UserError if frame `numbers` don't run from 1 without a gap; `path_of(number)` is its file."""
+    gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
+    if gaps:
+        raise missing_files(
+            [path_of(number) for number in gaps],
+            f"the scene's frames must run from 1 to {max(numbers)} without a gap",
+        )
 
 
 def missing_files(missing, reason):

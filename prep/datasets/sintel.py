@@ -7,7 +7,7 @@ downloaded too, training/{invalid,occlusions}/SCENE/frame_0001.png. Source: http
 import os
 import re
 
-from prep.datasets import Pair, check_folder, missing_files
+from prep.datasets import Pair, check_folder, check_present, check_run, find_folder, missing_files
 from prep.errors import UserError
 
 TITLE = "MPI-Sintel"
@@ -22,9 +22,9 @@ def list_pairs(root, part):
 
     `root` is the release's folder or its training folder.
     """
-    check_folder(root, "the MPI-Sintel release (with training/ in it) or its training folder")
-    inner = os.path.join(root, "training")
-    training = inner if os.path.isdir(inner) else root
+    training = find_folder(
+        root, "training", "the MPI-Sintel release (with training/ in it) or its training folder"
+    )
     images = os.path.join(training, part)
     check_folder(images, f"the {part} pass, SCENE/frame_NNNN.png")
     check_folder(os.path.join(training, "flow"), "the flow, SCENE/frame_NNNN.flo")
@@ -32,9 +32,7 @@ def list_pairs(root, part):
     pairs = [p for scene in scenes for p in _list_scene(training, part, scene)]
     if not pairs:
         raise UserError(f"{images}: no pair in it; expected SCENE/frame_0001.png and so on")
-    missing = [p.flow for p in pairs if not os.path.exists(p.flow)]
-    if missing:
-        raise missing_files(missing, "every frame but a scene's last needs its flow")
+    check_present([p.flow for p in pairs], "every frame but a scene's last needs its flow")
     return pairs
 
 
@@ -43,12 +41,7 @@ def _list_scene(training, part, scene):
     numbers = sorted(int(m[1]) for m in map(FRAME.fullmatch, os.listdir(folder)) if m)
     if len(numbers) < 2:
         raise UserError(f"{folder}: {len(numbers)} frames, expected at least 2 as frame_0001.png")
-    gaps = sorted(set(range(1, numbers[-1] + 1)) - set(numbers))
-    if gaps:
-        raise missing_files(
-            [os.path.join(folder, f"frame_{n:04}.png") for n in gaps],
-            f"the scene's frames must run from 1 to {numbers[-1]} without a gap",
-        )
+    check_run(numbers, lambda number: os.path.join(folder, f"frame_{number:04}.png"))
     flows = os.path.join(training, "flow", scene)
     if len(os.listdir(flows) if os.path.isdir(flows) else []) >= len(numbers):
         # Only frames at a scene's end can be missing here, and the flow tells that they are.

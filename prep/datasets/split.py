@@ -28,6 +28,11 @@ def read_list(path):
     return indices, hashlib.sha256(data).hexdigest()
 
 
+def held_out(pairs):
+    """The indices of the `pairs` that their data set itself has for validation."""
+    return [i for i, pair in enumerate(pairs) if pair.held_out]
+
+
 def divide(pairs, indices):
     """The (train, val) lists of `pairs`: val has those whose position is in `indices`, in order."""
     chosen = set(indices)

@@ -1,0 +1,65 @@
+"""The image pairs that the benchmarks measure on: copies of the real one, or synthetic ones."""
+
+import os
+import shutil
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[0] = ROOT  # `prep`, and not this folder's neighbours
+
+from prep import flowio, images, synthesize
+from prep.datasets import flyingchairs, read_pair
+from prep.shards import Manifest
+
+SAMPLES = os.path.join(os.path.dirname(ROOT), "shared", "samples", "FlyingChairs_release")
+
+
+def add_options(parser):
+    """Declare --data and --pairs."""
+    parser.add_argument(
+        "--data", choices=("real", "synthetic"), default="real" if os.path.isdir(SAMPLES) else "synthetic",
+        help=f"copies of the pair in {SAMPLES}, or made by prep/synthesize.py (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=320, help="default: %(default)s")
+
+
+def samples(kind, number):
+    """`number` different pairs as dicts of arrays; of the real kind there are as many as there are."""
+    if kind == "real":
+        return [read_pair(pair) for pair in flyingchairs.list_pairs(SAMPLES, "")][:number]
+    made = (synthesize.make_pair(seed, 384, 512) for seed in range(number))
+    return [{"image1": one, "image2": two, "flow": flow} for one, two, flow, _ in made]
+
+
+def write_set(folder, kind, pairs):
+    """Write `pairs` pairs in the layout of FlyingChairs into the new `folder`; returns their bytes.
+
+    Every pair has files of its own, so that they are not read from the processor's cache. From the
+    synthetic kind only 40 are different.
+    """
+    os.makedirs(folder)
+    different = samples(kind, min(pairs, 40))
+    for number in range(pairs):
+        sample, stem = different[number % len(different)], os.path.join(folder, f"{number + 1:05}")
+        images.write_ppm(f"{stem}_img1.ppm", sample["image1"])
+        images.write_ppm(f"{stem}_img2.ppm", sample["image2"])
+        flowio.write_flo(f"{stem}_flow.flo", sample["flow"])
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
+
+
+def stored(folder):
+    """The bytes on disk of a converted set's shards."""
+    return sum(512 * os.stat(os.path.join(folder, name)).st_blocks for name in Manifest.load(folder).shards)
+
+
+def print_table(header, rows):
+    """Print rows of text as a table in Markdown."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def free(folder):
+    """Remove a folder that a benchmark made."""
+    shutil.rmtree(folder, ignore_errors=True)

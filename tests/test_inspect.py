@@ -1,0 +1,105 @@
+"""Looking at a converted set: the figures are right, the picture and the page hold the pairs."""
+
+import base64
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from prep import inspect as inspect_set
+from prep.flowio import write_flo
+from prep.shards import Manifest
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Ten pairs: the flow is (3, 4) times 1 to 10, so every length is a multiple of 5; one corner unknown."""
+    folder = tmp_path_factory.mktemp("set")
+    data = tiny.chairs(folder / "data", 10)
+    for number in range(1, 11):
+        flow = np.full((24, 40, 2), (3 * number, 4 * number), np.float32)
+        flow[:12, :20] = 1e10
+        write_flo(data / f"{number:05}_flow.flo", flow)
+    list_file = tiny.split_file(folder / "split é.txt", [9])
+    return tiny.convert("flyingchairs", data, folder / "a <set> é", "--split-file", list_file)
+
+
+def run_inspect(*arguments, cwd=tiny.ROOT.parent):
+    command = [sys.executable, tiny.ROOT / "prep" / "inspect.py", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def test_the_figures(converted):
+    done = run_inspect(converted, cwd=tiny.ROOT / "prep")  # where it would hide Python's own inspect
+    assert done.returncode == 0, done.stderr
+    for text in (
+        f"{converted}: flyingchairs, 10 pairs in 10 shards",
+        "splits       train 9, val 1",
+        "validation   split é.txt",
+        "sizes        10 of 40x24",
+        "measured on  all pairs",
+        "75.0 % with known flow, 0.0 % occluded",
+        "mean 27.50 px, longest 50.0 px; 10 % below 9.50, 50 % below 27.50",
+        "     4-8 px  10.0 % ##########\n",
+        "   32-64 px  40.0 % ",
+    ):
+        assert text in done.stdout, text
+
+
+def test_a_sample_is_spread_evenly_and_said_to_be_one(converted):
+    text = run_inspect(converted, "--pairs", 3).stdout
+    assert "a sample of 3 of the 10 pairs" in text and "longest 50.0 px" in text
+    assert inspect_set.evenly(10, 3).tolist() == [0, 4, 9]
+    assert inspect_set.evenly(2, 5).tolist() == [0, 1]
+
+
+def test_the_picture(converted, tmp_path):
+    done = run_inspect(converted, "--png", tmp_path / "sheet é.png")
+    assert done.returncode == 0, done.stderr
+    sheet = np.asarray(Image.open(tmp_path / "sheet é.png"))
+    assert sheet.ndim == 3 and sheet.shape[0] > 200 + 8 * 24
+    found = inspect_set.measure(Manifest.load(converted), converted, 10)
+    assert len(found.strips) == 8 and found.strips[0].shape == (24, 120, 3)
+    flow = found.strips[0][:, 80:]
+    assert (flow[:12, :20] == 0).all() and (flow[12:, 20:] == flow[23, 39]).all()
+    assert found.captions[0] == "00001 (train), 40x24, mean 5.0, longest 5.0 px"
+    bars = inspect_set.draw_histogram(found.shares)
+    assert (bars == (69, 117, 180)).all(axis=2).any()
+
+
+def test_the_page_holds_all_in_one_file(converted, tmp_path):
+    page = tmp_path / "page.html"
+    assert run_inspect(converted, "--html", page).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert "a &lt;set&gt; é" in text and "<set>" not in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    assert len(pictures) == 9
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+
+
+def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble():
+    sample = {
+        "image1": np.zeros((100, 1200, 3), np.uint8),
+        "image2": np.zeros((100, 1200, 3), np.uint8),
+        "flow": np.zeros((100, 1200, 2), np.float32),
+        "valid": np.zeros((100, 1200), np.uint8),
+    }
+    assert inspect_set.draw_pair(sample).shape == (43, 3 * inspect_set.PANEL, 3)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["nowhere"], "expected a folder written by prep/convert.py"),
+    (["--pairs", "0"], "--pairs 0: expected 1 or more"),
+    (["--png", "nowhere/at all.png"], "nowhere/at all.png"),
+])  # fmt: skip
+def test_mistakes(converted, arguments, message):
+    if arguments[0] != "nowhere":
+        arguments = [converted, *arguments]
+    done = run_inspect(*arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
