@@ -103,19 +103,23 @@ def joined(prepare, device="CPU"):
         if here.local_ranks == here.ranks:
             address = ("127.0.0.1", address[1])  # a machine's own name need not lead to it
     start_mindspore(here, device, address)
-    yield here, plan
-    mpi.COMM_WORLD.Barrier()
-    mpi.Finalize()
     # The cluster's own farewell, at exit, is a race between ranks and scheduler that MindSpore 2.8.0
     # now and then loses by a segmentation fault or ten seconds of waiting: leave without it.
-    atexit.register(leave)
+    try:
+        yield here, plan
+    except BaseException as error:
+        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    mpi.COMM_WORLD.Barrier()
+    mpi.Finalize()
+    atexit.register(leave, 0)
 
 
-def leave():
-    """End this process, successfully and at once."""
+def leave(status):
+    """End this process at once, without MindSpore's farewell."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def start_mpi(here):
@@ -189,7 +193,10 @@ def start_mindspore(here, device, address=None):
     import mindspore.communication as communication
 
     try:
-        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device)
+        # MindSpore's threads wait by spinning: ranks with a thread for each core of the machine take
+        # one another's time, twice as long a step with two ranks on two cores.
+        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device,
+                              runtime_num_threads=here.threads)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MindSpore cannot use a {device} here: {reason}") from None

@@ -1,9 +1,9 @@
 """Field payloads: encode an image, flow or mask to bytes and back, bit for bit, with a checksum.
 
 A payload is a header (CRC-32, codec, type, channels, height, width) and a body. The CRC covers the
-rest of the header and the body and starts from the pair's and the field's name, so a flipped byte, a
-swapped field and a record in another pair's place are all found. The body's codec is in the header:
-the default may change and old sets still read.
+rest of the header and the body and starts from the pair's and the field's name, so a flipped byte,
+a swapped field and a record in another pair's place are all found. The body's codec is in the
+header: the default may change and old sets still read.
 """
 
 import struct
@@ -58,8 +58,8 @@ def check(payload, *, pair, field, source):
         payload[4:], _seed(pair, field)
     ):
         raise UserError(
-            f"{source}: {field} of pair {pair} is damaged (its checksum does not match); restore the "
-            "file from a copy or convert the set again"
+            f"{source}: {field} of pair {pair} is damaged (its checksum does not match); restore "
+            "the file from a copy or convert the set again"
         )
 
 
@@ -78,7 +78,9 @@ def decode(payload, *, pair, field, source):
     if number == RAW:
         return np.frombuffer(body, dtype).reshape(shape)
     if number not in (GRADIENT_ZSTD, PLANES_ZSTD):
-        raise UserError(f"{source}: unknown codec {number}; the set needs a newer version of this toolkit")
+        raise UserError(
+            f"{source}: unknown codec {number}; the set needs a newer version of this toolkit"
+        )
     planes = _decompress(body, height * width * channels * np.dtype(dtype).itemsize)
     planes = np.frombuffer(planes, dtype).reshape(channels, height, width)
     if number == GRADIENT_ZSTD:
@@ -92,13 +94,13 @@ def pack(payloads):
 
 
 def unpack(record, number, *, pair, source):
-    """The `number` payloads of a record, as memoryviews; UserError if their lengths don't fit it."""
+    """The `number` payloads of a record, memoryviews; UserError unless they fill it."""
     record, start = memoryview(record), 4 * number
     lengths = struct.unpack_from(f"<{number}I", record) if len(record) >= start else [0]
     if start + sum(lengths) != len(record):
         raise UserError(
-            f"{source}: the record of pair {pair} is damaged (its parts don't fill it); restore the file "
-            "from a copy or convert the set again"
+            f"{source}: the record of pair {pair} is damaged (its parts don't fill it); restore "
+            "the file from a copy or convert the set again"
         )
     payloads = []
     for length in lengths:
@@ -138,8 +140,9 @@ def _to_gradient(image):
 def _from_gradient(residuals):
     """The image (H, W, 3) of its residuals (3, H, W).
 
-    The prediction's inverse is a running sum over rows and columns, which is OpenCV's integral image:
-    five times as fast as numpy's accumulate. Its int32 sums may wrap, which modulo 256 is no harm.
+    The prediction's inverse is a running sum over rows and columns, which is OpenCV's integral
+    image: five times as fast as numpy's accumulate. Its int32 sums may wrap, which modulo 256 is no
+    harm.
     """
     red, green, blue = (cv2.integral(plane)[1:, 1:].astype(np.uint8) for plane in residuals)
     red += green

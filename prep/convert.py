@@ -1,6 +1,7 @@
 """Convert a data set to a folder of MindRecord shards and a manifest."""
 
 import os, sys
+
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -85,17 +86,19 @@ def main():
 def parse_options():
     parser = argparse.ArgumentParser(
         prog="convert.py",
-        description="Convert an optical-flow data set to MindRecord shards. Work goes to OUT.partial, "
-        "which becomes OUT when it is whole; a run that was cut short goes on where it stopped. Under "
-        "mpirun the shards are spread over the ranks.",
+        description="Convert an optical-flow data set to MindRecord shards. Work goes to "
+        "OUT.partial, which becomes OUT when it is whole; a run that was cut short goes on where "
+        "it stopped. Under mpirun the shards are spread over the ranks.",
     )
-    parser.add_argument("dataset", choices=sorted(DATASETS), help="the layout of the files under --root")
+    parser.add_argument(
+        "dataset", choices=sorted(DATASETS), help="the layout of the files under --root"
+    )
     parser.add_argument("--root", required=True, metavar="DIR", help="the unpacked release")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new set's folder")
     parser.add_argument(
         "--shards", type=int, default=16, metavar="N",
-        help="shards of the training split, and of each of its parts (default %(default)s); several "
-        "times the number of worker processes is good",
+        help="shards of the training split, and of each of its parts (default %(default)s); "
+        "several times the number of worker processes is good",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W",
@@ -107,15 +110,17 @@ def parse_options():
     )  # fmt: skip
     parser.add_argument(
         "--split-file", metavar="FILE",
-        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed list, or those that it holds out itself)",
+        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed "
+        "list, or those that it holds out itself)",
     )  # fmt: skip
     return parser.parse_args()
 
 
 @dataclasses.dataclass
 class Plan:
-    """What is to be written: tasks are (shard file, its pairs), splits the files of each one's shards,
-    validation the name and hash of the split file (None: the data set itself holds pairs out). description tells this conversion from others."""
+    """What is to be written: tasks are (shard file, its pairs), splits the files of each one's
+    shards, validation the name and hash of the split file (None: the data set itself holds pairs
+    out). description tells this conversion from others."""
 
     pairs: list
     tasks: list
@@ -170,7 +175,7 @@ def make_plan(options):
 
 
 def fingerprint(pairs):
-    """SHA-256 over the pairs' names and their files' sizes and times, so that changed input is seen."""
+    """SHA-256 over the pairs' names and their files' sizes and times: changed input is seen."""
     digest = hashlib.sha256()
     for pair in pairs:
         for path in pair.files():
@@ -184,7 +189,8 @@ def deal(stem, pairs, wanted):
     count = min(wanted, len(pairs))
     ends = [len(pairs) * i // count for i in range(count + 1)] if count else []
     return [
-        (f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)
+        (f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]])
+        for i in range(count)
     ]
 
 
@@ -194,8 +200,8 @@ def tell_sizes(dataset, part, pairs, train, val, options):
     print(f"{title}: {len(pairs)} pairs, {len(train)} for training and {len(val)} for validation")
     if dataset.PAIRS not in (None, len(pairs)) and not options.split_file:
         print(
-            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split as it is all the "
-            "same (--split-file takes another list)"
+            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split as it is "
+            "all the same (--split-file takes another list)"
         )
     for name, chosen in (("training", train), ("validation", val)):
         if not chosen:
@@ -221,12 +227,14 @@ def is_whole(out, plan):
     if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
         return False
     if not os.path.exists(os.path.join(out, shards.MANIFEST)):
-        raise UserError(f"{out}: is there and not empty; choose another folder for --out or remove it")
+        raise UserError(
+            f"{out}: is there and not empty; choose another folder for --out or remove it"
+        )
     manifest = shards.Manifest.load(out)
     if manifest.made["plan"] != plan.description:
         raise UserError(
-            f"{out}: holds another set ({manifest.dataset}, made by `{manifest.made['command']}`, or "
-            "from other files); choose another folder for --out or remove it"
+            f"{out}: holds another set ({manifest.dataset}, made by `{manifest.made['command']}`, "
+            "or from other files); choose another folder for --out or remove it"
         )
     for shard in manifest.shards.values():
         shard.check_files(out)
@@ -235,7 +243,9 @@ def is_whole(out, plan):
 
 def check_inputs(plan):
     """Check every file's header before the work begins; UserError for the first that is wrong."""
-    for pair in tqdm(plan.pairs, "checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False):
+    for pair in tqdm(
+        plan.pairs, "checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False
+    ):
         pair_size(pair)
 
 
@@ -270,8 +280,8 @@ def open_partial(partial, out, plan):
             raise UserError(f"{partial}: is there and not from a conversion; move it away")
         if found != plan.description:
             raise UserError(
-                f"{partial}: an unfinished conversion of other files or with other options; remove it, "
-                "or finish it with the command that began it"
+                f"{partial}: an unfinished conversion of other files or with other options; remove "
+                "it, or finish it with the command that began it"
             )
     else:
         os.makedirs(partial, exist_ok=True)
@@ -356,8 +366,8 @@ def drive(workers, tasks, bar):
                     busy -= 1
             except (EOFError, ConnectionError):
                 raise UserError(
-                    f"worker process {workers[connection].pid} was killed (out of memory?); run the "
-                    "same command again to go on, perhaps with fewer --workers"
+                    f"worker process {workers[connection].pid} was killed (out of memory?); run "
+                    "the same command again to go on, perhaps with fewer --workers"
                 ) from None
             if kind == "pairs":
                 bar.update(value)
@@ -370,7 +380,7 @@ def drive(workers, tasks, bar):
 def work(connection, partial, codec_name, parent):
     """A worker process: write the shards that come through `connection`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
-    if os.environ.get("KEEP", "1") == "1": memory.keep_freed_blocks()
+    memory.keep_freed_blocks()
 
     def progress():
         if os.getppid() != parent:  # killed; forked neighbours keep its pipes open, so none breaks
@@ -398,8 +408,9 @@ def work(connection, partial, codec_name, parent):
 def finish(partial, out, plan, options):
     """Write the manifest and give the set its final name."""
     found = [find_shard(partial, file) for file, _ in plan.tasks]
-    words = ["prep/convert.py", options.dataset, "--root", options.root, "--shards", str(options.shards)]
-    words += ["--codec", options.codec] + (["--split-file", options.split_file] * bool(options.split_file))
+    words = ["prep/convert.py", options.dataset, "--root", options.root]
+    words += ["--shards", str(options.shards), "--codec", options.codec]
+    words += ["--split-file", options.split_file] if options.split_file else []
     manifest = shards.Manifest(
         dataset=options.dataset,
         schema_version=shards.SCHEMA_VERSION,
@@ -422,7 +433,10 @@ def finish(partial, out, plan, options):
     # MindRecord's pages end in holes, which no disk stores, so blocks say more than lengths.
     size = sum(512 * os.stat(os.path.join(out, shard.file)).st_blocks for shard in found)
     raw = sum(os.path.getsize(path) for pair in plan.pairs for path in pair.files())
-    print(f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for {raw / 1e6:.1f} MB")
+    print(
+        f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for "
+        f"{raw / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

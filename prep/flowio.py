@@ -1,4 +1,4 @@
-"""Flow files: read optical flow bit for bit from .flo, .pfm, KITTI's .png and Spring's .flo5; write .flo.
+"""Flow files: read optical flow bit for bit (.flo, .pfm, KITTI's .png, Spring's .flo5); write .flo.
 
 A flow is a float32 array (H, W, 2): the displacement in pixels, right and down, that takes each
 pixel of the first image to its place in the second.
@@ -19,22 +19,24 @@ from prep.errors import UserError
 FLO_TAG = b"PIEH"
 FLO_HEADER = struct.Struct("<4sii")
 
-# The same source: larger values (Sintel writes 1e10) mean that the flow is not known there. Some write
-# the limit itself, which is no more of a motion.
+# The same source: larger values (Sintel writes 1e10) mean that the flow is not known there. Some
+# write the limit itself, which is no more of a motion.
 UNKNOWN_FLOW = 1e9
 
-# "PF" (three channels; "Pf" has one), width, height and a scale whose sign is the byte order, then the
-# rows of float32 from the bottom up. Source: https://www.pauldebevec.com/Research/HDR/PFM
-PFM_HEADER = re.compile(rb"P([Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?[\d.]{1,20}(?:[eE][-+]?\d{1,3})?)\s")
+# "PF" (three channels; "Pf" has one), width, height and a scale whose sign is the byte order, then
+# the rows of float32 from the bottom up. Source: https://www.pauldebevec.com/Research/HDR/PFM
+PFM_HEADER = re.compile(
+    rb"P([Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?[\d.]{1,20}(?:[eE][-+]?\d{1,3})?)\s"
+)
 
-# KITTI: a 16-bit RGB PNG of 64 u + 2^15, 64 v + 2^15 and, where these are known, a number that is not
-# 0. Source: the development kit of https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
+# KITTI: a 16-bit RGB PNG of 64 u + 2^15, 64 v + 2^15 and, where these are known, a number that is
+# not 0. Source: the development kit of https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # signature; name, width, height, depth, colour of IHDR
 PNG_RGB = 2
 
-# Deflate packs at most 1,032 bytes into one, so a file that says it holds more is damaged, and must not
-# be given the memory that it asks for.
+# Deflate packs at most 1,032 bytes into one, so a file that says it holds more is damaged, and must
+# not be given the memory that it asks for.
 MAX_EXPANSION = 1100
 
 
@@ -57,7 +59,9 @@ def format_of(path):
     """The (parse, size) functions for a flow file's suffix; UserError for an unknown one."""
     suffix = os.path.splitext(path)[1]
     if suffix not in FORMATS:
-        raise UserError(f"{path}: not a flow file that is known here; expected {', '.join(FORMATS)}")
+        raise UserError(
+            f"{path}: not a flow file that is known here; expected {', '.join(FORMATS)}"
+        )
     return FORMATS[suffix]
 
 
@@ -81,11 +85,11 @@ def check_size(name, width, height, expected, length):
         )
 
 
-# --- .flo: Middlebury, FlyingChairs, Sintel ----------------------------------------------------------
+# --- .flo: Middlebury, FlyingChairs, Sintel -------------------------------------------------------
 
 
 def read_flo(path):
-    """Read a Middlebury .flo file: float32 (H, W, 2), pixels. UserError if it is not a whole one."""
+    """Read a .flo file: float32 (H, W, 2), pixels. UserError if it is not a whole one."""
     with open(path, "rb") as file:
         return parse_flo(file.read(), path)
 
@@ -109,7 +113,9 @@ def flo_size(file, length, name):
         )
     tag, width, height = FLO_HEADER.unpack(header)
     if tag != FLO_TAG:
-        raise UserError(f"{name}: begins with {tag!r}, expected a .flo file, which begins {FLO_TAG!r}")
+        raise UserError(
+            f"{name}: begins with {tag!r}, expected a .flo file, which begins {FLO_TAG!r}"
+        )
     check_size(name, width, height, FLO_HEADER.size + 8 * width * height, length)
     return height, width
 
@@ -122,11 +128,11 @@ def write_flo(path, flow):
     write_whole(path, FLO_HEADER.pack(FLO_TAG, width, height) + flow.astype("<f4").tobytes())
 
 
-# --- .pfm: FlyingThings3D ----------------------------------------------------------------------------
+# --- .pfm: FlyingThings3D -------------------------------------------------------------------------
 
 
 def parse_pfm(data, name):
-    """The flow in the bytes of a three-channel .pfm file, float32 (H, W, 2); the third is always 0."""
+    """The flow in the bytes of a three-channel .pfm, float32 (H, W, 2); the third is always 0."""
     height, width = pfm_size(io.BytesIO(data), len(data), name)
     header = PFM_HEADER.match(data[:100])
     order = "<" if float(header[4]) < 0 else ">"
@@ -140,7 +146,8 @@ def pfm_size(file, length, name):
     header = PFM_HEADER.match(start)
     if not header:
         raise UserError(
-            f"{name}: begins with {start[:8]!r}, expected a .pfm file, which begins b'PF', width, height"
+            f"{name}: begins with {start[:8]!r}, expected a .pfm file, which begins b'PF', width, "
+            "height"
         )
     width, height = int(header[2]), int(header[3])
     try:
@@ -149,18 +156,18 @@ def pfm_size(file, length, name):
         scale = 0.0
     if header[1] != b"F" or scale == 0:
         raise UserError(
-            f"{name}: a .pfm file of one channel or with a scale of 0; expected flow, which has three "
-            "channels (PF) and a scale of 1 or -1"
+            f"{name}: a .pfm file of one channel or with a scale of 0; expected flow, which has "
+            "three channels (PF) and a scale of 1 or -1"
         )
     check_size(name, width, height, header.end() + 12 * width * height, length)
     return height, width
 
 
-# --- .png: KITTI, HD1K -------------------------------------------------------------------------------
+# --- .png: KITTI, HD1K ----------------------------------------------------------------------------
 
 
 def parse_kitti_png(data, name):
-    """The flow in the bytes of a KITTI flow .png, float32 (H, W, 2); NaN where the file has none."""
+    """The flow in the bytes of a KITTI flow .png, float32 (H, W, 2); NaN where it has none."""
     size = kitti_png_size(io.BytesIO(data), len(data), name)
     # None if a checksum or the amount of data is wrong.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -180,17 +187,18 @@ def kitti_png_size(file, length, name):
     _, chunk, width, height, depth, colour = PNG_HEADER.unpack(header)
     if (chunk, depth, colour) != (b"IHDR", 16, PNG_RGB):
         raise UserError(
-            f"{name}: a PNG of {depth} bits and colour type {colour}; expected flow as KITTI has it, 16-bit "
-            f"RGB (type {PNG_RGB})"
+            f"{name}: a PNG of {depth} bits and colour type {colour}; expected flow as KITTI has "
+            f"it, 16-bit RGB (type {PNG_RGB})"
         )
     if not 0 < 6 * width * height <= MAX_EXPANSION * length:
         raise UserError(
-            f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is damaged"
+            f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is "
+            "damaged"
         )
     return height, width
 
 
-# --- .flo5: Spring -----------------------------------------------------------------------------------
+# --- .flo5: Spring --------------------------------------------------------------------------------
 
 
 def parse_flo5(data, name):
@@ -211,7 +219,9 @@ def use_flo5(file, length, name, use):
     try:
         import h5py
     except ImportError:
-        raise UserError(f"{name}: an HDF5 file; reading it needs h5py, `pip install h5py`") from None
+        raise UserError(
+            f"{name}: an HDF5 file; reading it needs h5py, `pip install h5py`"
+        ) from None
     try:
         with h5py.File(file, "r") as opened:
             flow = opened["flow"]
@@ -226,7 +236,9 @@ def use_flo5(file, length, name, use):
         raise UserError(
             f"{name}: not a readable .flo5 file ({reason}); copy or unpack it again"
         ) from None
-    raise UserError(f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold")
+    raise UserError(
+        f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold"
+    )
 
 
 FORMATS = {
@@ -237,7 +249,7 @@ FORMATS = {
 }
 
 
-# --- Writing -----------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def write_whole(path, data):

@@ -13,7 +13,9 @@ from prep.flowio import write_whole
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")
 
 # "P6", width, height, 255, each after white space or comments, then one white space and the pixels.
-PPM_HEADER = re.compile(rb"P6(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+255\s")
+PPM_HEADER = re.compile(
+    rb"P6(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+255\s"
+)
 
 # No format above packs more than this many pixel bytes into one byte of file (deflate: 1,032), so a
 # picture that says it is larger is damaged, and must not be given the memory that it asks for.
@@ -43,8 +45,8 @@ def image_size(path):
 def parse_image(data, name):
     """The picture in the bytes of an image file, uint8 (H, W, 3), RGB; `name` is for the error.
 
-    Grey and palette pictures become RGB, which loses nothing. An alpha channel that hides something,
-    or more than 8 bits per channel, would: those are errors.
+    Grey and palette pictures become RGB, which loses nothing. An alpha channel that hides
+    something, or more than 8 bits per channel, would: those are errors.
     """
     if not data:
         raise unreadable(name, "it is empty")
@@ -84,8 +86,8 @@ def unreadable(name, error):
     if not isinstance(error, UnidentifiedImageError):
         reason = " ".join(str(error).split())[:100]
     return UserError(
-        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, copy or "
-        "unpack it again"
+        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, "
+        "copy or unpack it again"
     )
 
 
@@ -97,7 +99,7 @@ def bit_depth(image, data):
 
 
 def to_rgb(image, name):
-    """uint8 (H, W, 3) from a loaded Pillow picture of 8 bits, UserError if some of it is see-through."""
+    """uint8 (H, W, 3) from a loaded Pillow picture of 8 bits; UserError if it is see-through."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:

@@ -1,6 +1,7 @@
-"""Look at a converted set: counts, sizes, how far its pixels move, and a sheet of pairs in colour."""
+"""Look at a converted set: counts, sizes, displacements, and a sheet of pairs in colour."""
 
 import os, sys
+
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -67,9 +68,9 @@ def parse_options():
 Measured = collections.namedtuple(
     "Measured", "pairs known occluded mean longest percentiles shares strips captions"
 )
-Measured.__doc__ = """What was measured on a sample: how many pairs, the shares of their pixels whose flow is
-known and occluded, statistics of the known displacements in pixels (shares: of the bars between
-BOUNDS), and for the sheet some pairs drawn, with their captions."""
+Measured.__doc__ = """What was measured on a sample: how many pairs, the shares of their pixels with
+known and with occluded flow, statistics of the known displacements in pixels (shares: of the bars
+between BOUNDS), and for the sheet some pairs drawn, with their captions."""
 
 
 def measure(manifest, folder, pairs):
@@ -92,7 +93,14 @@ def measure(manifest, folder, pairs):
             strip = draw_pair(sample)
             caption = caption_of(name, shard.file, length, known)
         lengths = length[:: max(1, length.size // PIXELS)]
-        return lengths, length.max(initial=0), known.mean(), sample["occluded"].mean(), strip, caption
+        return (
+            lengths,
+            length.max(initial=0),
+            known.mean(),
+            sample["occluded"].mean(),
+            strip,
+            caption,
+        )
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(look, chosen.tolist())
@@ -115,7 +123,7 @@ def measure(manifest, folder, pairs):
 
 
 def evenly(total, wanted):
-    """At most `wanted` of range(total), evenly spaced, with the first and the last; int64, ordered."""
+    """At most `wanted` of range(total), evenly spaced from first to last; int64, ordered."""
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
 
 
@@ -129,14 +137,20 @@ def describe(manifest, folder, found):
     for shard in shards:
         for number, height, width in shard.sizes:
             sizes[f"{width}x{height}"] += number
-    raw = sum(number * np.prod([int(n) for n in size.split("x")]) * 14 for size, number in sizes.items())
+    raw = sum(
+        number * np.prod([int(n) for n in size.split("x")]) * 14 for size, number in sizes.items()
+    )
     common = ", ".join(f"{number:,} of {size}" for size, number in sizes.most_common(5))
     others = sum(number for _, number in sizes.most_common()[5:])
     splits = ", ".join(
         f"{name} {sum(len(manifest.shards[file].names) for file in files):,}"
         for name, files in manifest.splits.items()
     )
-    sample = "all pairs" if found.pairs == pairs else f"a sample of {found.pairs:,} of the {pairs:,} pairs"
+    sample = (
+        "all pairs"
+        if found.pairs == pairs
+        else f"a sample of {found.pairs:,} of the {pairs:,} pairs"
+    )
     bars = "\n".join(
         f"  {bar_name(i):>8} px {100 * share:5.1f} % {'#' * round(100 * share)}"
         for i, share in enumerate(found.shares)
@@ -144,14 +158,15 @@ def describe(manifest, folder, found):
     percentiles = ", ".join(
         f"{rank:g} % below {value:.2f}" for rank, value in zip(PERCENTILES, found.percentiles)
     )
+    known, occluded = 100 * found.known, 100 * found.occluded
     return "\n".join([
         f"{folder}: {manifest.dataset}, {pairs:,} pairs in {len(shards)} shards",
-        f"on disk      {stored / 1e6:,.1f} MB, {stored / raw:.2f} of two images and flow uncompressed",
+        f"on disk      {stored / 1e6:,.1f} MB, {stored / raw:.2f} of images and flow uncompressed",
         f"splits       {splits}",
         f"validation   {manifest.validation['file'] or 'held out by the data set itself'}",
         f"sizes        {common}" + (f", {others:,} of {len(sizes) - 5} others" if others else ""),
         f"measured on  {sample}",
-        f"pixels       {100 * found.known:.1f} % with known flow, {100 * found.occluded:.1f} % occluded",
+        f"pixels       {known:.1f} % with known flow, {occluded:.1f} % occluded",
         f"displacement mean {found.mean:.2f} px, longest {found.longest:.1f} px; {percentiles}",
         bars,
     ])  # fmt: skip
@@ -166,7 +181,11 @@ def bar_name(index):
 def caption_of(name, file, length, known):
     """What is written over a pair on the sheet."""
     height, width = known.shape
-    moves = f"mean {length.mean():.1f}, longest {length.max():.1f} px" if length.size else "no known flow"
+    moves = (
+        f"mean {length.mean():.1f}, longest {length.max():.1f} px"
+        if length.size
+        else "no known flow"
+    )
     return f"{name} ({file.split('-0')[0]}), {width}x{height}, {moves}"
 
 
@@ -195,7 +214,10 @@ def draw_histogram(shares):
     for i, share in enumerate(shares):
         left, top = i * bar, line + tall * (1 - share / max(shares))
         draw.rectangle((left + 6, top, left + bar - 6, line + tall), fill=(69, 117, 180))
-        for text, y in ((f"{100 * share:.1f} %", top - line), (f"{bar_name(i)} px", line + tall + 4)):
+        for text, y in (
+            (f"{100 * share:.1f} %", top - line),
+            (f"{bar_name(i)} px", line + tall + 4),
+        ):
             offset = (bar - draw.textlength(text, font=picture.font())) / 2
             draw.text((left + offset, y), text, fill="black", font=picture.font())
     return np.asarray(canvas)
@@ -218,7 +240,8 @@ def write_page(folder, text, found):
     figures += [figure(*pair) for pair in zip(found.strips, found.captions)]
     return "\n".join([
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        "<style>body{font-family:sans-serif;margin:2em}figure{margin:0 0 1.5em}img{max-width:100%}</style>",
+        "<style>body{font-family:sans-serif;margin:2em}figure{margin:0 0 1.5em}",
+        "img{max-width:100%}</style>",
         f"</head><body>\n<h1>{title}</h1>\n<pre>{html.escape(text)}</pre>",
         *figures,
         "</body></html>\n",

@@ -7,10 +7,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_blocks():
-    """Have large blocks that this process frees kept for its next ones, not given back to the system.
+    """Have large blocks that this process frees kept for its next ones, not given back to the
+    system.
 
     A pair is some megabytes and each of its arrays a block. Given back and taken anew, every page
-    costs a page fault, all together about as much time as the decoding. Without glibc nothing is done.
+    costs a page fault, all together about as much time as the decoding. Without glibc nothing is
+    done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

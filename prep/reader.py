@@ -1,9 +1,9 @@
-"""The reader: batches of a converted set for training and evaluation, in an order anyone can repeat.
+"""The reader: batches of a converted set for training and evaluation, in a repeatable order.
 
-Training reads an endless stream of pairs: epoch after epoch, each a permutation of the split that is
-a pure function of (seed, epoch). Step b takes the next batch * ranks pairs, and each rank its share
-of them. So every pair is seen once an epoch over all ranks, no batch is partial, and neither the
-number of ranks nor of workers changes what is learnt from.
+Training reads an endless stream of pairs: epoch after epoch, each a permutation of the split that
+is a pure function of (seed, epoch). Step b takes the next batch * ranks pairs, and each rank its
+share of them. So every pair is seen once an epoch over all ranks, no batch is partial, and neither
+the number of ranks nor of workers changes what is learnt from.
 """
 
 import collections
@@ -15,19 +15,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prep import memory
 from prep.errors import UserError
 from prep.shards import Manifest, decode_record
 
 COLUMNS = ("image1", "image2", "flow", "valid", "index")
 STORED = COLUMNS[:4]  # the columns that are decoded from records
 
-# A mixture deals its sources out in blocks of this many pairs, each with every source's exact share.
+# A mixture deals its sources out in blocks of this many pairs, each with every source's exact
+# share.
 MIXTURE_BLOCK = 1000
 
 PADDING = -1  # the index of a pair that is only there to fill the last batch of an evaluation
 
 
-# --- Order: pure functions ---------------------------------------------------------------------------
+# --- Order: pure functions ------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,7 +59,8 @@ def mixture_block(weights, seed, block):
 
 
 def draw(positions, counts, weights, seed):
-    """What the training stream holds at `positions`: (source, epoch, index), each int64 like positions.
+    """What the training stream holds at `positions`: (source, epoch, index), each int64 like
+    positions.
 
     `counts` are the sources' numbers of pairs, `weights` their shares of the stream.
     """
@@ -81,10 +84,12 @@ def draw(positions, counts, weights, seed):
 
 def sample_rng(seed, source, epoch, index):
     """The random generator for one pair's augmentation: a pure function of its arguments."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, index])))
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed, epoch, source, index]))
+    )
 
 
-# --- Sets on disk ------------------------------------------------------------------------------------
+# --- Sets on disk ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Split:
 
     @classmethod
     def open(cls, folder, name):
-        """Open a split; UserError if the set, the split or one of its shards is missing or damaged."""
+        """Open a split; UserError if the set, the split or a shard is missing or damaged."""
         shards = Manifest.load(folder).split(name, folder)
         for shard in shards:
             shard.check_structure(folder)
@@ -145,7 +150,7 @@ def image_size(directory, split):
     return tuple(sizes[0].tolist())
 
 
-# --- Batches -----------------------------------------------------------------------------------------
+# --- Batches --------------------------------------------------------------------------------------
 
 
 def training_batches(
@@ -154,17 +159,18 @@ def training_batches(
 ):  # fmt: skip
     """This rank's batches for steps first_step ... first_step + steps - 1, as a MindSpore dataset.
 
-    sources    a converted set's folder, or for a mixture a list of (folder, weight); the weights are
-               the shares of the pairs drawn
+    sources    a converted set's folder, or for a mixture a list of (folder, weight); the weights
+               are the shares of the pairs drawn
     batch      pairs per rank and step
     transform  function (sample, rng) -> sample on a dict of image1, image2 uint8 (H, W, 3), flow
                float32 (H, W, 2), valid uint8 (H, W); `rng` (numpy Generator) depends on seed, epoch
                and pair alone. It runs in threads and must return the same fields, of one size.
     workers    decoding threads (default: one per core, at most 8)
 
-    Columns: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where unknown; valid uint8
-    (B, H, W); index int32 (B,), the pair's place in its split (in a mixture, after the sources before
-    it). UserError if a set is damaged or has fewer pairs than the ranks take in one step.
+    Columns: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where unknown; valid
+    uint8 (B, H, W); index int32 (B,), the pair's place in its split (in a mixture, after the
+    sources before it). UserError if a set is damaged or has fewer pairs than the ranks take in one
+    step.
     """
     if isinstance(sources, (str, os.PathLike)):
         sources = [(sources, 1.0)]
@@ -176,8 +182,9 @@ def training_batches(
     for opened, pairs in zip(splits, counts):
         if pairs < batch * ranks:
             raise UserError(
-                f"{opened.folder}: split {split} has {pairs} pairs, but {ranks} rank(s) with a batch of "
-                f"{batch} take {batch * ranks} a step; use a smaller batch, fewer ranks or more data"
+                f"{opened.folder}: split {split} has {pairs} pairs, but {ranks} rank(s) with a "
+                f"batch of {batch} take {batch * ranks} a step; use a smaller batch, fewer ranks "
+                "or more data"
             )
 
     def draws():
@@ -197,12 +204,14 @@ def training_batches(
 def evaluation_batches(directory, split, *, batch, rank=0, ranks=1, workers=None):
     """This rank's share of a split, every ranks-th pair, each pair once over all ranks.
 
-    Columns as in `training_batches`. All ranks have the same number of batches, all of them whole: the
-    last repeats a pair, with index -1. Pairs of different sizes are never in one batch.
+    Columns as in `training_batches`. All ranks have the same number of batches, all of them whole:
+    the last repeats a pair, with index -1. Pairs of different sizes are never in one batch.
     """
     opened = Split.open(directory, split)
     if not opened.names:
-        raise UserError(f"{directory}: split {split} has no pair; convert the set with --split-file")
+        raise UserError(
+            f"{directory}: split {split} has no pair; convert the set with --split-file"
+        )
 
     def draws():
         for indices in evaluation_order(opened.sizes, batch * ranks):
@@ -213,8 +222,8 @@ def evaluation_batches(directory, split, *, batch, rank=0, ranks=1, workers=None
 
 
 def evaluation_order(sizes, group):
-    """For each image size the list of (index, real), in split order, padded to a multiple of `group`
-    with repeats of its last pair, for which real is False."""
+    """For each image size the list of (index, real), in split order, padded to a multiple of
+    `group` with repeats of its last pair, for which real is False."""
     order = {}
     for index, size in enumerate(map(tuple, sizes.tolist())):
         order.setdefault(size, []).append((index, True))
@@ -226,8 +235,8 @@ def evaluation_order(sizes, group):
 def iterate(dataset):
     """Iterate over batches as tuples of numpy arrays, in the order of COLUMNS.
 
-    What goes wrong in the pipeline comes out as the UserError that names the file, not as MindSpore's
-    report of it.
+    What goes wrong in the pipeline comes out as the UserError that names the file, not as
+    MindSpore's report of it.
     """
     try:
         yield from dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
@@ -237,10 +246,11 @@ def iterate(dataset):
 
 
 def _batches(splits, draws, batch, finish, workers):
-    """A MindSpore dataset of whole batches of the pairs that `draws()` yields as (source, epoch, index).
+    """A MindSpore dataset of whole batches of the pairs that `draws()` yields as (source, epoch,
+    index).
 
-    Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C with
-    the interpreter released) some batches ahead.
+    Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C
+    with the interpreter released) some batches ahead.
     """
     import mindspore.dataset as ds
 
@@ -253,14 +263,20 @@ def _batches(splits, draws, batch, finish, workers):
         name, file = opened.names[index], opened.file_of(index)
         if stored != name:
             raise UserError(
-                f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the file "
-                "from a copy or convert the set again"
+                f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the "
+                "file from a copy or convert the set again"
             )
         sample = decode_record(record, STORED, pair=name, source=file)
         if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
-            sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
+            sample["flow"] = np.where(
+                sample["valid"][..., None] != 0, sample["flow"], np.float32(0)
+            )
         sample = finish(sample, source, epoch, index)
-        return sample, PADDING if epoch == PADDING else starts[source] + index, f"{file}: pair {name}"
+        return (
+            sample,
+            PADDING if epoch == PADDING else starts[source] + index,
+            f"{file}: pair {name}",
+        )
 
     def generate():
         try:
@@ -286,20 +302,24 @@ def _batches(splits, draws, batch, finish, workers):
             failures.append(error)
             raise
 
+    memory.keep_freed_blocks()
     # The default, 16 batches ready in the queue, would be 200 MB for four pairs of 384x512.
     ds.config.set_prefetch_size(4)
-    dataset = ds.GeneratorDataset(generate, list(COLUMNS), shuffle=False, python_multiprocessing=False)
+    dataset = ds.GeneratorDataset(
+        generate, list(COLUMNS), shuffle=False, python_multiprocessing=False
+    )
     dataset.failures = failures
     return dataset
 
 
 def _records(splits, starts, draws):
-    """Yield (stored name, record, (source, epoch, index)) for each of `draws`; record is uint8 (N,)."""
+    """Yield (stored name, record as uint8 (N,), (source, epoch, index)) for each of `draws`."""
     import mindspore.dataset as ds
 
     files = [file for s in splits for file in s.files]
     draws = iter(draws)
-    # MindDataset takes at most as many indices as there are records: one pipeline for each such piece.
+    # MindDataset takes at most as many indices as there are records: one pipeline for each such
+    # piece.
     while piece := list(itertools.islice(draws, starts[-1])):
         rows = [starts[source] + index for source, _, index in piece]
         dataset = ds.MindDataset(
@@ -316,7 +336,8 @@ def _records(splits, starts, draws):
 
 
 def _explain(splits, error):
-    """A UserError for what MindSpore said of a set: the shard that is not what it was, if one isn't."""
+    """A UserError for what MindSpore said of a set: which shard is not what it was, if one "
+    "isn't."""
     for opened in splits:
         for shard in opened.shards:
             try:
@@ -326,8 +347,8 @@ def _explain(splits, error):
     folders = ", ".join(s.folder for s in splits)
     text = " ".join(line for line in str(error).splitlines() if line.startswith("[ERROR]"))
     return UserError(
-        f"{folders}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set from a copy "
-        "or convert it again"
+        f"{folders}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set from a "
+        "copy or convert it again"
     )
 
 

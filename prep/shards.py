@@ -1,8 +1,8 @@
 """Shards and manifest: what a converted set is on disk, and how it is written.
 
-A set is a folder with MindRecord shards (each with the .db index that MindSpore reads beside it) and
-manifest.json, which names every shard with its bytes, hashes and pairs. A record is one pair: its
-name, and packed in one column the payloads (prep/codec.py) of FIELDS.
+A set is a folder with MindRecord shards (each with the .db index that MindSpore reads beside it)
+and manifest.json, which names every shard with its bytes, hashes and pairs. A record is one pair:
+its name, and packed in one column the payloads (prep/codec.py) of FIELDS.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard: sizes and SHA-256 of its file, of the header there and of its .db index; its pairs.
+    """One shard: sizes and SHA-256 of its file, of the header there and of its .db index; its
+    pairs.
 
     names are in the records' order, sizes are runs of it: (number of pairs, height, width).
     """
@@ -63,8 +64,8 @@ class Shard:
                 ) from None
             if found != expected:
                 raise UserError(
-                    f"{path}: {found} bytes, expected {expected} as the set's manifest says; restore "
-                    "it from a copy or convert the set again"
+                    f"{path}: {found} bytes, expected {expected} as the set's manifest says; "
+                    "restore it from a copy or convert the set again"
                 )
 
     def check_structure(self, folder):
@@ -78,15 +79,17 @@ class Shard:
         check_hash(os.path.join(folder, self.file + ".db"), self.index_bytes, self.index_sha256)
 
     def check_bytes(self, folder):
-        """UserError unless every byte of the shard and its index is what was written (reads it all)."""
+        """UserError unless every byte of the shard and its index is as written (reads it all)."""
         self.check_structure(folder)
         check_hash(os.path.join(folder, self.file), self.bytes, self.sha256)
 
     def records(self, folder, indices=None):
-        """Yield (offset in the file, record as bytes) of the pairs at `indices` (default: all, in order).
+        """Yield (offset in the file, record as bytes) of the pairs at `indices` (default: all, in
+        order).
 
-        Only for a shard that `check_structure` has passed. It does without MindSpore, which starts in
-        seconds and gives up a whole shard for one wrong byte among the names; this reads all the others.
+        Only for a shard that `check_structure` has passed. It does without MindSpore, which starts
+        in seconds and gives up a whole shard for one wrong byte among the names; this reads all the
+        others.
         """
         path = os.path.join(folder, self.file)
         with open(path, "rb") as file:
@@ -109,9 +112,9 @@ class Shard:
 class Manifest:
     """What a converted set holds and how it was made.
 
-    shards: by file name; splits: for each split its shards' file names in order, so a shard may be in
-    several (Sintel's val-clean is a part of val); validation: the split file's name and SHA-256, None
-    if the data set itself holds pairs out. The file ends with a SHA-256 of all else in it.
+    shards: by file name; splits: for each split its shards' file names in order, so a shard may be
+    in several (Sintel's val-clean is a part of val); validation: the split file's name and SHA-256,
+    None if the data set itself holds pairs out. The file ends with a SHA-256 of all else in it.
     """
 
     dataset: str
@@ -150,8 +153,8 @@ class Manifest:
                         raise ValueError("the numbers of names and sizes differ")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or convert "
-                "the set again"
+                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or "
+                "convert the set again"
             ) from None
         return manifest
 
@@ -161,7 +164,7 @@ class Manifest:
         write_json(os.path.join(folder, MANIFEST), {**fields, "sha256": hash_fields(fields)})
 
     def split(self, name, folder):
-        """The shards of a split, in order. UserError, naming `folder`, if there is no such split."""
+        """The shards of a split, in order; UserError, naming `folder`, if there is no such one."""
         if name not in self.splits:
             raise UserError(
                 f"{folder}: has no split {name!r}; it has {', '.join(sorted(self.splits))}"
@@ -170,10 +173,11 @@ class Manifest:
 
 
 def decode_record(record, fields, *, pair, source):
-    """The arrays of `fields` in a record (bytes or uint8 array), as a dict, as `read_pair` gave them.
+    """The arrays of `fields` in a record (bytes or uint8 array), as a dict, as `read_pair` gave
+    them.
 
-    Raises UserError with the pair and the file `source` if a bit of the record is wrong, whether or not
-    it is decoded.
+    Raises UserError with the pair and the file `source` if a bit of the record is wrong, whether or
+    not it is decoded.
     """
     sample = {}
     payloads = codec.unpack(record, len(FIELDS), pair=pair, source=source)
@@ -188,8 +192,9 @@ def decode_record(record, fields, *, pair, source):
 def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
     """Write `pairs` as the shard `folder`/`file` and return its `Shard`.
 
-    The shard and its index appear under their names only when they are whole and on the disk; a file
-    FILE.json beside them, written last, says so to a later run. `progress` is called after each pair.
+    The shard and its index appear under their names only when they are whole and on the disk; a
+    file FILE.json beside them, written last, says so to a later run. `progress` is called after
+    each pair.
     """
     from mindspore.mindrecord import FileWriter  # takes seconds, and is not for those who only load
 
@@ -207,7 +212,8 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
                 runs.append((0, *size))
             runs[-1] = (runs[-1][0] + 1, *size)
             payloads = [
-                codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS
+                codec.encode(sample[field], codec_name, pair=pair.name, field=field)
+                for field in FIELDS
             ]
             writer.write_raw_data([{"name": pair.name, "pair": codec.pack(payloads)}])
             progress()
@@ -241,7 +247,8 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
 
 def _open_writer(FileWriter, path, pairs, pixels):
     """A MindRecord writer and the bytes of its header, for records of images of up to `pixels`."""
-    # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays small.
+    # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays
+    # small.
     page = 1 << 16
     while page < 4 * (16 * pixels + 4096):
         page *= 2
@@ -274,8 +281,8 @@ def check_hash(path, length, expected):
     """UserError unless the first `length` bytes of a file have the SHA-256 `expected`."""
     if hash_file(path, length) != expected:
         raise UserError(
-            f"{path}: damaged (its SHA-256 is not the one in the set's manifest); restore it from a copy "
-            "or convert the set again"
+            f"{path}: damaged (its SHA-256 is not the one in the set's manifest); restore it from "
+            "a copy or convert the set again"
         )
 
 

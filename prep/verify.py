@@ -1,6 +1,7 @@
-"""Check a converted set: quickly, its files and their sizes, or deeply, every byte and every pair."""
+"""Check a converted set: quickly, its files and sizes, or deeply, every byte and every pair."""
 
 import os, sys
+
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -19,7 +20,7 @@ def main():
         raise UserError(f"--workers {options.workers}: expected 1 or more")
     manifest = Manifest.load(options.folder)
     problems = []
-    for shard, found in check_set(manifest, options.folder, options.deep, options.workers):
+    for _, found in check_set(manifest, options.folder, options.deep, options.workers):
         problems += found
     for stranger in strangers(manifest, options.folder):
         print(f"note: {stranger}: not in the set's manifest; a shard under another name?")
@@ -29,19 +30,23 @@ def main():
     title = f"{options.folder}: {pairs} pairs in {len(manifest.shards)} shards"
     if problems:
         raise UserError(f"{title}, {len(problems)} problems (above)")
-    print(f"{title}, " + ("every byte and pair is right" if options.deep else "all there (--deep reads it all)"))
+    print(
+        f"{title}, "
+        + ("every byte and pair is right" if options.deep else "all there (--deep reads it all)")
+    )
 
 
 def parse_options():
     parser = argparse.ArgumentParser(
         prog="verify.py",
-        description="Check a converted set: the manifest, and each shard's presence, size, header and "
-        "index. Prints all that is wrong; the exit status is 1 if anything is.",
+        description="Check a converted set: the manifest, and each shard's presence, size, header "
+        "and index. Prints all that is wrong; the exit status is 1 if anything is.",
     )
     parser.add_argument("folder", metavar="DIR", help="the set's folder")
     parser.add_argument(
         "--deep", action="store_true",
-        help="read every byte (SHA-256) and decode every pair too, which finds a single flipped bit",
+        help="read every byte (SHA-256) and decode every pair too, which finds a single flipped "
+        "bit",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W",
@@ -51,7 +56,7 @@ def parse_options():
 
 
 def check_set(manifest, folder, deep, workers):
-    """Yield (shard, its problems as lines of text) for every shard, in order, with a progress bar."""
+    """Yield (shard, its problems as lines) for every shard, in order, with a progress bar."""
     check = check_deeply if deep else check_quickly
     total = sum(shard.bytes for shard in manifest.shards.values())
     # Threads do: hashing, zstd and OpenCV all run with the interpreter released.
@@ -84,7 +89,9 @@ def check_deeply(shard, folder, bar):
     path, problems, position = os.path.join(folder, shard.file), [], 0
     sizes = [size for number, *size in shard.sizes for _ in range(number)]
     try:
-        for name, size, (start, record) in zip(shard.names, sizes, shard.records(folder), strict=True):
+        for name, size, (start, record) in zip(
+            shard.names, sizes, shard.records(folder), strict=True
+        ):
             try:
                 found = decode_record(record, FIELDS, pair=name, source=path)["flow"].shape[:2]
                 if found != tuple(size):

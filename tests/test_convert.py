@@ -39,7 +39,7 @@ def stop(*arguments):
     return lines[0]
 
 
-# --- What is written ---------------------------------------------------------------------------------
+# --- What is written ------------------------------------------------------------------------------
 
 
 def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
@@ -64,7 +64,9 @@ def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
 
 def test_the_manifest_says_what_is_there(root, tmp_path):
     list_file = tiny.split_file(tmp_path / "mine.txt", [0, 11])
-    out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 3, "--split-file", list_file)
+    out = tiny.convert(
+        "flyingchairs", root, tmp_path / "o", "--shards", 3, "--split-file", list_file
+    )
     manifest = Manifest.load(out)
     assert manifest.dataset == "flyingchairs" and manifest.validation["file"] == "mine.txt"
     assert reader.pair_names(out, "val") == ["00001", "00012"]
@@ -102,7 +104,7 @@ def test_the_real_pair(tmp_path):
         assert column[0].tobytes() == sample[field].tobytes()
 
 
-# --- MPI-Sintel --------------------------------------------------------------------------------------
+# --- MPI-Sintel -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -117,7 +119,9 @@ def test_sintel(release, tmp_path):
     data[12:20] = np.array([1e10, np.nan], np.float32).tobytes()
     path.write_bytes(data)
     list_file = tiny.split_file(tmp_path / "val.txt", [1])  # frame_0002, in both passes
-    out = tiny.convert("sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
+    out = tiny.convert(
+        "sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
+    )
     frame = "alley_1/frame_0002"
     assert reader.pair_names(out, "val") == [f"clean/{frame}", f"final/{frame}"]
     assert reader.pair_names(out, "val-final") == [f"final/{frame}"]
@@ -151,8 +155,8 @@ def stored_pair(folder, name, pair):
 
 
 @pytest.mark.parametrize("missing,message", [
-    ("clean/alley_1/frame_0002.png", "frame_0002.png: not there; the scene's frames must run from 1"),
-    ("final/alley_1/frame_0001.png", "frame_0001.png: not there; the scene's frames must run from 1"),
+    ("clean/alley_1/frame_0002.png", "frame_0002.png: not there; the scene's frames must run"),
+    ("final/alley_1/frame_0001.png", "frame_0001.png: not there; the scene's frames must run"),
     ("clean/alley_1/frame_0004.png", "frame_0004.png: not there; the scene has as many flow files"),
     ("flow/alley_1/frame_0002.flo", "frame_0002.flo: not there; every frame but a scene's last"),
     ("final", "final: does not exist; expected the final pass"),
@@ -165,7 +169,7 @@ def test_sintel_with_something_missing(release, tmp_path, missing, message):
     assert not list(tmp_path.glob("out*"))
 
 
-# --- Interruptions -----------------------------------------------------------------------------------
+# --- Interruptions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -173,8 +177,8 @@ def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
     root = tiny.chairs(tmp_path / "data", 24, 128, 160)
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
-               out, "--shards", "12", "--workers", "2"]  # fmt: skip
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
+               "--out", out, "--shards", "12", "--workers", "2"]  # fmt: skip
     run = subprocess.Popen(
         [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -219,10 +223,15 @@ def processes_of(session):
 
 def test_a_killed_worker_ends_the_run_with_a_line(tmp_path):
     root = tiny.chairs(tmp_path / "data", 24, 256, 320)
-    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
-               tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
-    run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*"))) and run.poll() is None:
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
+               "--out", tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
+    run = subprocess.Popen(
+        [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while (
+        not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*")))
+        and run.poll() is None
+    ):
         time.sleep(0.002)
     os.kill(int(begun[0].name.rpartition("-")[2]), signal.SIGKILL)
     stderr = run.communicate(timeout=30)[1]
@@ -247,11 +256,13 @@ def test_an_unfinished_set_of_other_options_is_left_alone(root, tmp_path):
     assert "out.partial: an unfinished conversion of other files or with other options" in line
 
 
-# --- Bad input ---------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 def test_a_root_that_is_not_there(tmp_path):
-    assert "nowhere: does not exist; expected" in stop("flyingchairs", tmp_path / "nowhere", tmp_path / "o")
+    assert "nowhere: does not exist; expected" in stop(
+        "flyingchairs", tmp_path / "nowhere", tmp_path / "o"
+    )
     (tmp_path / "empty").mkdir()
     assert "empty: no pair in it" in stop("flyingchairs", tmp_path / "empty", tmp_path / "o")
     (tmp_path / "file").touch()
@@ -273,7 +284,9 @@ def damage(path, how):
     elif how == "resized":
         Image.new("RGB", (8, 8)).save(path)
     else:
-        path.write_bytes({"empty": b"", "cut": data[:-9], "long": data + b"x", "other": b"x" * 99}[how])
+        path.write_bytes(
+            {"empty": b"", "cut": data[:-9], "long": data + b"x", "other": b"x" * 99}[how]
+        )
 
 
 @pytest.mark.parametrize("file,how,message", [
@@ -312,7 +325,9 @@ def test_frames_of_other_kinds(release, tmp_path, image, message):
     else:
         none = tiny.split_file(tmp_path / "none.txt", [])
         out = tiny.convert("sintel", release, tmp_path / "out", "--split-file", none)
-        images = [image for image, *_ in reader.iterate(reader.evaluation_batches(out, "train", batch=1))]
+        images = [
+            image for image, *_ in reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+        ]
         assert (images[1] == 77).all() and not (images[0] == 77).all()
 
 
@@ -331,19 +346,24 @@ def test_unknown_flow_of_every_kind(root, tmp_path):
 
 def test_two_pairs_with_one_name():
     pair = datasets.Pair("00001", "a.ppm", "b.ppm", "c.flo")
-    with pytest.raises(UserError, match="00001: 2 pairs have this name; rename or remove all but one"):
+    with pytest.raises(
+        UserError, match="00001: 2 pairs have this name; rename or remove all but one"
+    ):
         convert.check_names([pair, dataclasses.replace(pair, name="00002"), pair])
 
 
 def test_names_that_are_not_text(root, tmp_path):
-    """Python shows bytes that are not UTF-8 as lone surrogates, which neither JSON nor MindSpore take."""
+    """Python shows bytes that are not UTF-8 as lone surrogates; JSON and MindSpore take none."""
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/strange\xff")
     assert "the path is not UTF-8" in stop("flyingchairs", root, strange)
     shutil.copytree(root, strange)
     assert "the path is not UTF-8" in stop("flyingchairs", strange, tmp_path / "out")
     os.rename(strange, tmp_path / "data")
     for suffix in flyingchairs.SUFFIXES:
-        os.rename(tmp_path / f"data/00001{suffix}", os.fsencode(tmp_path) + b"/data/\xff" + suffix.encode())
+        os.rename(
+            tmp_path / f"data/00001{suffix}",
+            os.fsencode(tmp_path) + b"/data/\xff" + suffix.encode(),
+        )
     assert "the file name is not UTF-8" in stop("flyingchairs", tmp_path / "data", tmp_path / "out")
 
 
@@ -355,14 +375,18 @@ def test_a_target_that_takes_no_files(root, out):
 
 @pytest.mark.parametrize("text,message", [
     ("1\nx\n", "line 2 is 'x', expected a pair's 0-based index"),
-    ("3\n12\n", "has index 12, but there are 12 pairs, from 0 to 11"), ("-1\n", "line 1 is '-1'"), ("1\n2\n1\n", "index 1 is there twice"),
+    ("3\n12\n", "has index 12, but there are 12 pairs, from 0 to 11"),
+    ("-1\n", "line 1 is '-1'"),
+    ("1\n2\n1\n", "index 1 is there twice"),
 ])  # fmt: skip
 def test_a_bad_split_file(root, tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     assert message in stop(
         "flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "list.txt"
     )
-    assert "none.txt" in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt")
+    assert "none.txt" in stop(
+        "flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt"
+    )
 
 
 def test_a_full_disk(root, tmp_path):

@@ -1,4 +1,4 @@
-"""The layouts of the data sets: which pairs each one has, what they hold, what is said if some lack."""
+"""The layouts of the data sets: which pairs each has, what they hold, what is said of gaps."""
 
 import os
 import shutil
@@ -36,19 +36,25 @@ def test_every_data_set_has_the_interface_and_its_list():
             assert 0.02 < len(indices) / dataset.PAIRS < 0.15
 
 
-# --- KITTI -------------------------------------------------------------------------------------------
+# --- KITTI ----------------------------------------------------------------------------------------
 
 
 def test_kitti_through_conversion_and_reader(tmp_path):
     """Sparse flow keeps its validity to the batches; pairs of every size are read."""
     release = tiny.kitti(tmp_path / "KITTI 2015", 4)
     list_file = tiny.split_file(tmp_path / "val.txt", [3])
-    out = tiny.convert("kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
+    out = tiny.convert(
+        "kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
+    )
     assert reader.pair_names(out, "val") == ["000003"]
-    ((image1, image2, flow, valid, _),) = reader.iterate(reader.evaluation_batches(out, "val", batch=1))
+    ((image1, image2, flow, valid, _),) = reader.iterate(
+        reader.evaluation_batches(out, "val", batch=1)
+    )
     training = release / "training"
     for image, number in ((image1, 10), (image2, 11)):
-        assert np.array_equal(image[0], np.asarray(Image.open(training / f"image_2/000003_{number}.png")))
+        assert np.array_equal(
+            image[0], np.asarray(Image.open(training / f"image_2/000003_{number}.png"))
+        )
     expected, known = read_flow(training / "flow_occ/000003_10.png")
     assert np.array_equal(valid[0], known) and 0 < known.mean() < 1
     assert np.array_equal(flow[0], np.where(known[..., None] == 1, expected, 0))
@@ -87,7 +93,7 @@ def test_kitti_with_something_missing(tmp_path):
         kitti2015.list_pairs(tmp_path, "")
 
 
-# --- HD1K --------------------------------------------------------------------------------------------
+# --- HD1K -----------------------------------------------------------------------------------------
 
 
 def test_hd1k_pairs_stay_within_their_sequence(tmp_path):
@@ -112,7 +118,7 @@ def test_hd1k_with_something_missing(tmp_path, missing):
         hd1k.list_pairs(root, "")
 
 
-# --- Spring ------------------------------------------------------------------------------------------
+# --- Spring ---------------------------------------------------------------------------------------
 
 
 def test_spring(tmp_path):
@@ -142,14 +148,16 @@ def test_spring_with_something_missing(tmp_path):
     with pytest.raises(UserError, match="flow_FW_right_0002.flo5: not there; every frame but"):
         spring.list_pairs(root, "")
     (root / "train/0001/frame_right/frame_right_0002.png").unlink()
-    with pytest.raises(UserError, match="frame_right_0002.png: not there; the scene's frames must run"):
+    with pytest.raises(
+        UserError, match="frame_right_0002.png: not there; the scene's frames must run"
+    ):
         spring.list_pairs(root, "")
     with pytest.raises(UserError, match="train: no pair in it; expected 0001/frame_left"):
         shutil.rmtree(root / "train/0001")
         spring.list_pairs(root, "")
 
 
-# --- FlyingThings3D ----------------------------------------------------------------------------------
+# --- FlyingThings3D -------------------------------------------------------------------------------
 
 
 def test_flyingthings3d(tmp_path, capsys):
@@ -171,7 +179,9 @@ def test_flyingthings3d(tmp_path, capsys):
 
 def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path):
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000"])
-    (root / "all_unused_files.txt").write_text("TRAIN/A/0000/left/0008.png\nTEST/A/0000/left/0006.png\n")
+    (root / "all_unused_files.txt").write_text(
+        "TRAIN/A/0000/left/0008.png\nTEST/A/0000/left/0006.png\n"
+    )
     assert names(flyingthings3d.list_pairs(root, "clean"))[:3] == [
         f"clean/TRAIN/A/0000/{name}" for name in (
             "left/into_future/0006", "left/into_past/0007", "right/into_future/0006"
@@ -180,7 +190,7 @@ def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path):
 
 
 def test_flyingthings3d_subset(tmp_path):
-    """Its val folder is held out; a frame that the release leaves out takes its two pairs with it."""
+    """Its val folder is held out; a frame that the release leaves out takes two pairs with it."""
     root = tiny.flyingthings3d_subset(tmp_path / "subset", [0, 1, 3, 4])
     out = tiny.convert("flyingthings3d-subset", root, tmp_path / "out", "--shards", 3)
     pairs = flyingthings3d_subset.list_pairs(root, "clean")
@@ -196,5 +206,7 @@ def test_flyingthings3d_subset(tmp_path):
     assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)
     with pytest.raises(UserError, match="nowhere: does not exist"):
         flyingthings3d_subset.list_pairs(tmp_path / "nowhere", "clean")
-    with pytest.raises(UserError, match="no pair in it; expected train/image_clean/left/0000000.png"):
+    with pytest.raises(
+        UserError, match="no pair in it; expected train/image_clean/left/0000000.png"
+    ):
         flyingthings3d_subset.list_pairs(tmp_path, "clean")

@@ -73,7 +73,7 @@ def test_any_bytes_are_a_flow_or_an_error(data):
         pass
 
 
-# --- .pfm, KITTI's .png, Spring's .flo5 --------------------------------------------------------------
+# --- .pfm, KITTI's .png, Spring's .flo5 -----------------------------------------------------------
 
 
 def pfm(flow, order="<", scale=b"-1.0"):
@@ -110,7 +110,9 @@ def test_pfm_is_read_bit_for_bit_in_both_byte_orders(tmp_path_factory, flow, ord
 
 def test_kitti_png_is_what_the_development_kit_says(tmp_path):
     """R and G are 64 times the flow after 2^15, B is whether it is valid."""
-    pixels = np.array([[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16)
+    pixels = np.array(
+        [[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16
+    )
     path = tmp_path / "a.png"
     path.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
     flow, valid = flowio.read_flow(path)
@@ -206,7 +208,7 @@ def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind):
         pass
 
 
-# --- What is not known -------------------------------------------------------------------------------
+# --- What is not known ----------------------------------------------------------------------------
 
 
 def test_unknown_flow_is_nan_or_from_1e9_on():

@@ -17,7 +17,8 @@ from prep.shards import Manifest
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Ten pairs: the flow is (3, 4) times 1 to 10, so every length is a multiple of 5; one corner unknown."""
+    """Ten pairs: the flow is (3, 4) times 1 to 10, so lengths are multiples of 5; a part "
+    "unknown."""
     folder = tmp_path_factory.mktemp("set")
     data = tiny.chairs(folder / "data", 10)
     for number in range(1, 11):
@@ -34,7 +35,9 @@ def run_inspect(*arguments, cwd=tiny.ROOT.parent):
 
 
 def test_the_figures(converted):
-    done = run_inspect(converted, cwd=tiny.ROOT / "prep")  # where it would hide Python's own inspect
+    done = run_inspect(
+        converted, cwd=tiny.ROOT / "prep"
+    )  # where it would hide Python's own inspect
     assert done.returncode == 0, done.stderr
     for text in (
         f"{converted}: flyingchairs, 10 pairs in 10 shards",

@@ -26,7 +26,9 @@ def root(tmp_path_factory):
 def converted(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
     list_file = tiny.split_file(folder / "split.txt", VAL)
-    return tiny.convert("flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file)
+    return tiny.convert(
+        "flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file
+    )
 
 
 def train_indices(directory, **options):
@@ -42,7 +44,7 @@ def flip_byte(path, offset):
         file.write(bytes([byte[0] ^ 0x10]))
 
 
-# --- Order -------------------------------------------------------------------------------------------
+# --- Order ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 10**6))
@@ -64,7 +66,7 @@ def test_orders_differ_between_epochs_seeds_and_sources():
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=4),
        st.integers(0, 5000), st.integers(1, 3000))  # fmt: skip
 def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, start, length):
-    """The resume: positions drawn from the middle are those that a run from the start would draw."""
+    """The resume: positions drawn from the middle are those that a whole run would draw."""
     counts, weights = zip(*sources)
     whole = reader.draw(np.arange(start + length), counts, weights, 7)
     part = reader.draw(np.arange(start, start + length), counts, weights, 7)
@@ -82,7 +84,7 @@ def test_a_mixture_takes_each_sources_share_and_its_epochs_whole():
             assert sorted(seen.tolist()) == list(range(pairs))
 
 
-# --- Training ----------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
@@ -134,7 +136,9 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted):
 
 
 def test_a_mixture_of_two_sets_with_two_sizes(converted, tmp_path):
-    wide = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out")
+    wide = tiny.convert(
+        "flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out"
+    )
     mixture = [(converted, 1), (wide, 1)]
     batches = reader.training_batches(
         mixture, batch=4, steps=10, transform=lambda s, rng: {k: v[:16, :16] for k, v in s.items()}
@@ -158,7 +162,7 @@ def test_an_error_in_a_transform_is_not_hidden(converted):
         list(reader.iterate(reader.training_batches(converted, batch=2, steps=2, transform=broken)))
 
 
-# --- Evaluation --------------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks,batch", [(1, 1), (1, 3), (2, 2), (3, 4)])
@@ -192,7 +196,7 @@ def test_helpers(converted):
     assert reader.image_size(converted, "val") == (24, 40)
 
 
-# --- What is wrong with a set ------------------------------------------------------------------------
+# --- What is wrong with a set ---------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ def converted(tmp_path_factory):
     data = tiny.chairs(folder / "data", 9)
     tiny.chairs(data, 3, width=56)  # two sizes
     list_file = tiny.split_file(folder / "split.txt", [0, 5])
-    return tiny.convert("flyingchairs", data, folder / "a set é?#", "--shards", 2, "--split-file", list_file)
+    return tiny.convert(
+        "flyingchairs", data, folder / "a set é?#", "--shards", 2, "--split-file", list_file
+    )
 
 
 @pytest.fixture
@@ -67,7 +69,9 @@ def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy):
             for offset in [0, size - 1, *rng.integers(0, size, 15)]:
                 flip(path, offset)
                 found = problems(copy, deep=True)
-                assert found and all(str(path) in line and "damaged" in line for line in found), offset
+                assert found and all(str(path) in line and "damaged" in line for line in found), (
+                    offset
+                )
                 flip(path, offset)
     assert problems(copy, deep=True) == []
 
@@ -123,7 +127,10 @@ def test_a_manifest_that_is_of_other_pairs(copy):
     number, height, width = shard.sizes[0]
     for wrong, message in (
         ({"names": ["00077", *shard.names[1:]]}, "pair 00077 is damaged"),
-        ({"sizes": [(number, height, width + 1)]}, f"is {width}x{height}, but {width + 1}x{height} in"),
+        (
+            {"sizes": [(number, height, width + 1)]},
+            f"is {width}x{height}, but {width + 1}x{height} in",
+        ),
     ):
         changed = {**manifest.shards, shard.file: dataclasses.replace(shard, **wrong)}
         dataclasses.replace(manifest, shards=changed).save(copy)

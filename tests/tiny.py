@@ -38,13 +38,15 @@ def chairs(folder, pairs, height=24, width=40, seed=0):
 
 
 def sintel(folder, scenes, height=24, width=40, masks=True):
-    """An MPI-Sintel release with `scenes`, a dict of name to number of frames; returns its folder."""
+    """An MPI-Sintel release with `scenes`, name to number of frames; returns its folder."""
     rng = np.random.default_rng(1)
     training = folder / "training"
     for scene, frames in scenes.items():
         for number in range(1, frames + 1):
             for kind in ("clean", "final"):
-                save(training / kind / scene / f"frame_{number:04}.png", picture(rng, height, width))
+                save(
+                    training / kind / scene / f"frame_{number:04}.png", picture(rng, height, width)
+                )
             if masks:
                 mask = 255 * rng.integers(0, 2, (height, width), np.uint8)
                 save(training / "invalid" / scene / f"frame_{number:04}.png", mask)
@@ -73,7 +75,7 @@ def kitti(folder, pairs, frames="image_2", height=24, width=40):
 
 
 def hd1k(folder, sequences, height=24, width=40):
-    """An HD1K release with `sequences`, a dict of number to number of frames; returns its folder."""
+    """An HD1K release with `sequences`, number to number of frames; returns its folder."""
     rng = np.random.default_rng(3)
     for sequence, frames in sequences.items():
         for frame in range(frames):
@@ -98,13 +100,17 @@ def spring(folder, scenes, height=12, width=20):
                 kind = f"flow_{direction}_{camera}"
                 (folder / "train" / scene / kind).mkdir()
                 for frame in numbers:
-                    with h5py.File(folder / "train" / scene / kind / f"{kind}_{frame:04}.flo5", "w") as file:
-                        file.create_dataset("flow", data=flow(rng, 2 * height, 2 * width), compression=5)
+                    with h5py.File(
+                        folder / "train" / scene / kind / f"{kind}_{frame:04}.flo5", "w"
+                    ) as file:
+                        file.create_dataset(
+                            "flow", data=flow(rng, 2 * height, 2 * width), compression=5
+                        )
     return folder
 
 
 def flyingthings3d(folder, scenes, height=24, width=40):
-    """A FlyingThings3D release of the clean pass with `scenes`, as TRAIN/A/0000; returns its folder."""
+    """A FlyingThings3D release, clean, with `scenes` as TRAIN/A/0000; returns its folder."""
     rng = np.random.default_rng(5)
     for scene in scenes:
         for camera in ("left", "right"):
@@ -112,11 +118,13 @@ def flyingthings3d(folder, scenes, height=24, width=40):
                 name = f"{scene}/{camera}/{frame:04}.png"
                 save(folder / "frames_cleanpass" / name, picture(rng, height, width))
                 for direction, word in (("into_future", "IntoFuture"), ("into_past", "IntoPast")):
-                    name = f"{scene}/{direction}/{camera}/OpticalFlow{word}_{frame:04}_{camera[0].upper()}.pfm"
-                    path = folder / "optical_flow" / name
+                    name = f"OpticalFlow{word}_{frame:04}_{camera[0].upper()}.pfm"
+                    path = folder / "optical_flow" / scene / direction / camera / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     rows = np.dstack([flow(rng, height, width), np.zeros((height, width))])[::-1]
-                    path.write_bytes(b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes())
+                    path.write_bytes(
+                        b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes()
+                    )
     return folder
 
 
@@ -133,7 +141,10 @@ def flyingthings3d_subset(folder, frames, height=24, width=40):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_flo(path, flow(rng, height, width))
                     mask = 255 * rng.integers(0, 2, (height, width), np.uint8)
-                    save(folder / split / "flow_occlusions" / camera / direction / f"{frame:07}.png", mask)
+                    save(
+                        folder / split / "flow_occlusions" / camera / direction / f"{frame:07}.png",
+                        mask,
+                    )
     return folder
 
 
@@ -144,7 +155,7 @@ def save_kitti(path, flow, valid):
 
 
 def kitti_pixels(flow, valid):
-    """Flow (H, W, 2) and validity (H, W) as the RGB pixels of a KITTI flow PNG, uint16 (H, W, 3)."""
+    """Flow (H, W, 2) and validity (H, W) as KITTI's RGB pixels, uint16 (H, W, 3)."""
     pixels = np.dstack([np.rint(64 * flow) + 2**15, np.ones(valid.shape)])
     return np.where(valid[..., None] != 0, pixels, 0).astype(np.uint16)
 
@@ -161,7 +172,8 @@ def split_file(path, indices):
 
 
 def run_convert(dataset, root, out, *options, **keywords):
-    """Run prep/convert.py as a user does, from another folder; the finished process, with its text."""
+    """Run prep/convert.py as a user does, from another folder; the finished process with its "
+    "text."""
     command = [sys.executable, ROOT / "prep" / "convert.py", dataset, "--root", root, "--out", out]
     return subprocess.run(
         [*map(str, command), *map(str, options)],

@@ -144,4 +144,5 @@ class Monitor:
     def say(self, line):
         """Print a line above the progress line."""
         if self.enabled:
-            self.progress.write(line, file=self.progress.fp)
+            self.progress.clear()
+            print(line, file=sys.stderr, flush=True)

@@ -24,11 +24,11 @@ from prep.images import image_size, read_image
 class Pair:
     """The files of one pair: two frames, the flow between them and the masks that the set has.
 
-    invalid, occluded   pictures, not 0 where the flow is not to be trusted or where the first frame's
-                        pixel can't be seen in the second
-    visible             a flow file that lacks, of those in `flow`, the pixels that can't be seen there
-    flow_step           rows and columns of the flow file for each of the frames', as Spring has 2
-    held_out            whether the data set itself has the pair for validation
+    invalid, occluded  pictures, not 0 where the flow is not to be trusted or where the pixel can't
+                       be seen in the second frame
+    visible            a flow file that lacks those pixels of `flow` that can't be seen there
+    flow_step          rows and columns of the flow file for each of the frames', as Spring has 2
+    held_out           whether the data set itself has the pair for validation
     """
 
     name: str
@@ -53,8 +53,8 @@ class Pair:
 def read_pair(pair):
     """Read all of a pair, bit for bit, as a dict of arrays.
 
-    image1, image2: uint8 (H, W, 3); flow: float32 (H, W, 2), pixels; valid, occluded: uint8 (H, W), 1
-    where the flow is known and where it leads to something hidden. UserError if the sizes differ.
+    image1, image2: uint8 (H, W, 3); flow: float32 (H, W, 2), pixels; valid, occluded: uint8 (H, W),
+    1 where the flow is known and where it leads to something hidden. UserError if the sizes differ.
     """
     flow, valid = (a[:: pair.flow_step, :: pair.flow_step] for a in read_flow(pair.flow))
     size = flow.shape[:2]
@@ -118,7 +118,7 @@ def check_present(paths, reason):
 
 
 def check_run(numbers, path_of):
-    """UserError if frame `numbers` don't run from 1 without a gap; `path_of(number)` is its file."""
+    """UserError if frame `numbers` don't run from 1 without a gap; `path_of(number)` is a file."""
     gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
     if gaps:
         raise missing_files(

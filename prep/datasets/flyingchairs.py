@@ -17,11 +17,15 @@ SUFFIXES = ("_img1.ppm", "_img2.ppm", "_flow.flo")
 
 def list_pairs(root, part):
     """All pairs under `root`, in name order. `root` is the release's folder or its data folder."""
-    folder = find_folder(root, "data", "the FlyingChairs release (with data/ in it) or its data folder")
+    folder = find_folder(
+        root, "data", "the FlyingChairs release (with data/ in it) or its data folder"
+    )
     files = set(os.listdir(folder))
     names = sorted({f[: -len(s)] for f in files for s in SUFFIXES if f.endswith(s) and f != s})
     if not names:
-        raise UserError(f"{folder}: no pair in it; expected files as 00001{', 00001'.join(SUFFIXES)}")
+        raise UserError(
+            f"{folder}: no pair in it; expected files as 00001{', 00001'.join(SUFFIXES)}"
+        )
     pairs = [Pair(n, *(os.path.join(folder, n + s) for s in SUFFIXES)) for n in names]
     check_present(
         [os.path.join(folder, n + s) for n in names for s in SUFFIXES if n + s not in files],

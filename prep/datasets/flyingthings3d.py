@@ -4,7 +4,8 @@ frames_cleanpass (or frames_finalpass)/TRAIN/A/0000/left/0006.png and
 optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm; TEST is held out.
 
 Its makers leave the frames out of training that are too hard, by the list all_unused_files.txt: put
-that beside the folders. Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
+that beside the folders. Source:
+https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
 import glob
@@ -30,7 +31,9 @@ def list_pairs(root, part):
     has no pair, as has a flow whose second frame does not exist.
     """
     flows = os.path.join(root, "optical_flow")
-    check_folder(flows, "the flow of the FlyingThings3D release, TRAIN/A/0000/into_future/left/*.pfm")
+    check_folder(
+        flows, "the flow of the FlyingThings3D release, TRAIN/A/0000/into_future/left/*.pfm"
+    )
     frames = os.path.join(root, f"frames_{part}pass")
     if part == "final" and not os.path.isdir(frames):
         return []
@@ -52,12 +55,17 @@ def list_pairs(root, part):
 def _list_flows(flows, frames, part, scene, camera, direction, word, step):
     folder, pairs = os.path.join(flows, scene, direction, camera), []
     pattern = re.compile(rf"OpticalFlow{word}_(\d{{4}})_[LR]\.pfm")
-    for match in map(pattern.fullmatch, sorted(os.listdir(folder) if os.path.isdir(folder) else [])):
+    for match in map(
+        pattern.fullmatch, sorted(os.listdir(folder) if os.path.isdir(folder) else [])
+    ):
         if match:
             first, second = (
-                os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png") for n in (0, step)
+                os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png")
+                for n in (0, step)
             )
-            if os.path.exists(second):  # a scene's last frame has flow too, to one that was not rendered
+            if os.path.exists(
+                second
+            ):  # a scene's last frame has flow too, to one that was not rendered
                 pairs.append(
                     Pair(
                         name=f"{part}/{scene}/{camera}/{direction}/{match[1]}",
@@ -71,7 +79,7 @@ def _list_flows(flows, frames, part, scene, camera, direction, word, step):
 
 
 def read_hard(path):
-    """The frames in the list of the hard ones, as TRAIN/A/0000/left/0006.png; none without a list."""
+    """The frames in the list of hard ones, as TRAIN/A/0000/left/0006.png; none without a list."""
     if not os.path.exists(path):
         print(f"note: {path}: not there, so no hard frame is left out", file=sys.stderr)
         return set()

@@ -1,8 +1,8 @@
-"""The FlyingThings3D subset, without the hard samples: both passes, cameras and directions; .flo flow.
+"""The FlyingThings3D subset, without the hard samples: both passes, cameras and directions.
 
-train/image_clean (or image_final)/left/0000000.png, train/flow/left/into_future/0000000.flo and, where
-they were downloaded too, train/flow_occlusions/left/into_future/0000000.png; right for left, into_past
-for into_future; val/ the same, which is held out. Where its flow is not known it is NaN.
+train/image_clean (or image_final)/left/0000000.png, train/flow/left/into_future/0000000.flo and,
+where they were downloaded too, train/flow_occlusions/left/into_future/0000000.png; right for left,
+into_past for into_future; val/ the same, which is held out. Where its flow is not known it is NaN.
 Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
@@ -20,9 +20,11 @@ FLOW = re.compile(r"(\d{7})\.flo")
 
 
 def list_pairs(root, part):
-    """The pairs of one pass by camera, direction and frame, named PASS/train/left/into_future/NNNNNNN.
+    """The pairs of one pass by camera, direction and frame, named
+    PASS/train/left/into_future/NNNNNNN.
 
-    A pass that was not downloaded has no pair, as has a flow whose second frame was left out as hard.
+    A pass that was not downloaded has no pair, as has a flow whose second frame was left out as
+    hard.
     """
     check_folder(root, "the FlyingThings3D subset, with train/ and val/ in it")
     folders = [os.path.join(root, split, f"image_{part}") for split in ("train", "val")]

@@ -20,7 +20,10 @@ FRAME = re.compile(r"(\d{6})_\d+\.png")
 
 def list_pairs(root, part):
     """The pairs of each sequence's frames with the next ones, in order, named SSSSSS_FFFF."""
-    flows, frames = os.path.join(root, "hd1k_flow_gt", "flow_occ"), os.path.join(root, "hd1k_input", "image_2")
+    flows, frames = (
+        os.path.join(root, "hd1k_flow_gt", "flow_occ"),
+        os.path.join(root, "hd1k_input", "image_2"),
+    )
     check_folder(flows, "the flow of the HD1K release, SSSSSS_FFFF.png")
     check_folder(frames, "the frames of the HD1K release, SSSSSS_FFFF.png")
     files = sorted(f for f in {*os.listdir(flows), *os.listdir(frames)} if FRAME.fullmatch(f))

@@ -16,11 +16,14 @@ FLOW = re.compile(r"(\d{6})_10\.png")
 
 
 def list_kitti(root, frame_folders):
-    """All pairs in order, with the frames of the first of `frame_folders` that is there, named NNNNNN.
+    """All pairs in order, with the frames of the first of `frame_folders` that is there, named
+    NNNNNN.
 
     `root` is the release's folder or its training folder.
     """
-    training = find_folder(root, "training", "the KITTI release (with training/ in it) or its training folder")
+    training = find_folder(
+        root, "training", "the KITTI release (with training/ in it) or its training folder"
+    )
     flows, seen = os.path.join(training, "flow_occ"), os.path.join(training, "flow_noc")
     check_folder(flows, "the flow, NNNNNN_10.png")
     frames = [os.path.join(training, name) for name in frame_folders]

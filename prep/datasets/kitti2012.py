@@ -1,4 +1,4 @@
-"""KITTI 2012: 194 pairs of static street scenes, in colour (colored_0) or, without that, grey (image_0)."""
+"""KITTI 2012: 194 pairs of static streets, in colour (colored_0) or else grey (image_0)."""
 
 from prep.datasets.kitti import list_kitti
 

@@ -1,7 +1,8 @@
 """MPI-Sintel: 1,041 training pairs in 23 scenes, rendered twice, as the clean and the final pass.
 
-training/{clean,final}/SCENE/frame_0001.png, training/flow/SCENE/frame_0001.flo, and, where they were
-downloaded too, training/{invalid,occlusions}/SCENE/frame_0001.png. Source: http://sintel.is.tue.mpg.de
+training/{clean,final}/SCENE/frame_0001.png, training/flow/SCENE/frame_0001.flo, and, where they
+were downloaded too, training/{invalid,occlusions}/SCENE/frame_0001.png. Source:
+http://sintel.is.tue.mpg.de
 """
 
 import os
@@ -18,7 +19,8 @@ FRAME = re.compile(r"frame_(\d{4})\.png")
 
 
 def list_pairs(root, part):
-    """The pairs of one pass, scenes in name order, then frames in order, named PASS/SCENE/frame_NNNN.
+    """The pairs of one pass, scenes in name order, then frames in order, named
+    PASS/SCENE/frame_NNNN.
 
     `root` is the release's folder or its training folder.
     """
@@ -46,7 +48,9 @@ def _list_scene(training, part, scene):
     if len(os.listdir(flows) if os.path.isdir(flows) else []) >= len(numbers):
         # Only frames at a scene's end can be missing here, and the flow tells that they are.
         last = os.path.join(folder, f"frame_{numbers[-1] + 1:04}.png")
-        raise missing_files([last], "the scene has as many flow files as frames, expected one fewer")
+        raise missing_files(
+            [last], "the scene has as many flow files as frames, expected one fewer"
+        )
 
     def mask(kind, frame):
         path = os.path.join(training, kind, scene, frame + ".png")

@@ -20,7 +20,9 @@ def read_list(path):
         line = line.strip()
         if line and not line.startswith("#"):
             if not (line.isascii() and line.isdigit() and len(line) < 10):
-                raise UserError(f"{path}: line {number} is {line[:40]!r}, expected a pair's 0-based index")
+                raise UserError(
+                    f"{path}: line {number} is {line[:40]!r}, expected a pair's 0-based index"
+                )
             indices.append(int(line))
     if len(set(indices)) != len(indices):
         twice = next(i for n, i in enumerate(indices) if i in indices[:n])

@@ -1,10 +1,10 @@
-"""Spring: 19,852 pairs of an animated film, 1920x1080: both cameras, forward (FW) and backward (BW).
+"""Spring: 19,852 pairs of an animated film, 1920x1080, by both cameras, forward and backward.
 
 train/SCENE/frame_left/frame_left_0001.png and train/SCENE/flow_FW_left/flow_FW_left_0001.flo5, or
-right for left and BW for FW; of the four flows, those that were downloaded are taken.
+right for left and BW (backward) for FW; of the four flows, those that were downloaded are taken.
 
-The flow has two rows and two columns for each of the frames', in the frames' pixels; the first of each
-is taken, as the benchmark's own loader does. Source: https://spring-benchmark.org
+The flow has two rows and two columns for each of the frames', in the frames' pixels; the first of
+each is taken, as the benchmark's own loader does. Source: https://spring-benchmark.org
 """
 
 import os
@@ -37,8 +37,12 @@ def list_pairs(root, part):
         for pair in _list_scene(train, scene, camera, direction, step)
     ]
     if not pairs:
-        raise UserError(f"{train}: no pair in it; expected 0001/frame_left and 0001/flow_FW_left and so on")
-    check_present([pair.flow for pair in pairs], "every frame but a scene's last (BW: first) needs its flow")
+        raise UserError(
+            f"{train}: no pair in it; expected 0001/frame_left and 0001/flow_FW_left and so on"
+        )
+    check_present(
+        [pair.flow for pair in pairs], "every frame but a scene's last (BW: first) needs its flow"
+    )
     return pairs
 
 

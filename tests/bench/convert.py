@@ -58,7 +58,7 @@ def children(pid):
 
 
 def private_bytes(pid):
-    """The memory that a process alone holds; what it shares with its parent is there once for all."""
+    """The memory that a process alone holds; what it shares with its parent is there once."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private"))
@@ -74,18 +74,22 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         root = os.path.join(folder, "data")
         raw = material.write_set(root, options.data, options.pairs)
-        print(f"{options.pairs} {options.data} pairs, {raw / 1e6:.0f} MB, {len(os.sched_getaffinity(0))} cores\n")
+        cores = len(os.sched_getaffinity(0))
+        print(f"{options.pairs} {options.data} pairs, {raw / 1e6:.0f} MB, {cores} cores\n")
         found = {(codec, workers): [] for codec in ("zstd", "raw") for workers in (1, 2)}
-        for repeat in range(options.repeats):  # interleaved, so that a busy moment hits all alike
+        for _ in range(options.repeats):  # interleaved, so that a busy moment hits all alike
             for codec, workers in found:
                 out = os.path.join(folder, "out")
-                found[codec, workers].append((*run(root, out, workers, codec), material.stored(out)))
+                found[codec, workers].append(
+                    (*run(root, out, workers, codec), material.stored(out))
+                )
                 material.free(out)
         rows = []
         for (codec, workers), runs in found.items():
             total, steady, memory, size = (statistics.median(column) for column in zip(*runs))
             rows.append([
-                f"{codec}, {workers} worker(s)", f"{options.pairs / steady:.0f}", f"{raw / steady / 1e6:.0f}",
+                f"{codec}, {workers} worker(s)",
+                f"{options.pairs / steady:.0f}", f"{raw / steady / 1e6:.0f}",
                 f"{size / raw:.3f}", f"{memory:.0f}", f"{options.pairs / total:.0f}",
             ])  # fmt: skip
         header = ["", "pairs/s", "raw MB/s", "size of raw", "MB a worker", "pairs/s with start"]

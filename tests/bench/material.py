@@ -17,14 +17,16 @@ SAMPLES = os.path.join(os.path.dirname(ROOT), "shared", "samples", "FlyingChairs
 def add_options(parser):
     """Declare --data and --pairs."""
     parser.add_argument(
-        "--data", choices=("real", "synthetic"), default="real" if os.path.isdir(SAMPLES) else "synthetic",
-        help=f"copies of the pair in {SAMPLES}, or made by prep/synthesize.py (default: %(default)s)",
+        "--data", choices=("real", "synthetic"),
+        default="real" if os.path.isdir(SAMPLES) else "synthetic",
+        help=f"copies of the pair in {SAMPLES}, or made by prep/synthesize.py (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument("--pairs", type=int, default=320, help="default: %(default)s")
 
 
 def samples(kind, number):
-    """`number` different pairs as dicts of arrays; of the real kind there are as many as there are."""
+    """At most `number` different pairs as dicts of arrays; of the real kind there is one."""
     if kind == "real":
         return [read_pair(pair) for pair in flyingchairs.list_pairs(SAMPLES, "")][:number]
     made = (synthesize.make_pair(seed, 384, 512) for seed in range(number))
@@ -49,14 +51,19 @@ def write_set(folder, kind, pairs):
 
 def stored(folder):
     """The bytes on disk of a converted set's shards."""
-    return sum(512 * os.stat(os.path.join(folder, name)).st_blocks for name in Manifest.load(folder).shards)
+    return sum(
+        512 * os.stat(os.path.join(folder, name)).st_blocks for name in Manifest.load(folder).shards
+    )
 
 
 def print_table(header, rows):
     """Print rows of text as a table in Markdown."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+        cells = (
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths))
+        )
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -31,7 +31,9 @@ def crop(sample, rng):
 def read(folder, pairs, workers):
     """Pairs per second of the toolkit's reader over as many batches as the others read."""
     steps, start = pairs // BATCH, 0
-    batches = reader.training_batches(folder, batch=BATCH, steps=steps, transform=crop, workers=workers)
+    batches = reader.training_batches(
+        folder, batch=BATCH, steps=steps, transform=crop, workers=workers
+    )
     for number, _ in enumerate(reader.iterate(batches), 1):
         if number == SKIP:
             start = time.perf_counter()
@@ -46,7 +48,10 @@ class Torch:
         command = [python, script, root, "--workers", workers, "--batch", BATCH,
                    "--crop", HEIGHT, WIDTH, "--skip", SKIP, *["--float"] * as_float]  # fmt: skip
         self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def read(self):
@@ -77,17 +82,19 @@ def main():
         sets = {codec: os.path.join(folder, codec) for codec in ("zstd", "raw")}
         for codec, out in sets.items():
             subprocess.run(
-                [sys.executable, os.path.join(material.ROOT, "prep", "convert.py"), "flyingchairs", "--root",
-                 root, "--out", out, "--codec", codec, "--split-file", none],
+                [sys.executable, os.path.join(material.ROOT, "prep", "convert.py"), "flyingchairs",
+                 "--root", root, "--out", out, "--codec", codec, "--split-file", none],
                 check=True, capture_output=True,
             )  # fmt: skip
-        print(f"{options.pairs} {options.data} pairs, {raw / 1e6:.0f} MB raw, "
-              f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians\n")  # fmt: skip
+        cores = len(os.sched_getaffinity(0))
+        print(f"{options.pairs} {options.data} pairs, {raw / 1e6:.0f} MB raw, {cores} cores, "
+              f"{options.repeats} repeats, medians\n")  # fmt: skip
         sizes = {codec: material.stored(out) / raw for codec, out in sets.items()}
         peers = {}
         if with_torch:
             peers = {
-                f"PyTorch, {workers} workers, {kind}": Torch(options.torch_python, root, workers, kind == "float")
+                f"PyTorch, {workers} workers, {kind}":
+                    Torch(options.torch_python, root, workers, kind == "float")
                 for workers in (2, 0) for kind in ("float", "uint8")
             }  # fmt: skip
         readers = {
@@ -96,7 +103,9 @@ def main():
             **{name: peer.read for name, peer in peers.items()},
         }  # fmt: skip
         rates = {name: [] for name in readers}
-        for repeat in range(1 + options.repeats):  # interleaved; the first time warms all of them up
+        for repeat in range(
+            1 + options.repeats
+        ):  # interleaved; the first time warms all of them up
             for name, measure in readers.items():
                 rate = measure()
                 if repeat:
