@@ -102,7 +102,7 @@ class Monitor:
         self.progress = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
             file=sys.stderr if sys.stderr.isatty() else LineWriter(sys.stderr),
-            mininterval=0.5 if sys.stderr.isatty() else 10)
+            mininterval=0.5 if sys.stderr.isatty() else 10, maxinterval=float("inf"))
 
     def __enter__(self):
         return self
