@@ -135,9 +135,10 @@ def test_overfitting_one_pair(pair, precision):
     optimizer = nn.Adam(network.trainable_params(), learning_rate=3e-4)
     step = TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0, loss_scaling=half)
     rate = Tensor(3e-4, mindspore.float32)
-    losses = [float(step(*pair, rate)[0].sum()) for _ in range(60 if not half else 25)]
+    losses = [float(step(*pair, rate)[0].sum()) for _ in range(40)]
+    print(losses)
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < (0.35 if not half else 0.6) * losses[0]
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
 
 
 def test_an_overflow_leaves_the_weights(pair):

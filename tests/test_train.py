@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 
@@ -78,9 +78,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
     while not (broken / "checkpoints" / "step-00000002.ckpt").exists():
         assert job.poll() is None and time.monotonic() < deadline, finish(job)
         time.sleep(0.02)
-    ranks = subprocess.run(["pgrep", "-f", f"train/main.py.*{broken}"], text=True,
-                           capture_output=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    ranks = psutil.Process(job.pid).children()
+    assert len(ranks) == 2
+    ranks[1].kill()
     assert finish(job)[0] != 0
     assert not (broken / "result.json").exists()
 
