@@ -1,5 +1,20 @@
-"""What all tests share: the framework's quiet, and graph mode as in use."""
+"""What tests share: the framework as the commands use it."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("GLOG_v", "3")
+
+
+@pytest.fixture(scope="module")
+def graph_mode():
+    """MindSpore as `launch` sets it up for one rank: graphs on the CPU."""
+    import mindspore
+
+    from launch import cluster
+
+    before = mindspore.get_context("mode")
+    cluster.start_mindspore(cluster.Place(), "CPU")
+    yield
+    mindspore.set_context(mode=before)
