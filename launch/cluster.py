@@ -19,7 +19,6 @@ from prep.errors import UserError, report
 SCHEDULER_TIMEOUT = 120
 """Seconds for the scheduler to listen: importing MindSpore takes 4 to 20 of them."""
 
-
 SCHEDULER = """
 import ctypes, signal
 PR_SET_PDEATHSIG = 1
@@ -160,7 +159,8 @@ def find_disagreement(outcomes):
     errors = [(rank, host, error) for rank, (host, _, error) in enumerate(outcomes) if error]
     if len(errors) == len(outcomes):
         return errors[0][2]
-    for rank, host, error in errors:
+    if errors:
+        rank, host, error = errors[0]
         return f"rank {rank} on {host}: {error}"
     first_host, expected, _ = outcomes[0]
     for rank, (host, settings, _) in enumerate(outcomes):

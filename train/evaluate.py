@@ -10,7 +10,6 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import json
 import pathlib
 
 import numpy as np
@@ -113,7 +112,7 @@ def report(args):
 
     from prep import reader
     from prep.picture import save_png, sheet, strip
-    from prep.shards import Manifest
+    from prep.shards import Manifest, write_json
     from train import checkpoint
 
     names = reader.pair_names(args.data, args.split)
@@ -129,7 +128,7 @@ def report(args):
                for name, epe, zero_epe in zip(names, result["epe"], result["zero_epe"])]
     figures = {"data": str(args.data), "split": args.split, "checkpoint": str(args.ckpt),
                **summary, "by_pair": details}
-    (out / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(out / "evaluation.json", figures)
     dataset = Manifest.load(args.data).dataset
     print(table(dataset, args.split, reader.image_size(args.data, args.split), summary))
     print(f"figures:  {out / 'evaluation.json'}")

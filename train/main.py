@@ -12,7 +12,6 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import pathlib
 import subprocess
 import time
@@ -21,6 +20,8 @@ import numpy as np
 
 from launch import cluster
 from prep.errors import UserError, run
+from prep.flowio import write_whole
+from prep.shards import write_json
 from train import recipe as recipes
 from train.schedule import learning_rate
 
@@ -123,10 +124,12 @@ def train(recipe, data, out, here, about):
     first = checkpoint.restore(saved[-1], step) if saved else 0
 
     pairs = reader.count(data, "train")
-    batches = reader.iterate(reader.training_batches(
-        data, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
-        seed=recipe.seed, first_step=first, steps=recipe.steps - first,
-        transform=Augment(recipe.crop, recipe.flip, recipe.jitter))) if first < recipe.steps else ()
+    batches = ()
+    if first < recipe.steps:
+        batches = reader.iterate(reader.training_batches(
+            data, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
+            seed=recipe.seed, first_step=first, steps=recipe.steps - first,
+            transform=Augment(recipe.crop, recipe.flip, recipe.jitter)))
     # Rank 0 draws the pictures, so they are of pairs that it evaluates.
     shown = range(0, reader.count(data, "val"), here.ranks)[:PICTURES]
     clock, overflows, rates, validations = Clock(), 0, [], []
@@ -191,13 +194,6 @@ def is_validation_due(recipe, done, pairs):
     return done * recipe.batch // pairs > (done - 1) * recipe.batch // pairs
 
 
-def write_whole(path, text):
-    """Write a text file that is there whole or not at all."""
-    partial = path.with_name(f"writing-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -218,12 +214,12 @@ def main():
     with joined as (here, (recipe, about)):
         if here.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
-            write_whole(args.out / "recipe.yaml", recipe.to_yaml())
+            write_whole(args.out / "recipe.yaml", recipe.to_yaml().encode())
         start = time.monotonic()
         result = train(recipe, args.data, args.out, here, about)
         if here.rank == 0:
             result["seconds"] = round(time.monotonic() - start, 1)
-            write_whole(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+            write_json(args.out / "result.json", result)
             print(f"validation EPE {result['epe']:.3f} px, {result['ratio']:.3f} of a flow of zero; "
                   f"figures: {args.out / 'result.json'}")
 

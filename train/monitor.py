@@ -99,10 +99,11 @@ class Monitor:
         self.events = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         # Under mpirun there is no terminal: it passes on whole lines only.
+        terminal = sys.stderr.isatty()
         self.progress = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
-            file=sys.stderr if sys.stderr.isatty() else LineWriter(sys.stderr),
-            mininterval=0.5 if sys.stderr.isatty() else 10, maxinterval=float("inf"))
+            file=sys.stderr if terminal else LineWriter(sys.stderr),
+            mininterval=0.5 if terminal else 10, maxinterval=float("inf"))
 
     def __enter__(self):
         return self

@@ -63,9 +63,8 @@ def _list_flows(flows, frames, part, scene, camera, direction, word, step):
                 os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png")
                 for n in (0, step)
             )
-            if os.path.exists(
-                second
-            ):  # a scene's last frame has flow too, to one that was not rendered
+            # A scene's last frame has flow too, to one that was not rendered.
+            if os.path.exists(second):
                 pairs.append(
                     Pair(
                         name=f"{part}/{scene}/{camera}/{direction}/{match[1]}",
