@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Convert a data set to a folder of MindRecord shards and a manifest."""
 
 import os, sys
@@ -21,9 +22,9 @@ import time
 import traceback
 from importlib.metadata import version
 
-from tqdm import tqdm
 
-from prep import codec, memory, shards
+from launch import cluster
+from prep import codec, memory, progress, shards
 from prep.datasets import (
     flyingchairs,
     flyingthings3d,
@@ -61,13 +62,15 @@ def main():
             raise UserError(f"{path!a}: the path is not UTF-8; rename the folder that is not")
     out = os.path.normpath(options.out)
     partial = out + ".partial"
+    here = cluster.place()
+    if here.rank != 0:  # rank 0 says it for all
+        sys.stdout = open(os.devnull, "w")
     plan = make_plan(options)
     if is_whole(out, plan):
         print(f"{out}: this set is already whole, nothing to do")
         return
     check_inputs(plan)
-    rank, ranks = mpi_rank()
-    if rank == 0:
+    if here.rank == 0:
         lock = open_partial(partial, out, plan)  # noqa: F841 - held until this process ends
     else:
         # Rank 0 may also have ended already, when no shard of this rank was left to write.
@@ -75,10 +78,10 @@ def main():
         if is_whole(out, plan):
             return
     try:
-        write_shards(partial, plan.tasks[rank::ranks], options, rank)
+        write_shards(partial, plan.tasks[here.rank :: here.ranks], options, here)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
-    if rank == 0:
+    if here.rank == 0:
         wait_for(lambda: all(find_shard(partial, file) for file, _ in plan.tasks))
         finish(partial, out, plan, options)
 
@@ -101,8 +104,9 @@ def parse_options():
         "several times the number of worker processes is good",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W",
-        help="worker processes, each writing one shard at a time (default: one per core)",
+        "--workers", type=int, default=min(len(os.sched_getaffinity(0)), cluster.place().threads),
+        metavar="W", help="worker processes of each rank, each writing one shard at a time "
+        "(default: together one per core)",
     )  # fmt: skip
     parser.add_argument(
         "--codec", choices=codec.CODECS, default=codec.CODECS[0],
@@ -243,16 +247,10 @@ def is_whole(out, plan):
 
 def check_inputs(plan):
     """Check every file's header before the work begins; UserError for the first that is wrong."""
-    for pair in tqdm(
-        plan.pairs, "checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False
+    for pair in progress.bar(
+        plan.pairs, desc="checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False
     ):
         pair_size(pair)
-
-
-def mpi_rank():
-    """This process's rank and the number of ranks, (0, 1) without mpirun."""
-    environ = os.environ
-    return int(environ.get("OMPI_COMM_WORLD_RANK", 0)), int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
 
 
 def wait_for(condition):
@@ -308,7 +306,7 @@ def find_shard(partial, file):
         return None
 
 
-def write_shards(partial, tasks, options, rank):
+def write_shards(partial, tasks, options, here):
     """Write those of `tasks` that are not whole yet, in worker processes, with a progress bar."""
     remaining = [task for task in tasks if not find_shard(partial, task[0])]
     clear(partial, [file for file, _ in tasks])  # they take space that may be needed
@@ -325,9 +323,10 @@ def write_shards(partial, tasks, options, rank):
         process.start()
         theirs.close()
         workers[ours] = process
-    bar = tqdm(
-        total=total, initial=total - to_do, desc="converting", unit="pair", disable=rank != 0,
-        smoothing=0.1, dynamic_ncols=True,
+    share = "converting" if here.ranks == 1 else f"converting, rank 0 of {here.ranks}"
+    bar = progress.bar(
+        total=total, initial=total - to_do, desc=share, unit="pair", smoothing=0.1,
+        disable=here.rank != 0,
     )  # fmt: skip
     whole = False
     try:

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Look at a converted set: counts, sizes, displacements, and a sheet of pairs in colour."""
 
 import os, sys
@@ -15,9 +16,8 @@ import io
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from prep import flowio, picture
+from prep import flowio, picture, progress
 from prep.errors import UserError, run
 from prep.shards import FIELDS, Manifest, decode_record
 
@@ -104,7 +104,8 @@ def measure(manifest, folder, pairs):
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(look, chosen.tolist())
-        seen = list(tqdm(results, "reading", len(chosen), leave=False, disable=None))
+        bar = progress.bar(results, desc="reading", total=len(chosen), unit="pair", leave=False)
+        seen = list(bar)
     lengths, longest, known, occluded, strips, captions = zip(*seen)
     lengths = np.concatenate(lengths)
     if not lengths.size:

@@ -94,19 +94,26 @@ def sample_rng(seed, source, epoch, index):
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a converted set, opened: its folder, name and shards, which are all there."""
+    """One split of a converted set, opened: its folder, name, data set and shards, all there."""
 
     folder: str
     name: str
+    dataset: str
     shards: list
 
     @classmethod
     def open(cls, folder, name):
         """Open a split; UserError if the set, the split or a shard is missing or damaged."""
-        shards = Manifest.load(folder).split(name, folder)
+        folder = os.fspath(folder)
+        manifest = Manifest.load(folder)
+        shards = manifest.split(name, folder)
         for shard in shards:
             shard.check_structure(folder)
-        return cls(folder, name, shards)
+        return cls(folder, name, manifest.dataset, shards)
+
+    def __len__(self):
+        """The number of pairs."""
+        return len(self.names)
 
     @functools.cached_property
     def names(self):
@@ -130,59 +137,38 @@ class Split:
         return self.files[int(np.searchsorted(ends, index, side="right"))]
 
 
-def pair_names(directory, split):
-    """The names of a split's pairs, in order: names[index] for the index column."""
-    return Split.open(directory, split).names
-
-
-def count(directory, split):
-    """The number of pairs in a split."""
-    return len(pair_names(directory, split))
-
-
-def image_size(directory, split):
-    """(H, W) of a split's images; UserError if they are not all of one size, or there are none."""
-    opened = Split.open(directory, split)
-    sizes = np.unique(opened.sizes, axis=0)
-    if len(sizes) != 1:
-        found = ", ".join(f"{w}x{h}" for h, w in sizes[:5].tolist()) or "no pair"
-        raise UserError(f"{directory}: split {split} has {found}; expected images of one size")
-    return tuple(sizes[0].tolist())
-
-
 # --- Batches --------------------------------------------------------------------------------------
 
 
 def training_batches(
-    sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, split="train", transform=None,
-    workers=None,
-):  # fmt: skip
-    """This rank's batches for steps first_step ... first_step + steps - 1, as a MindSpore dataset.
+    sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, transform=None, workers=None
+):
+    """This rank's batches for steps first_step ... first_step + steps - 1, an iterator of tuples.
 
-    sources    a converted set's folder, or for a mixture a list of (folder, weight); the weights
-               are the shares of the pairs drawn
+    sources    an opened `Split`, or for a mixture a list of (Split, weight); the weights are the
+               shares of the pairs drawn
     batch      pairs per rank and step
     transform  function (sample, rng) -> sample on a dict of image1, image2 uint8 (H, W, 3), flow
                float32 (H, W, 2), valid uint8 (H, W); `rng` (numpy Generator) depends on seed, epoch
                and pair alone. It runs in threads and must return the same fields, of one size.
     workers    decoding threads (default: one per core, at most 8)
 
-    Columns: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where unknown; valid
-    uint8 (B, H, W); index int32 (B,), the pair's place in its split (in a mixture, after the
-    sources before it). UserError if a set is damaged or has fewer pairs than the ranks take in one
-    step.
+    Columns as numpy arrays: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where
+    unknown; valid uint8 (B, H, W); index int32 (B,), the pair's place in its split (in a mixture,
+    after the sources before it). UserError if a set is damaged or has fewer pairs than the ranks
+    take in one step.
     """
-    if isinstance(sources, (str, os.PathLike)):
+    if isinstance(sources, Split):
         sources = [(sources, 1.0)]
-    splits = [Split.open(os.fspath(folder), split) for folder, _ in sources]
+    splits = [split for split, _ in sources]
     weights = [float(weight) for _, weight in sources]
     if not all(weight > 0 for weight in weights):
         raise UserError(f"mixture weights {weights}: expected numbers above 0")
-    counts = [len(s.names) for s in splits]
-    for opened, pairs in zip(splits, counts):
+    counts = [len(s) for s in splits]
+    for split, pairs in zip(splits, counts):
         if pairs < batch * ranks:
             raise UserError(
-                f"{opened.folder}: split {split} has {pairs} pairs, but {ranks} rank(s) with a "
+                f"{split.folder}: split {split.name} has {pairs} pairs, but {ranks} rank(s) with a "
                 f"batch of {batch} take {batch * ranks} a step; use a smaller batch, fewer ranks "
                 "or more data"
             )
@@ -198,27 +184,26 @@ def training_batches(
     def finish(sample, source, epoch, index):
         return transform(sample, sample_rng(seed, source, epoch, index)) if transform else sample
 
-    return _batches(splits, draws, batch, finish, workers)
+    return _batches(splits, draws(), batch, finish, workers)
 
 
-def evaluation_batches(directory, split, *, batch, rank=0, ranks=1, workers=None):
-    """This rank's share of a split, every ranks-th pair, each pair once over all ranks.
+def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None):
+    """This rank's share of an opened `Split`, every ranks-th pair, each pair once over all ranks.
 
     Columns as in `training_batches`. All ranks have the same number of batches, all of them whole:
     the last repeats a pair, with index -1. Pairs of different sizes are never in one batch.
     """
-    opened = Split.open(directory, split)
-    if not opened.names:
+    if not split.names:
         raise UserError(
-            f"{directory}: split {split} has no pair; convert the set with --split-file"
+            f"{split.folder}: split {split.name} has no pair; convert the set with --split-file"
         )
 
     def draws():
-        for indices in evaluation_order(opened.sizes, batch * ranks):
+        for indices in evaluation_order(split.sizes, batch * ranks):
             for index, real in indices[rank::ranks]:
                 yield 0, 0 if real else PADDING, index
 
-    return _batches([opened], draws, batch, lambda sample, *_: sample, workers)
+    return _batches([split], draws(), batch, lambda sample, *_: sample, workers)
 
 
 def evaluation_order(sizes, group):
@@ -232,31 +217,16 @@ def evaluation_order(sizes, group):
     return list(order.values())
 
 
-def iterate(dataset):
-    """Iterate over batches as tuples of numpy arrays, in the order of COLUMNS.
-
-    What goes wrong in the pipeline comes out as the UserError that names the file, not as
-    MindSpore's report of it.
-    """
-    try:
-        yield from dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
-    except RuntimeError as error:
-        failures = getattr(dataset, "failures", [])
-        raise (failures[0] if failures else error) from None
-
-
 def _batches(splits, draws, batch, finish, workers):
-    """A MindSpore dataset of whole batches of the pairs that `draws()` yields as (source, epoch,
-    index).
+    """Yield whole batches of the pairs that `draws` yields as (source, epoch, index).
 
     Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C
-    with the interpreter released) some batches ahead.
+    with the interpreter released) two batches ahead. A dataset of MindSpore's around that would
+    copy each batch once more, and hide what went wrong in a report of its own.
     """
-    import mindspore.dataset as ds
-
+    memory.keep_freed_blocks()
     workers = workers or min(8, len(os.sched_getaffinity(0)))
-    starts = np.cumsum([0] + [len(s.names) for s in splits]).tolist()
-    failures = []
+    starts = np.cumsum([0] + [len(s) for s in splits]).tolist()
 
     def prepare(stored, record, source, epoch, index):
         opened = splits[source]
@@ -278,38 +248,24 @@ def _batches(splits, draws, batch, finish, workers):
             f"{file}: pair {name}",
         )
 
-    def generate():
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        pending, ready = collections.deque(), []
         try:
-            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-                pending, ready = collections.deque(), []
-                try:
-                    for name, record, place in _records(splits, starts, draws()):
-                        pending.append(pool.submit(prepare, name, record, *place))
-                        if len(pending) > batch + workers:
-                            ready.append(pending.popleft().result())
-                        if len(ready) == batch:
-                            yield _stack(ready)
-                            ready = []
-                    while pending:
-                        ready.append(pending.popleft().result())
-                        if len(ready) == batch:
-                            yield _stack(ready)
-                            ready = []
-                finally:
-                    for future in pending:
-                        future.cancel()
-        except UserError as error:
-            failures.append(error)
-            raise
-
-    memory.keep_freed_blocks()
-    # The default, 16 batches ready in the queue, would be 200 MB for four pairs of 384x512.
-    ds.config.set_prefetch_size(4)
-    dataset = ds.GeneratorDataset(
-        generate, list(COLUMNS), shuffle=False, python_multiprocessing=False
-    )
-    dataset.failures = failures
-    return dataset
+            for name, record, place in _records(splits, starts, draws):
+                pending.append(pool.submit(prepare, name, record, *place))
+                if len(pending) == 2 * batch + workers:
+                    ready.append(pending.popleft().result())
+                if len(ready) == batch:
+                    yield _stack(ready)
+                    ready = []
+            while pending:
+                ready.append(pending.popleft().result())
+                if len(ready) == batch:
+                    yield _stack(ready)
+                    ready = []
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _records(splits, starts, draws):

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Example data: image pairs of moving textured shapes with exact flow, in the FlyingChairs layout.
 
 A pair is a stack of layers: a textured background and several textured shapes over it, each with
@@ -23,9 +24,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from prep import errors, flowio, images
+from prep import errors, flowio, images, progress
 
 CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384 x 512
 SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
@@ -357,9 +357,7 @@ def write_pairs(folder, pairs, height, width, seed, workers):
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         done = pool.map(write, range(1, pairs + 1), chunksize=4)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        # On a terminal the bar moves; in a log, a line now and then.
-        for _ in tqdm(done, total=pairs, unit="pair", desc="synthesize",
-                      mininterval=0.1 if sys.stderr.isatty() else 10):
+        for _ in progress.bar(done, total=pairs, unit="pair", desc="synthesize"):
             pass
     except BrokenProcessPool:
         raise errors.UserError("a worker process was killed, most likely for want of memory; "

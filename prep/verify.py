@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Check a converted set: quickly, its files and sizes, or deeply, every byte and every pair."""
 
 import os, sys
@@ -8,8 +9,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import argparse
 import concurrent.futures
 
-from tqdm import tqdm
-
+from prep import progress
 from prep.errors import UserError, run
 from prep.shards import FIELDS, MANIFEST, Manifest, decode_record
 
@@ -62,7 +62,7 @@ def check_set(manifest, folder, deep, workers):
     # Threads do: hashing, zstd and OpenCV all run with the interpreter released.
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        tqdm(total=total, desc="verifying", unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+        progress.bar(total=total, desc="verifying", unit="B", unit_scale=True) as bar,
     ):
         shards = list(manifest.shards.values())
         yield from zip(shards, pool.map(lambda shard: check(shard, folder, bar), shards))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -45,15 +46,11 @@ def stop(*arguments):
 def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
     """Content may not depend on how many processes made it: hashes in papers and bug reports."""
     one = tiny.convert("flyingchairs", root, tmp_path / "1", "--shards", 5, "--workers", 3)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root, "--out",
-             tmp_path / "2", "--shards", "5", "--workers", "1"],
-            env={**os.environ, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    ranks = tiny.mpirun(3, "prep/convert.py", "flyingchairs", "--root", root, "--out",
+                        tmp_path / "2", "--shards", 5, "--workers", 1)  # fmt: skip
+    out, err = ranks.communicate(timeout=60)
+    assert ranks.returncode == 0, err
+    assert out.count("11 for training") == 1, "one rank speaks for all"
     assert contents(one) == contents(tmp_path / "2")
     assert sorted(contents(one)) == sorted(
         ["manifest.json"]
@@ -69,8 +66,8 @@ def test_the_manifest_says_what_is_there(root, tmp_path):
     )
     manifest = Manifest.load(out)
     assert manifest.dataset == "flyingchairs" and manifest.validation["file"] == "mine.txt"
-    assert reader.pair_names(out, "val") == ["00001", "00012"]
-    assert reader.pair_names(out, "train") == [f"{i:05}" for i in range(2, 12)]
+    assert reader.Split.open(out, "val").names == ["00001", "00012"]
+    assert reader.Split.open(out, "train").names == [f"{i:05}" for i in range(2, 12)]
     for shard in manifest.shards.values():
         shard.check_bytes(out)
         assert (out / shard.file).stat().st_mode & 0o777 == 0o666 & ~umask()
@@ -99,7 +96,7 @@ def test_the_real_pair(tmp_path):
     out = tiny.convert("flyingchairs", release, tmp_path / "a set é")
     (pair,) = flyingchairs.list_pairs(release, "")
     sample = datasets.read_pair(pair)
-    ((*columns, _),) = reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+    ((*columns, _),) = tiny.evaluation(out, "train", batch=1)
     for field, column in zip(reader.COLUMNS, columns):
         assert column[0].tobytes() == sample[field].tobytes()
 
@@ -123,12 +120,10 @@ def test_sintel(release, tmp_path):
         "sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
     )
     frame = "alley_1/frame_0002"
-    assert reader.pair_names(out, "val") == [f"clean/{frame}", f"final/{frame}"]
-    assert reader.pair_names(out, "val-final") == [f"final/{frame}"]
-    assert reader.count(out, "train") == 8 and reader.count(out, "train-clean") == 4
-    ((image1, image2, flow, valid, _),) = reader.iterate(
-        reader.evaluation_batches(out, "val-final", batch=1)
-    )
+    assert reader.Split.open(out, "val").names == [f"clean/{frame}", f"final/{frame}"]
+    assert reader.Split.open(out, "val-final").names == [f"final/{frame}"]
+    assert [len(reader.Split.open(out, name)) for name in ("train", "train-clean")] == [8, 4]
+    ((image1, image2, flow, valid, _),) = tiny.evaluation(out, "val-final", batch=1)
     training = release / "training"
     for found, number in ((image1, 2), (image2, 3)):
         expected = Image.open(training / f"final/alley_1/frame_000{number}.png")
@@ -204,6 +199,33 @@ def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
     assert contents(out) == contents(whole)
     assert not partial.exists()
     assert all((out / path.name).stat().st_ino == inode for path, inode in before.items())
+
+
+def test_a_lost_rank_ends_the_others_and_any_number_goes_on(tmp_path):
+    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
+    whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    ranks = tiny.mpirun(2, "prep/convert.py", "flyingchairs", "--root", root, "--out", out,
+                        "--shards", 12, "--workers", 1, start_new_session=True)  # fmt: skip
+    while not list(partial.glob("train-0000[12]*.json")) and ranks.poll() is None:
+        time.sleep(0.002)
+    last = max(pid for pid in processes_of(ranks.pid) if "convert.py" in command_of(pid))
+    os.kill(os.getpgid(last), signal.SIGKILL)  # mpirun gives each rank a process group
+    assert ranks.wait(60) != 0 and not out.exists()
+    deadline = time.time() + 10
+    while processes_of(ranks.pid) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(ranks.pid)
+    assert 0 < len(list(partial.glob("*.mindrecord"))) < 13
+    tiny.convert("flyingchairs", root, out, "--shards", 12)
+    assert contents(out) == contents(whole)
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def processes_of(session):
@@ -326,7 +348,7 @@ def test_frames_of_other_kinds(release, tmp_path, image, message):
         none = tiny.split_file(tmp_path / "none.txt", [])
         out = tiny.convert("sintel", release, tmp_path / "out", "--split-file", none)
         images = [
-            image for image, *_ in reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+            image for image, *_ in tiny.evaluation(out, "train", batch=1)
         ]
         assert (images[1] == 77).all() and not (images[0] == 77).all()
 
@@ -338,7 +360,7 @@ def test_unknown_flow_of_every_kind(root, tmp_path):
     data[12:44] = np.array([1e9, 0, np.nan, 0, 0, -np.inf, 3e38, 1], np.float32).tobytes()
     path.write_bytes(data)
     out = tiny.convert("flyingchairs", broken, tmp_path / "out")
-    batches = reader.iterate(reader.evaluation_batches(out, "train", batch=1))
+    batches = tiny.evaluation(out, "train", batch=1)
     _, _, flow, valid, _ = next(batches)
     assert (valid[0, 0, :4] == 0).all() and valid[0, 0, 4:].all() and valid[0, 1:].all()
     assert (flow[0, 0, :4] == 0).all() and np.isfinite(flow).all()

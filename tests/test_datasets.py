@@ -46,10 +46,8 @@ def test_kitti_through_conversion_and_reader(tmp_path):
     out = tiny.convert(
         "kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
     )
-    assert reader.pair_names(out, "val") == ["000003"]
-    ((image1, image2, flow, valid, _),) = reader.iterate(
-        reader.evaluation_batches(out, "val", batch=1)
-    )
+    assert reader.Split.open(out, "val").names == ["000003"]
+    ((image1, image2, flow, valid, _),) = tiny.evaluation(out, "val", batch=1)
     training = release / "training"
     for image, number in ((image1, 10), (image2, 11)):
         assert np.array_equal(
@@ -58,7 +56,7 @@ def test_kitti_through_conversion_and_reader(tmp_path):
     expected, known = read_flow(training / "flow_occ/000003_10.png")
     assert np.array_equal(valid[0], known) and 0 < known.mean() < 1
     assert np.array_equal(flow[0], np.where(known[..., None] == 1, expected, 0))
-    assert reader.count(out, "train") == 3
+    assert len(reader.Split.open(out, "train")) == 3
 
 
 def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path):
@@ -199,8 +197,8 @@ def test_flyingthings3d_subset(tmp_path):
         "clean/train/left/into_past/0000001", "clean/train/left/into_past/0000004",
         "clean/train/right/into_future/0000000",
     ]  # fmt: skip
-    assert reader.pair_names(out, "train") == names(pairs)[:8]
-    assert reader.pair_names(out, "val-clean") == names(pairs)[8:]
+    assert reader.Split.open(out, "train").names == names(pairs)[:8]
+    assert reader.Split.open(out, "val-clean").names == names(pairs)[8:]
     sample = datasets.read_pair(pairs[2])
     mask = Image.open(root / "train/flow_occlusions/left/into_past/0000001.png")
     assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)

@@ -1,8 +1,6 @@
 """Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 
@@ -27,18 +25,6 @@ def data(tmp_path_factory):
                         "--split-file", tiny.split_file(folder / "val.txt", [2, 5, 9]))
 
 
-def command(ranks, program, *arguments):
-    """A command that starts the program under mpirun, or alone."""
-    mpirun = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
-    return [*mpirun, *map(str, program), *map(str, arguments)]
-
-
-def start(command, **keywords):
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return subprocess.Popen(command, env=dict(os.environ, **root), text=True, cwd=tiny.ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
-
-
 def finish(process):
     """(exit status, stdout, stderr) of a started command; it must end within five minutes."""
     out, err = process.communicate(timeout=300)
@@ -48,8 +34,8 @@ def finish(process):
 def train(data, out, ranks=1, recipe="example", **overrides):
     """Start a training run through launch/train.sh."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
-    return start(command(ranks, ["launch/train.sh"], "--config", recipe, "--data", data,
-                         "--out", out, *pairs))
+    return tiny.mpirun(ranks, "launch/train.sh", "--config", recipe, "--data", data, "--out", out,
+                       *pairs)
 
 
 @pytest.mark.slow
@@ -57,7 +43,7 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path):
     """Equal weights on both ranks after several steps, and those of one rank with the whole batch."""
     program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
     for ranks in (2, 1):
-        status, _, err = finish(start(command(ranks, program, data, tmp_path, 4)))
+        status, _, err = finish(tiny.mpirun(ranks, *program, data, tmp_path, 4))
         assert status == 0, err
     first, second, alone = (dict(np.load(tmp_path / f"rank-{name}.npz"))
                             for name in ("0-of-2", "1-of-2", "0-of-1"))
@@ -137,9 +123,8 @@ def check_result(run):
 def check_evaluation(data, run, out):
     """train/evaluate.py sees the EPE that the two ranks saw, and leaves table, JSON and picture."""
     ckpt = run / "checkpoints" / "step-00000004.ckpt"
-    done = start(command(1, [sys.executable, "train/evaluate.py"], "--data", data, "--split", "val",
-                         "--ckpt", ckpt, "--out", out))
-    status, text, err = finish(done)
+    status, text, err = finish(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--split", "val",
+                                           "--ckpt", ckpt, "--out", out))
     assert status == 0, err
     figures = json.loads((out / "evaluation.json").read_text())
     seen = json.loads((run / "result.json").read_text())
@@ -183,8 +168,8 @@ def test_bad_folders(data, tmp_path):
     (own / "recipe.yaml").write_text("steps: 7\n")
     check_refused(train(data, own), str(own), "another recipe")
     check_refused(train(data, tmp_path / "run", recipe="exampel"), "exampel", "example")
-    check_refused(start([sys.executable, "train/evaluate.py", "--data", data, "--ckpt",
-                         str(tmp_path / "none.ckpt")]), "none.ckpt")
+    check_refused(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt",
+                              tmp_path / "none.ckpt"), "none.ckpt")
 
 
 def test_ranks_are_told_once(data, tmp_path):

@@ -1,5 +1,6 @@
 """Tiny data sets in the layouts of their releases, made for the tests that need one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from prep import reader
 from prep.flowio import write_flo
 from prep.images import write_ppm
 
@@ -186,3 +188,25 @@ def convert(*arguments, **keywords):
     done = run_convert(*arguments, **keywords)
     assert done.returncode == 0, done.stderr
     return arguments[2]
+
+
+def mpirun(ranks, *command, **keywords):
+    """Start a command under mpirun, or alone as one rank, with its text in pipes."""
+    command = ["mpirun", "--oversubscribe", "-n", ranks, *command] if ranks > 1 else command
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.Popen(
+        [*map(str, command)], env={**os.environ, **root}, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,
+    )  # fmt: skip
+
+
+def training(folder, **options):
+    """Iterate over the reader's training batches of a converted set."""
+    split = reader.Split.open(folder, "train")
+    return reader.training_batches(split, **options)
+
+
+def evaluation(folder, split, **options):
+    """Iterate over the reader's evaluation batches of a converted set."""
+    split = reader.Split.open(folder, split)
+    return reader.evaluation_batches(split, **options)

@@ -32,9 +32,9 @@ def main(data, out, steps):
         optimizer = nn.SGD(network.trainable_params(), learning_rate=1e-3)
         step = TrainStep(network, MultiScaleLoss(), optimizer, ranks=here.ranks, clip_norm=1.0)
         batches = reader.training_batches(
-            data, batch=GLOBAL_BATCH // here.ranks, rank=here.rank, ranks=here.ranks, seed=1,
-            steps=int(steps), transform=Augment((64, 64), flip=True))
-        for number, sample in enumerate(reader.iterate(batches)):
+            reader.Split.open(data, "train"), batch=GLOBAL_BATCH // here.ranks, rank=here.rank,
+            ranks=here.ranks, seed=1, steps=int(steps), transform=Augment((64, 64), flip=True))
+        for number, sample in enumerate(batches):
             inputs = [*map(Tensor, sample[:4]), Tensor(1e-3, mindspore.float32)]
             if number == 0:
                 step.compile(*inputs)

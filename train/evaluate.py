@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluation: end-point error over a split, as a table, JSON and pictures.
 
 python train/evaluate.py --data DIR --split val --ckpt FILE [--out DIR] [--pictures N] [--batch N]
@@ -18,13 +19,12 @@ from launch import cluster
 from prep.errors import UserError, run
 
 
-def evaluate(network, data, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None):
+def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None):
     """Evaluate a network on every pair of a split, shared by all ranks.
 
     Args:
         network: a `model.pwcnet.PWCNet`.
-        data: folder of a converted data set.
-        split: "train" or "val".
+        split: an opened split, a `prep.reader.Split`.
         batch: pairs at a time, on each rank.
         rank, ranks: this process and how many call this together.
         pictures: positions in the split whose flow is wanted.
@@ -44,10 +44,10 @@ def evaluate(network, data, split, *, batch=1, rank=0, ranks=1, pictures=(), on_
 
     predictor = FlowPredictor(network)
     predictor.set_train(False)
-    sums = np.zeros((2, reader.count(data, split)), np.float32)
+    sums = np.zeros((2, len(split)), np.float32)
     samples = {}
-    batches = reader.evaluation_batches(data, split, batch=batch, rank=rank, ranks=ranks)
-    for image1, image2, flow, valid, index in reader.iterate(batches):
+    batches = reader.evaluation_batches(split, batch=batch, rank=rank, ranks=ranks)
+    for image1, image2, flow, valid, index in batches:
         predicted = predictor(mindspore.Tensor(image1), mindspore.Tensor(image2)).asnumpy()
         for i, position in enumerate(index):
             if position < 0:  # fills up the last batch
@@ -73,10 +73,11 @@ def summarize(result):
             "ratio": epe / zero_epe if zero_epe else float("nan")}
 
 
-def table(name, split, size, summary):
-    """The summary as lines of text."""
+def table(split, summary):
+    """The summary of an opened split as lines of text."""
+    sizes = sorted({f"{height}x{width}" for height, width in split.sizes.tolist()})
     return "\n".join([
-        f"{name} {split}: {summary['pairs']} pairs of {size[0]}x{size[1]}",
+        f"{split.dataset} {split.name}: {summary['pairs']} pairs of {', '.join(sizes)}",
         "              EPE (px)   of zero flow",
         f"  zero flow   {summary['zero_epe']:8.3f}   {1:12.3f}",
         f"  PWC-Net     {summary['epe']:8.3f}   {summary['ratio']:12.3f}",
@@ -87,7 +88,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=pathlib.Path, metavar="DIR",
                         help="a folder that prep/convert.py made")
-    parser.add_argument("--split", default="val", choices=("train", "val"))
+    parser.add_argument("--split", default="val", metavar="NAME",
+                        help="train, val (the default) or, of Sintel, one such as val-clean")
     parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
                         help="a checkpoint of a run, or network weights")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR",
@@ -108,29 +110,27 @@ def main():
 
 def report(args):
     """Evaluate as the command line says; print the table, write JSON and pictures."""
-    import tqdm
-
-    from prep import reader
+    from prep import progress, reader
     from prep.picture import save_png, sheet, strip
-    from prep.shards import Manifest, write_json
+    from prep.shards import write_json
     from train import checkpoint
 
-    names = reader.pair_names(args.data, args.split)
+    split = reader.Split.open(args.data, args.split)
+    names = split.names
     network = checkpoint.load_network(args.ckpt)
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     out.mkdir(parents=True, exist_ok=True)
     wanted = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()
-    with tqdm.tqdm(total=len(names), unit="pair", disable=None) as progress:
-        result = evaluate(network, args.data, args.split, batch=args.batch, pictures=wanted,
-                          on_batch=progress.update)
+    with progress.bar(total=len(names), unit="pair") as bar:
+        result = evaluate(network, split, batch=args.batch, pictures=wanted,
+                          on_batch=bar.update)
     summary = summarize(result)
     details = [{"pair": name, "epe": float(epe), "zero_epe": float(zero_epe)}
                for name, epe, zero_epe in zip(names, result["epe"], result["zero_epe"])]
     figures = {"data": str(args.data), "split": args.split, "checkpoint": str(args.ckpt),
                **summary, "by_pair": details}
     write_json(out / "evaluation.json", figures)
-    dataset = Manifest.load(args.data).dataset
-    print(table(dataset, args.split, reader.image_size(args.data, args.split), summary))
+    print(table(split, summary))
     print(f"figures:  {out / 'evaluation.json'}")
     if wanted:
         captions = [f"{names[i]}: EPE {result['epe'][i]:.2f} px, "

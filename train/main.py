@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Training: the loop from a recipe and a converted data set to checkpoints, curves and figures.
 
 mpirun -n RANKS launch/train.sh --config RECIPE --data DIR --out RUN [key=value ...]
@@ -35,8 +36,8 @@ def prepare(args, ranks):
     """Check all that can be checked before MindSpore is there, on every rank.
 
     Returns:
-        (settings, (recipe, versions)): settings are what must be the same on all ranks, as a dict of
-        strings.
+        (settings, (recipe, training, validation, versions)): settings are what must be the same on all ranks, as a dict of
+        strings, training and validation the opened splits.
     """
     from prep import reader
 
@@ -44,19 +45,21 @@ def prepare(args, ranks):
     if recipe.batch % ranks:
         raise UserError(f"batch is {recipe.batch}, over {ranks} ranks: take a multiple of {ranks} "
                         f"(batch={-(-recipe.batch // ranks) * ranks}) or another mpirun -n")
-    size = reader.image_size(args.data, "train")
+    training, validation = (reader.Split.open(args.data, name) for name in ("train", "val"))
+    if len(training) < recipe.batch:
+        raise UserError(f"{args.data}: {len(training)} training pairs are fewer than one global "
+                        f"batch of {recipe.batch}; choose a smaller batch=N or convert more pairs")
+    if not len(validation):
+        raise UserError(f"{args.data}: split val has no pair; convert the set with --split-file")
+    size = training.sizes.min(0).tolist()  # of the lowest and of the narrowest
     if any(side < part for side, part in zip(size, recipe.crop)):
-        raise UserError(f"{args.data}: pairs are {size[0]}x{size[1]}, the recipe crops "
+        raise UserError(f"{args.data}: has pairs of {size[0]}x{size[1]}, the recipe crops "
                         f"{recipe.crop[0]}x{recipe.crop[1]}; choose a smaller crop=[H,W]")
-    if (pairs := reader.count(args.data, "train")) < recipe.batch:
-        raise UserError(f"{args.data}: {pairs} training pairs are fewer than one global batch of "
-                        f"{recipe.batch}; choose a smaller batch=N or convert more pairs")
-    reader.count(args.data, "val")
     check_folder(args.out, recipe)
     manifest = (args.data / "manifest.json").read_bytes()
     settings = {"recipe": recipe.to_yaml(), "data": hashlib.sha256(manifest).hexdigest()}
     about = versions()
-    return settings | about, (recipe, about)
+    return settings | about, (recipe, training, validation, about)
 
 
 def check_folder(out, recipe):
@@ -81,12 +84,12 @@ def versions():
     return {"python": sys.version.split()[0], **found, "revision": git.stdout.strip() or "unknown"}
 
 
-def train(recipe, data, out, here, about):
+def train(recipe, training, validation, out, here, about):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
         recipe: a `train.recipe.Recipe`.
-        data: folder of a converted data set.
+        training, validation: opened splits (`prep.reader.Split`).
         out: folder of the run; rank 0 writes there.
         here: this rank's `launch.cluster.Place`.
         about: dict of strings to keep with the run.
@@ -123,19 +126,18 @@ def train(recipe, data, out, here, about):
     saved = checkpoint.list_checkpoints(out / "checkpoints")
     first = checkpoint.restore(saved[-1], step) if saved else 0
 
-    pairs = reader.count(data, "train")
     batches = ()
     if first < recipe.steps:
-        batches = reader.iterate(reader.training_batches(
-            data, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
+        batches = reader.training_batches(
+            training, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
             seed=recipe.seed, first_step=first, steps=recipe.steps - first,
-            transform=Augment(recipe.crop, recipe.flip, recipe.jitter)))
+            transform=Augment(recipe.crop, recipe.flip, recipe.jitter))
     # Rank 0 draws the pictures, so they are of pairs that it evaluates.
-    shown = range(0, reader.count(data, "val"), here.ranks)[:PICTURES]
+    shown = range(0, len(validation), here.ranks)[:PICTURES]
     clock, overflows, rates, validations = Clock(), 0, [], []
 
     def validate(done):
-        result = evaluate(network, data, "val", batch=recipe.validation_batch, rank=here.rank,
+        result = evaluate(network, validation, batch=recipe.validation_batch, rank=here.rank,
                           ranks=here.ranks, pictures=shown)
         summary = summarize(result)
         validations.append({"step": done, **summary})
@@ -175,7 +177,7 @@ def train(recipe, data, out, here, about):
                 if here.rank == 0:
                     checkpoint.save(out / "checkpoints", done, step, options)
                 cluster.barrier()
-            if last or is_validation_due(recipe, done, pairs):
+            if last or is_validation_due(recipe, done, len(training)):
                 validate(done)
                 clock.restart(done)
         if not validations:  # the run was whole already
@@ -211,12 +213,12 @@ def main():
 
     ranks = cluster.place().ranks
     joined = cluster.joined(lambda: prepare(args, ranks), args.device)
-    with joined as (here, (recipe, about)):
+    with joined as (here, (recipe, training, validation, about)):
         if here.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
             write_whole(args.out / "recipe.yaml", recipe.to_yaml().encode())
         start = time.monotonic()
-        result = train(recipe, args.data, args.out, here, about)
+        result = train(recipe, training, validation, args.out, here, about)
         if here.rank == 0:
             result["seconds"] = round(time.monotonic() - start, 1)
             write_json(args.out / "result.json", result)

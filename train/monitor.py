@@ -7,8 +7,9 @@ import time
 import mindspore
 import numpy as np
 import tensorboardX
-import tqdm
 from mindspore.train.summary import _writer_pool, summary_record
+
+from prep import progress
 
 
 class PatientWriterPool(_writer_pool.WriterPool):
@@ -25,20 +26,6 @@ class PatientWriterPool(_writer_pool.WriterPool):
 
 
 summary_record.WriterPool = PatientWriterPool
-
-
-class LineWriter:
-    """Gives a progress bar's drawings to a file that is no terminal, each as a line of its own."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, text):
-        if text := text.strip("\r\n "):
-            self.file.write(text + "\n")
-
-    def flush(self):
-        self.file.flush()
 
 
 class Clock:
@@ -98,19 +85,14 @@ class Monitor:
         self.summary = mindspore.SummaryRecord(str(folder / "summary"))
         self.events = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-        # Under mpirun there is no terminal: it passes on whole lines only.
-        terminal = sys.stderr.isatty()
-        self.progress = tqdm.tqdm(
-            total=steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
-            file=sys.stderr if terminal else LineWriter(sys.stderr),
-            mininterval=0.5 if terminal else 10, maxinterval=float("inf"))
+        self.bar = progress.bar(total=steps, initial=first_step, unit="step", smoothing=0.1)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self.enabled:
-            self.progress.close()
+            self.bar.close()
             self.events.close()
             self.summary.close()
 
@@ -139,11 +121,11 @@ class Monitor:
     def advance(self, step, **values):
         """Move the progress line to a step and show these figures on it."""
         if self.enabled:
-            self.progress.set_postfix(values, refresh=False)
-            self.progress.update(step - self.progress.n)
+            self.bar.set_postfix(values, refresh=False)
+            self.bar.update(step - self.bar.n)
 
     def say(self, line):
         """Print a line above the progress line."""
         if self.enabled:
-            self.progress.clear()
+            self.bar.clear()
             print(line, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ def add_options(parser):
         help=f"copies of the pair in {SAMPLES}, or made by prep/synthesize.py (default: "
         "%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--pairs", type=int, default=320, help="default: %(default)s")
+    parser.add_argument("--pairs", type=int, default=640, help="default: %(default)s")
 
 
 def samples(kind, number):

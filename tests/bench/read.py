@@ -32,9 +32,9 @@ def read(folder, pairs, workers):
     """Pairs per second of the toolkit's reader over as many batches as the others read."""
     steps, start = pairs // BATCH, 0
     batches = reader.training_batches(
-        folder, batch=BATCH, steps=steps, transform=crop, workers=workers
+        reader.Split.open(folder, "train"), batch=BATCH, steps=steps, transform=crop, workers=workers
     )
-    for number, _ in enumerate(reader.iterate(batches), 1):
+    for number, _ in enumerate(batches, 1):
         if number == SKIP:
             start = time.perf_counter()
     return (steps - SKIP) * BATCH / (time.perf_counter() - start)
