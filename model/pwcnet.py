@@ -8,8 +8,8 @@ upsampling between levels, dense estimators.
 
 import numpy as np
 from mindspore import Tensor, float32, nn, ops
-from mindspore.common.initializer import HeNormal
 
+from model.layers import conv
 from model.ops import SEARCH_RANGE, cost_volume, warp
 
 PYRAMID_CHANNELS = (3, 16, 32, 64, 96, 128, 196)
@@ -20,15 +20,6 @@ DIV_FLOW = 0.05
 """The network's flow is full-resolution pixels times this, at every level."""
 SIZE_MULTIPLE = 2 ** (len(PYRAMID_CHANNELS) - 1)
 """Image sides must be multiples of this many pixels."""
-
-
-def conv(channels_in, channels_out, stride=1, dilation=1, activation=True):
-    """A 3x3 convolution with bias that keeps the size (over stride), and LeakyReLU 0.1."""
-    layer = nn.Conv2d(
-        channels_in, channels_out, 3, stride, pad_mode="pad", padding=dilation, dilation=dilation,
-        has_bias=True, weight_init=HeNormal(), bias_init="zeros",
-    )
-    return nn.SequentialCell(layer, nn.LeakyReLU(0.1)) if activation else nn.SequentialCell(layer)
 
 
 class FeaturePyramid(nn.Cell):
