@@ -1,11 +1,13 @@
 """The two operators that make PWC-Net more than its convolutions: cost volume and warping.
 
-They are written with MindSpore's own operators and stand behind two functions, `cost_volume` and
-`warp`, which is all that the network knows of them.
+`CostVolume` and `Warp` are what a network is built of: the project's own operators (model/native)
+where they can be had, else the functions `cost_volume` and `warp`, which say the same with MindSpore's.
 """
 
-from mindspore import Tensor, float32, ops
 import numpy as np
+from mindspore import Tensor, float32, nn, ops
+
+from model import native
 
 SEARCH_RANGE = 4
 """Displacements searched in each direction by PWC-Net, in pixels of the pyramid level."""
@@ -66,3 +68,51 @@ def warp(features, flow, mode="bilinear"):
     grid = ops.stack([x * (2 / max(w - 1, 1)) - 1, y * (2 / max(h - 1, 1)) - 1], 3)
     sampled = ops.grid_sample(features, grid, mode, "zeros", True)
     return sampled * inside.astype(features.dtype).expand_dims(1)
+
+
+class CostVolume(nn.Cell):
+    """`cost_volume` followed by LeakyReLU 0.1; the sums over channels are in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = nn.LeakyReLU(0.1)
+        gradients = native.operator(
+            "CostVolumeGradient", lambda a, b, costs, dy: (a, b), lambda *_: (float32, float32))
+
+        def bprop(features1, features2, costs, gradient):
+            return gradients(features1, features2, costs, gradient)
+
+        self.fused = native.operator(
+            "CostVolume", lambda a, b: [a[0], (2 * SEARCH_RANGE + 1) ** 2, a[2], a[3]],
+            lambda *_: float32, bprop)
+
+    def construct(self, features1, features2):
+        """(N, C, H, W) float32 twice to (N, 81, H, W) float32."""
+        if self.fused is not None:
+            return self.fused(features1, features2)
+        return self.activation(cost_volume(features1, features2))
+
+
+class Warp(nn.Cell):
+    """`warp` in one of its modes."""
+
+    def __init__(self, mode="bilinear"):
+        super().__init__()
+        self.mode = mode
+        gradients = native.operator(
+            "WarpGradient", lambda features, flow, dy: (features, flow),
+            lambda *_: (float32, float32))
+
+        def bprop(features, flow, warped, gradient):
+            return gradients(features, flow, gradient)
+
+        self.fused = None
+        if mode == "bilinear":
+            self.fused = native.operator(
+                "Warp", lambda features, flow: features, lambda *_: float32, bprop)
+
+    def construct(self, features, flow):
+        """(N, C, H, W) float32 and flow (N, 2, H, W) float32 to (N, C, H, W) float32."""
+        if self.fused is not None:
+            return self.fused(features, flow)
+        return warp(features, flow, self.mode)

@@ -1,17 +1,22 @@
 """PWC-Net: feature pyramid, warping, cost volume, flow estimators and context network.
 
 D. Sun, X. Yang, M.-Y. Liu, J. Kautz, "PWC-Net: CNNs for Optical Flow Using Pyramid, Warping, and
-Cost Volume", CVPR 2018, in the variant of J. Hur and S. Roth, "Iterative Residual Refinement for
-Joint Optical Flow and Occlusion Estimation", CVPR 2019: two convolutions a pyramid level, bilinear
-upsampling between levels, dense estimators.
+Cost Volume", CVPR 2018, in two variants whose published weights differ in layers and conventions:
+
+"irr": J. Hur and S. Roth, "Iterative Residual Refinement for Joint Optical Flow and Occlusion
+    Estimation", CVPR 2019: two convolutions a pyramid level, bilinear upsampling between levels.
+"nvlabs": the authors' own PyTorch network (NVlabs/PWC-Net, `pwc_dc_net`): three convolutions a
+    pyramid level, learnt upsampling of the flow and of two feature channels.
 """
 
 import numpy as np
 from mindspore import Tensor, float32, nn, ops
+from mindspore.common.initializer import HeNormal
 
 from model.layers import conv
-from model.ops import SEARCH_RANGE, cost_volume, warp
+from model.ops import SEARCH_RANGE, CostVolume, Warp
 
+VARIANTS = ("irr", "nvlabs")
 PYRAMID_CHANNELS = (3, 16, 32, 64, 96, 128, 196)
 ESTIMATOR_CHANNELS = (128, 128, 96, 64, 32)
 CONTEXT_LAYERS = ((128, 1), (128, 2), (128, 4), (96, 8), (64, 16), (32, 1))  # channels, dilation
@@ -23,12 +28,13 @@ SIZE_MULTIPLE = 2 ** (len(PYRAMID_CHANNELS) - 1)
 
 
 class FeaturePyramid(nn.Cell):
-    """Features of one image at halved resolutions, two convolutions each."""
+    """Features of one image at halved resolutions, `depth` convolutions each."""
 
-    def __init__(self):
+    def __init__(self, depth):
         super().__init__()
         self.convs = nn.CellList([
-            nn.SequentialCell(conv(channels_in, channels, stride=2), conv(channels, channels))
+            nn.SequentialCell(conv(channels_in, channels, stride=2),
+                              *(conv(channels, channels) for _ in range(depth - 1)))
             for channels_in, channels in zip(PYRAMID_CHANNELS[:-1], PYRAMID_CHANNELS[1:])
         ])
 
@@ -51,10 +57,9 @@ class FlowEstimator(nn.Cell):
 
     def __init__(self, channels_in, dense=True):
         super().__init__()
-        self.dense = dense
         layers = []
         for channels in ESTIMATOR_CHANNELS:
-            layers.append(conv(channels_in, channels))
+            layers.append(conv(channels_in, channels, concatenate=dense))
             channels_in = channels_in + channels if dense else channels
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = layers
         self.conv_last = conv(channels_in, 2, activation=False)
@@ -63,9 +68,41 @@ class FlowEstimator(nn.Cell):
     def construct(self, x):
         """(N, C, H, W) to the features before the last layer and the flow (N, 2, H, W)."""
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
-            y = layer(x)
-            x = ops.concat((y, x), 1) if self.dense else y
+            x = layer(x)
         return x, self.conv_last(x)
+
+
+class BilinearUpsampling(nn.Cell):
+    """What a level of the variant "irr" hears from the coarser one: its flow, interpolated."""
+
+    channels_out = 2
+
+    def construct(self, flow, dense, size):
+        """Flow (N, 2, h, w) to (N, 2, 2 h, 2 w), `size` being (2 h, 2 w)."""
+        return resize(flow, size)
+
+
+class TransposedUpsampling(nn.Cell):
+    """What a level of the variant "nvlabs" hears: flow and two feature channels, both learnt."""
+
+    channels_out = 4
+
+    def __init__(self, channels_in):
+        super().__init__()
+        self.flow = doubling(2)
+        self.features = doubling(channels_in)
+
+    def construct(self, flow, dense, size):
+        """Flow (N, 2, h, w) and features (N, C, h, w) to (N, 4, 2 h, 2 w), float32, flow first."""
+        return ops.concat((self.flow(flow), self.features(dense.astype(float32))), 1)
+
+
+def doubling(channels_in):
+    """A transposed convolution to two channels of twice the size."""
+    return nn.Conv2dTranspose(
+        channels_in, 2, 4, 2, pad_mode="pad", padding=1, has_bias=True, weight_init=HeNormal(),
+        bias_init="zeros",
+    )
 
 
 class ContextNetwork(nn.Cell):
@@ -100,27 +137,42 @@ def normalize_pair(features1, features2):
 
 
 class PWCNet(nn.Cell):
-    """The network; 8,639,230 parameters when dense.
+    """The network; when dense, of 8,639,230 parameters ("irr") or 9,374,274 ("nvlabs").
 
     Args:
+        variant: "irr" or "nvlabs", see the top of this file.
         dense: dense flow estimators, as published; otherwise plain ones.
         normalize_features: normalise the features before each cost volume (`normalize_pair`).
             Published weights were trained without it.
         warp_mode: "bilinear", as published, or "nearest".
+
+    Raises:
+        ValueError: no such variant.
     """
 
-    def __init__(self, dense=True, normalize_features=False, warp_mode="bilinear"):
+    def __init__(self, variant="irr", dense=True, normalize_features=False, warp_mode="bilinear"):
         super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+        irr = variant == "irr"
+        self.variant = variant
+        self.dense = dense
         self.normalize_features = normalize_features
-        self.warp_mode = warp_mode
-        self.feature_pyramid_extractor = FeaturePyramid()
+        self.align_corners = irr
+        self.context_sees_flow = irr
+        self.feature_pyramid_extractor = FeaturePyramid(depth=2 if irr else 3)
         costs = (2 * SEARCH_RANGE + 1) ** 2
-        finer = PYRAMID_CHANNELS[-2:-OUTPUT_LEVELS - 1:-1]
-        estimators = [FlowEstimator(costs, dense)]
-        estimators += [FlowEstimator(costs + channels + 2, dense) for channels in finer]
+        estimators, upsamplings = [FlowEstimator(costs, dense)], []
+        for channels in PYRAMID_CHANNELS[-2:-OUTPUT_LEVELS - 1:-1]:
+            coarser = estimators[-1].channels_out
+            upsamplings.append(BilinearUpsampling() if irr else TransposedUpsampling(coarser))
+            channels_in = costs + channels + upsamplings[-1].channels_out
+            estimators.append(FlowEstimator(channels_in, dense))
         self.flow_estimators = nn.CellList(estimators)
-        self.context_networks = ContextNetwork(estimators[-1].channels_out + 2)
-        self.activation = nn.LeakyReLU(0.1)
+        self.upsamplings = nn.CellList(upsamplings)
+        self.context_networks = ContextNetwork(estimators[-1].channels_out + (2 if irr else 0))
+        self.cost_volume = CostVolume()
+        self.warp = Warp(warp_mode)
 
     def construct(self, image1, image2):
         """Estimate the flow from image 1 to image 2, at five resolutions.
@@ -132,25 +184,29 @@ class PWCNet(nn.Cell):
             Five flows, coarse to fine, (N, 2, H / 2^l, W / 2^l) for l = 6 to 2, float32, in
             full-resolution pixels times `DIV_FLOW`.
         """
-        pyramid1 = self.feature_pyramid_extractor(image1)
-        pyramid2 = self.feature_pyramid_extractor(image2)
+        # Both images as one batch: half as many operators to compile and to start.
+        pyramid = self.feature_pyramid_extractor(ops.concat((image1, image2), 0))
+        batch = image1.shape[0]
         flows = ()
-        flow = None
+        flow, dense = None, None
         for index in range(OUTPUT_LEVELS):
-            features1, features2 = pyramid1[-1 - index], pyramid2[-1 - index]
+            features = pyramid[-1 - index]
+            features1, features2 = features[:batch], features[batch:]
             estimator = self.flow_estimators[index]
             if index == 0:
                 dense, flow = estimator(self.match(features1, features2))
             else:
-                flow = resize(flow, features1.shape[2:])
-                features2 = self.warp_to_first(features2, flow, image1.shape[2:])
+                coarser = self.upsamplings[index - 1](flow, dense, features1.shape[2:])
+                features2 = self.warp_to_first(features2, coarser, image1.shape[2:])
                 costs = self.match(features1, features2)
-                inputs = (costs, features1, flow.astype(features1.dtype))
+                inputs = (costs, features1, coarser.astype(features1.dtype))
                 dense, flow = estimator(ops.concat(inputs, 1))
             flow = flow.astype(float32)
             if index == OUTPUT_LEVELS - 1:
-                inputs = (dense, flow.astype(dense.dtype))
-                flow = flow + self.context_networks(ops.concat(inputs, 1)).astype(float32)
+                inputs = dense
+                if self.context_sees_flow:
+                    inputs = ops.concat((dense, flow.astype(dense.dtype)), 1)
+                flow = flow + self.context_networks(inputs).astype(float32)
             flows = flows + (flow,)
         return flows
 
@@ -160,28 +216,35 @@ class PWCNet(nn.Cell):
         features1, features2 = features1.astype(float32), features2.astype(float32)
         if self.normalize_features:
             features1, features2 = normalize_pair(features1, features2)
-        return self.activation(cost_volume(features1, features2)).astype(dtype)
+        return self.cost_volume(features1, features2).astype(dtype)
 
     def warp_to_first(self, features2, flow, image_size):
-        """Warp a level's features of image 2 by a flow of the same level, in float32.
+        """Warp a level's features of image 2 by the flow, the first two channels of what came up.
 
-        Full-resolution pixels become pixels of the level by the ratio of (side - 1), since with
-        aligned corners the first and the last pixel's centres are one apart from the other.
+        Done in float32. With aligned corners, full-resolution pixels become pixels of the level by
+        the ratio of (side - 1), the distance of the first and the last pixel's centres; otherwise
+        by the ratio of the sides, a power of two.
         """
         (height, width), (image_height, image_width) = features2.shape[2:], image_size
-        scale_x = (width - 1) / (image_width - 1) / DIV_FLOW
-        scale_y = (height - 1) / (image_height - 1) / DIV_FLOW
+        one = 1 if self.align_corners else 0
+        scale_x = (width - one) / (image_width - one) / DIV_FLOW
+        scale_y = (height - one) / (image_height - one) / DIV_FLOW
         pixels = ops.stack((flow[:, 0] * scale_x, flow[:, 1] * scale_y), 1)
-        return warp(features2.astype(float32), pixels, self.warp_mode).astype(features2.dtype)
+        # The published networks mask by the sum of a sample's weights inside: NVlabs below 0.9999,
+        # IRR below 1. `warp` asks where the sample lies, which is the first but for samples less
+        # than 1e-4 pixels outside, and the second without its rounding: a float32 sum of four
+        # weights may fall short of 1 anywhere.
+        return self.warp(features2.astype(float32), pixels).astype(features2.dtype)
 
 
 def start_from_coarser_flow(network, share=0.1):
     """Change a new network's weights so that each level begins with the flow of the coarser one.
 
-    The last convolution of every estimator reads the upsampled flow, its last two input channels;
-    it starts as passing that on, plus `share` of what its random weights make of the rest. With
-    random weights alone a level must first learn to hand the flow on, which takes most of a short
-    training. The weights are those of the same network: nothing else changes.
+    The last convolution of every estimator reads the upsampled flow, of its input channels two of
+    the last; it starts as passing that on, plus `share` of what its random weights make of the
+    rest. With random weights alone a level must first learn to hand the flow on, which takes most
+    of a short training. The weights are those of the same network: nothing else changes. Learnt
+    upsampling of the flow starts as a bilinear one.
 
     Args:
         network: a dense `PWCNet`.
@@ -190,16 +253,22 @@ def start_from_coarser_flow(network, share=0.1):
         layer = estimator.conv_last[0]
         weight = layer.weight.asnumpy() * np.float32(share)
         if index > 0:
-            weight[:, -2:] = 0
-            weight[[0, 1], [-2, -1], 1, 1] = 1
+            u = -network.upsamplings[index - 1].channels_out
+            weight[:, u:] = 0
+            weight[[0, 1], [u, u + 1], 1, 1] = 1
         layer.weight.set_data(Tensor(weight))
     layer = network.context_networks.convs[-1][0]
     layer.weight.set_data(Tensor(layer.weight.asnumpy() * np.float32(share)))
+    if network.variant == "nvlabs":
+        slope = np.float32([1, 3, 3, 1]) / 4
+        bilinear = np.eye(2, dtype=np.float32)[:, :, None, None] * np.outer(slope, slope)
+        for upsampling in network.upsamplings:
+            upsampling.flow.weight.set_data(Tensor(bilinear))
 
 
-def resize(x, size):
-    """Resize (N, C, H, W) bilinearly to a size (height, width), corners aligned."""
-    return ops.interpolate(x, size=size, mode="bilinear", align_corners=True)
+def resize(x, size, align_corners=True):
+    """Resize (N, C, H, W) bilinearly to a size (height, width)."""
+    return ops.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 class FlowPredictor(nn.Cell):
@@ -207,12 +276,14 @@ class FlowPredictor(nn.Cell):
 
     Sides that are no multiples of 64 are met by resizing the images, not by padding them: padding
     puts an edge into the picture that moves with neither image, and published results of this
-    network were made by resizing.
+    network were made by resizing, with corners aligned (irr) or not (nvlabs).
     """
 
     def __init__(self, network):
         super().__init__(auto_prefix=False)
         self.network = network
+        # Any Cell from two images to flows will do; one that says nothing of corners aligns them.
+        self.align_corners = getattr(network, "align_corners", True)
 
     def construct(self, image1, image2):
         """(N, H, W, 3) uint8 RGB images to flow (N, H, W, 2) float32 in pixels."""
@@ -222,9 +293,10 @@ class FlowPredictor(nn.Cell):
         for image in (image1, image2):
             image = to_network(image)
             if inner != (height, width):
-                image = resize(image, inner)
+                image = resize(image, inner, self.align_corners)
             images = images + (image,)
-        flow = resize(self.network(*images)[-1], (height, width)) / DIV_FLOW
+        flow = self.network(*images)[-1]
+        flow = resize(flow, (height, width), self.align_corners) / DIV_FLOW
         u, v = flow[:, 0] * (width / inner[1]), flow[:, 1] * (height / inner[0])
         return ops.stack((u, v), 3)
 

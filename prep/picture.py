@@ -3,8 +3,10 @@
 import functools
 import io
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from model.metrics import end_point_error
 from prep import flowio
@@ -26,6 +28,8 @@ ERROR_COLOURS = np.array([
     (49, 54, 149), (69, 117, 180), (116, 173, 209), (171, 217, 233), (224, 243, 248),
     (254, 224, 144), (253, 174, 97), (244, 109, 67), (215, 48, 39), (165, 0, 38),
 ], np.uint8)
+
+NOTE = "pwcnet"  # the key under which a PNG file holds a note
 
 TEXT_SIZE = 12  # pixels
 MARGIN = 3  # pixels round a text
@@ -152,8 +156,66 @@ def sheet(rows, captions):
     return np.concatenate(parts)
 
 
-def save_png(path, image):
-    """Write uint8 H x W x 3, RGB, as a PNG file that appears when it is whole."""
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
+def usual_length(flow):
+    """The length in pixels that 99 percent of a flow (H x W x 2) stay under, 1 at least.
+
+    A good full saturation for a picture of one flow: a small fast shape does not leave all else
+    white, and what hardly moves at all does not look as if it did.
+    """
+    return max(1.0, float(np.percentile(np.hypot(flow[..., 0], flow[..., 1]), 99)))
+
+
+def overlay(image, flow, max_flow=None):
+    """Image 1 (uint8 H x W x 3, RGB) in grey, painted with the colours of its flow; the same type.
+
+    What stands still keeps its grey; `flow` and `max_flow` as of `flow_to_color`.
+    """
+    grey = image @ np.float32([0.299, 0.587, 0.114])
+    light = 0.3 + 0.7 / 255 * grey  # the darkest parts must show their colour too
+    return (light[..., None] * flow_to_color(flow, max_flow)).astype(np.uint8)
+
+
+def warp_check(image1, image2, flow):
+    """Image 1, image 2 brought back by the flow, and what differs without and with the flow.
+
+    Where the flow is right the last panel is black, but for what is hidden in image 2.
+
+    Args:
+        image1, image2: uint8 H x W x 3, RGB.
+        flow: float32 H x W x 2 in pixels.
+
+    Returns:
+        uint8 2H x 2W x 3, RGB; labelled where a label fits.
+    """
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    place = (flow + np.stack([x, y], 2)).astype(np.float32)
+    back = cv2.remap(image2, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    panels = [
+        label(image1, "image 1"),
+        label(back, "image 2 brought back by the flow"),
+        label(cv2.absdiff(image1, image2), "|image 1 - image 2|"),
+        label(cv2.absdiff(image1, back), "|image 1 - image 2 brought back|"),
+    ]
+    return np.concatenate([np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)])
+
+
+def save_png(path, image, note=None):
+    """Write uint8 H x W x 3, RGB, as a PNG file that appears when it is whole.
+
+    A text given as `note` goes into the file too, unseen; `png_note` gets it back.
+    """
+    data, info = io.BytesIO(), PngInfo()
+    if note is not None:
+        info.add_text(NOTE, note)
+    Image.fromarray(image).save(data, "PNG", pnginfo=info)
     flowio.write_whole(path, data.getvalue())
+
+
+def png_note(path):
+    """The note that `save_png` put into a file; None if there is no such file or note."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(NOTE)
+    except (OSError, SyntaxError):  # absent, or no PNG file
+        return None

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
-from model.ops import cost_volume, warp
+from model import native
+from model.layers import Convolution
+from model.ops import CostVolume, Warp
 
 SHAPES = [(1, 3, 1, 1), (2, 5, 1, 7), (1, 4, 9, 1), (2, 3, 5, 12), (1, 16, 13, 11)]
 
@@ -51,29 +53,77 @@ def warp_numpy(features, flow, gradient):
     return result, to_features, to_flow
 
 
-def run_with_gradients(function, first, second, gradient):
-    """The function's value and both gradients in float32, as NumPy arrays."""
-    first, second, gradient = (Tensor(array.astype(np.float32))
-                               for array in (first, second, gradient))
-    value = function(first, second)
-    gradients = ops.grad(lambda a, b: (function(a, b) * gradient).sum(), (0, 1))(first, second)
-    return [array.asnumpy() for array in (value, *gradients)]
+def convolution_numpy(x, weight, bias, stride, dilation, activation, gradient):
+    """A 3x3 convolution with LeakyReLU in float64, and the gradients of its product."""
+    h, w = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (dilation, dilation), (dilation, dilation)))
+    windows = {(i, j): np.s_[:, :, i * dilation:i * dilation + h:stride,
+                             j * dilation:j * dilation + w:stride] for i, j in np.ndindex(3, 3)}
+    y = bias[None, :, None, None] + sum(
+        np.einsum("nchw,oc->nohw", padded[window], weight[:, :, i, j])
+        for (i, j), window in windows.items())
+    slope = np.where(y > 0, 1.0, 0.1 if activation else 1.0)
+    before = gradient * slope
+    to_padded, to_weight = np.zeros_like(padded), np.zeros_like(weight)
+    for (i, j), window in windows.items():
+        to_padded[window] += np.einsum("nohw,oc->nchw", before, weight[:, :, i, j])
+        to_weight[:, :, i, j] = np.einsum("nohw,nchw->oc", before, padded[window])
+    to_x = to_padded[:, :, dilation:dilation + h, dilation:dilation + w]
+    return y * slope, to_x, to_weight, before.sum((0, 2, 3))
+
+
+class Product(nn.Cell):
+    """The sum of a function's value times a gradient, so that its gradients are known."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def construct(self, gradient, *inputs):
+        return (self.function(*inputs) * gradient).sum()
+
+
+def run_with_gradients(cell, gradient, *inputs):
+    """A Cell's value and its inputs' and weights' gradients in float32, as NumPy arrays."""
+    gradient, *inputs = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
+    weights = cell.trainable_params()
+    positions = tuple(range(1, len(inputs) + 1))
+    gradients = ops.grad(Product(cell), positions, weights or None)(gradient, *inputs)
+    if weights:
+        gradients = (gradients[0], *gradients[1])
+    return [array.asnumpy() for array in (cell(*inputs), *gradients)]
+
+
+@pytest.fixture(params=["own", "MindSpore's"])
+def own(request, graph_mode):
+    """Whether the Cells are built of the project's own operators; both kinds must agree."""
+    if request.param == "own":
+        if native.library("CPU") is None:
+            pytest.skip("there is no compiler here")
+        yield True
+    else:
+        with native.disabled():
+            yield False
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cost_volume(shape):
+def test_cost_volume(shape, own):
     """Values, channel order (rows outer), zero padding, mean over channels, both gradients."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, *shape))
     gradient = rng.normal(size=(shape[0], 81, *shape[2:]))
-    for found, expected in zip(run_with_gradients(cost_volume, first, second, gradient),
-                               cost_volume_numpy(first, second, gradient), strict=True):
+    cell = CostVolume()
+    assert (cell.fused is not None) == own
+    slope = np.where(cost_volume_numpy(first, second, gradient)[0] > 0, 1, 0.1)
+    costs, *gradients = cost_volume_numpy(first, second, gradient * slope)
+    for found, expected in zip(run_with_gradients(cell, gradient, first, second),
+                               (costs * slope, *gradients), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fraction", "zero", "integer", "far"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_warp(shape, kind):
+def test_warp(shape, kind, own):
     """Values and gradients inside, at the border and outside; zero flow changes nothing."""
     rng = np.random.default_rng(1)
     features, gradient = rng.normal(size=(2, *shape))
@@ -81,21 +131,52 @@ def test_warp(shape, kind):
     flow = {"fraction": rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size),
             "zero": np.zeros(size), "integer": rng.integers(-2, 3, size).astype(float),
             "far": rng.choice([-1e6, 1e4], size)}[kind]
-    value, to_features, to_flow = run_with_gradients(warp, features, flow, gradient)
+    cell = Warp()
+    assert (cell.fused is not None) == own
+    value, to_features, to_flow = run_with_gradients(cell, gradient, features, flow)
     expected = warp_numpy(features, flow, gradient)
     np.testing.assert_allclose(value, expected[0], atol=1e-4)
     np.testing.assert_allclose(to_features, expected[1], atol=1e-4)
     if kind == "zero":
         np.testing.assert_allclose(value, features, atol=1e-5)
-    if kind in ("fraction", "far"):  # at integers the flow's gradient depends on the side
+    if kind in ("fraction", "far") or own:  # at integers MindSpore's may take the other side
         np.testing.assert_allclose(to_flow, expected[2], atol=2e-3)
 
 
-def test_warp_nearest():
+def test_warp_nearest(graph_mode):
     """The nearest mode takes the whole value of the nearest pixel."""
     rng = np.random.default_rng(2)
     features = rng.normal(size=(1, 3, 6, 7)).astype(np.float32)
     flow = np.empty((1, 2, 6, 7), np.float32)
     flow[:, 0], flow[:, 1] = 0.9, -1.2
-    found = warp(Tensor(features), Tensor(flow), "nearest").asnumpy()
+    found = Warp("nearest")(Tensor(features), Tensor(flow)).asnumpy()
     np.testing.assert_array_equal(found[:, :, 2:, :6], features[:, :, 1:5, 1:])
+
+
+@pytest.mark.parametrize("channels,stride,dilation,activation,concatenate", [
+    ((3, 16), 2, 1, True, False),  # the first of the pyramid
+    ((19, 32), 1, 1, True, True),  # of a dense estimator, channels of no multiple of a vector
+    ((40, 2), 1, 1, False, False),  # a flow
+    ((17, 33), 1, 4, True, False), ((32, 16), 1, 16, True, False),  # of the context network
+])
+@pytest.mark.parametrize("size", [(1, 9), (13, 22)])
+def test_convolution(size, channels, stride, dilation, activation, concatenate, own):
+    """Values and gradients with every combination of settings that the network uses."""
+    if size[0] == 1 and stride == 2:
+        pytest.skip("levels of one row are not halved")
+    rng = np.random.default_rng(3)
+    cell = Convolution(*channels, stride, dilation, activation, concatenate)
+    assert (cell.fused is not None) == own
+    x = rng.normal(size=(2, channels[0], *size))
+    weight, bias = rng.normal(size=cell.weight.shape) / 10, rng.normal(size=channels[1])
+    cell.weight.set_data(Tensor(weight.astype(np.float32)))
+    cell.bias.set_data(Tensor(bias.astype(np.float32)))
+    total = channels[1] + (channels[0] if concatenate else 0)
+    gradient = rng.normal(size=(2, total, *(-(-side // stride) for side in size)))
+    y, to_x, to_weight, to_bias = convolution_numpy(
+        x, weight, bias, stride, dilation, activation, gradient[:, :channels[1]])
+    if concatenate:
+        y, to_x = np.concatenate([y, x], 1), to_x + gradient[:, channels[1]:]
+    for found, expected in zip(run_with_gradients(cell, gradient, x),
+                               (y, to_x, to_weight, to_bias), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

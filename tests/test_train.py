@@ -72,9 +72,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
 
     status, _, err = finish(train(data, broken, ranks=2))
     assert status == 0 and "going on after step" in err, err
-    from train import checkpoint
+    from model import weights
 
-    first, second = (checkpoint.read(run / "checkpoints" / "step-00000004.ckpt")
+    first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt")
                      for run in (whole, broken))
     assert first.keys() == second.keys()
     for name in first.keys() - {"model"}:

@@ -110,14 +110,14 @@ def main():
 
 def report(args):
     """Evaluate as the command line says; print the table, write JSON and pictures."""
+    from model.weights import load_network
     from prep import progress, reader
     from prep.picture import save_png, sheet, strip
     from prep.shards import write_json
-    from train import checkpoint
 
     split = reader.Split.open(args.data, args.split)
     names = split.names
-    network = checkpoint.load_network(args.ckpt)
+    network = load_network(args.ckpt)
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     out.mkdir(parents=True, exist_ok=True)
     wanted = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()

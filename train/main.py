@@ -111,8 +111,8 @@ def train(recipe, training, validation, out, here, about):
     from train.step import TrainStep, use_float16
 
     mindspore.set_seed(recipe.seed)  # the same first weights on every rank
-    options = {"dense": recipe.dense, "normalize_features": recipe.normalize_features,
-               "warp_mode": recipe.warp_mode}
+    options = {"variant": recipe.variant, "dense": recipe.dense,
+               "normalize_features": recipe.normalize_features, "warp_mode": recipe.warp_mode}
     network = PWCNet(**options)
     if recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)

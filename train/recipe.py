@@ -33,6 +33,7 @@ class Recipe:
     flip: bool = True
     jitter: float = bounded(0.0, low=0, high=1)
     # network and loss
+    variant: str = bounded("irr", choices=("irr", "nvlabs"))
     dense: bool = True
     normalize_features: bool = False
     warp_mode: str = bounded("bilinear", choices=("bilinear", "nearest"))

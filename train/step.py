@@ -1,8 +1,9 @@
 """One data-parallel training step as one graph: forward, gradient, all-reduce, update."""
 
 import mindspore
-from mindspore import Parameter, Tensor, float16, float32, nn, ops
+from mindspore import Parameter, Tensor, float32, nn, ops
 
+from model.layers import Convolution
 from model.pwcnet import to_network
 
 LOSS_SCALE = {"start": 2.0 ** 16, "factor": 2.0, "every": 1000}
@@ -16,8 +17,8 @@ def use_float16(network):
     numbers; the convolutions are nearly all of the time.
     """
     for _, cell in network.cells_and_names():
-        if isinstance(cell, nn.Conv2d):
-            cell.to_float(float16)
+        if isinstance(cell, Convolution):
+            cell.use_float16()
 
 
 class TrainStep(nn.Cell):
@@ -80,8 +81,8 @@ class TrainStep(nn.Cell):
             losses = self.all_reduce(losses) / self.ranks
         squares = 0.0
         for gradient in gradients:
-            squares = squares + (gradient / scale).square().sum()
-        gradient_norm = squares.sqrt()
+            squares = squares + gradient.square().sum()
+        gradient_norm = squares.sqrt() / scale
         finite = ops.isfinite(gradient_norm)
         factor = 1.0 / scale
         if self.clip_norm > 0:

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Export a network's weights as a PyTorch file that its publishers' code loads.
+
+python model/export_torch.py IN.ckpt OUT.pth
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import collections
+import pathlib
+
+from prep.errors import UserError, run
+
+
+def export_weights(source, target):
+    """Write a network's weights under their published names, whole or not at all.
+
+    "irr": {"state_dict": {"_model." + name: tensor}}, as visinf/irr restores it. "nvlabs": the
+    state_dict alone, with zeros for `deconv2`: the network never calls this layer, but NVlabs' code
+    refuses a state_dict that lacks one.
+
+    Args:
+        source: path of a checkpoint of the trainer or of network weights.
+        target: path of the file to write.
+
+    Returns:
+        The variant.
+
+    Raises:
+        UserError: the checkpoint is none, or its network is none that was ever published.
+    """
+    from model import weights
+    from model.import_torch import UNUSED, load_torch
+
+    torch = load_torch()
+    network = weights.load_network(source)
+    variant = network.variant
+    other = {"dense: false": not network.dense, "normalize_features: true":
+             network.normalize_features, "warp_mode: nearest": network.warp.mode != "bilinear"}
+    if any(other.values()):
+        found = ", ".join(name for name, is_so in other.items() if is_so)
+        raise UserError(f"{source}: is of a network with {found}, which the published network has "
+                        "not: its code would compute another flow; train without")
+    names = weights.published_names(variant)
+    tensors = {}
+    for parameter in network.get_parameters():
+        tensor = torch.from_numpy(parameter.asnumpy().copy())
+        tensor = weights.swap_red_and_blue(variant, parameter.name, tensor)
+        tensors[names[parameter.name]] = tensor.contiguous()
+    if variant == "irr":
+        tensors = {"_model." + name: tensor for name, tensor in tensors.items()}
+        content = {"state_dict": collections.OrderedDict(tensors)}
+    else:
+        tensors |= {name: torch.zeros((2, 2, 4, 4) if name.endswith("weight") else 2)
+                    for name in UNUSED}
+        content = collections.OrderedDict(tensors)
+    with weights.replacing(target) as partial:
+        # The format from before PyTorch 1.6, which is what the publishers' code asks for.
+        torch.save(content, partial, _use_new_zipfile_serialization=False)
+    return variant
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=pathlib.Path, metavar="IN.ckpt",
+                        help="a checkpoint of a run, or network weights")
+    parser.add_argument("target", type=pathlib.Path, metavar="OUT.pth", help="the file to write")
+    args = parser.parse_args()
+    variant = export_weights(args.source, args.target)
+    print(f"{args.target}: weights of the variant {variant}")
+
+
+if __name__ == "__main__":
+    run(main)

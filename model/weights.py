@@ -1,0 +1,213 @@
+"""Files of network weights: MindSpore checkpoints with the options that build the network."""
+
+import json
+import os
+import pathlib
+
+import mindspore
+
+from model.pwcnet import CONTEXT_LAYERS, ESTIMATOR_CHANNELS, OUTPUT_LEVELS, PYRAMID_CHANNELS, PWCNet
+from prep.errors import UserError
+
+LISTED = 10
+"""How many names of each kind an error about weights that do not fit shows."""
+
+
+def read(path):
+    """Read a checkpoint into a dict of name to Parameter or plain value.
+
+    Raises:
+        UserError: no such file, or none that MindSpore wrote whole.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        return mindspore.load_checkpoint(str(path), crc_check=True)
+    except Exception as error:  # MindSpore raises whatever its parser meets
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{path}: damaged or no MindSpore checkpoint "
+                        f"({reason[0] if reason else type(error).__name__}); use another one"
+                        ) from None
+
+
+def write(path, cell, extra):
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        path: of the file, ending in .ckpt; its folder exists.
+        cell: whose parameters are written.
+        extra: dict of plain values to write beside them.
+
+    Raises:
+        UserError: the name does not end in .ckpt, without which MindSpore reads no checkpoint.
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    path = pathlib.Path(path)
+    check_name(path)
+    with replacing(path) as partial:
+        mindspore.save_checkpoint(cell, str(partial), append_dict=extra, crc_check=True)
+
+
+def check_name(path):
+    """Raise UserError unless a checkpoint may have this name."""
+    if pathlib.Path(path).suffix != ".ckpt":
+        raise UserError(f"{path}: a checkpoint's name must end in .ckpt; give such a name")
+
+
+class replacing:
+    """Context manager for the path of a file to write, which becomes `path` if all went well."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.partial = self.path.with_name(f"writing-{self.path.name}")
+
+    def __enter__(self):
+        # Also says, as an OSError with the name, what MindSpore hides: that nothing can be written.
+        self.partial.write_bytes(b"")
+        return self.partial
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                # MindSpore leaves it readable for the owner alone.
+                self.partial.chmod(0o666 & ~umask)
+                with open(self.partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def save_network(path, network, options):
+    """Write the weights of a network, whole or not at all; `load_network` reads them.
+
+    Args:
+        path: of the file, ending in .ckpt.
+        network: a `PWCNet`.
+        options: the keyword arguments that build it.
+
+    Raises:
+        UserError, OSError: as `write`.
+    """
+    write(path, network, {"model": json.dumps(options)})
+
+
+def load_network(path):
+    """Build the network that a checkpoint was made with, and load its weights.
+
+    Args:
+        path: a checkpoint of the trainer, or one of network weights alone. Without options in it,
+            it is taken for the published network of the variant "irr".
+
+    Returns:
+        A `PWCNet`.
+
+    Raises:
+        UserError: the file is damaged, or its weights or options are of another network.
+    """
+    values = read(path)
+    text = str(values.pop("model", "{}"))
+    try:
+        network = PWCNet(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its network's options {text} are unknown to this version "
+                        f"({error}); use the version that wrote it or another file") from None
+    if "step" in values:  # of the trainer: the optimiser's state is none of the network's business
+        names = {parameter.name for parameter in network.get_parameters()}
+        values = {name: value for name, value in values.items() if name in names}
+    load_exactly(path, values, network)
+    return network
+
+
+def load_exactly(path, values, cell):
+    """Load parameters into a Cell that has exactly these.
+
+    Args:
+        path: where they come from, for the error.
+        values: dict of name to Parameter.
+        cell: a Cell.
+
+    Raises:
+        UserError: something does not fit; see `compare`.
+    """
+    parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    compare(path, {name: getattr(value, "shape", ()) for name, value in values.items()},
+            {name: parameter.shape for name, parameter in parameters.items()}, "this network")
+    for name, parameter in parameters.items():
+        parameter.set_data(values[name])
+
+
+def compare(path, found, expected, what):
+    """Raise UserError unless two dicts of name to shape are the same.
+
+    The text has the counts and the first names of what is missing, unknown or of another shape.
+    """
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    shapes = [f"{name} has {tuple(found[name])}, expected {tuple(shape)}"
+              for name, shape in expected.items()
+              if name in found and tuple(found[name]) != tuple(shape)]
+    kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    problems = [f"{len(names)} {kind} ({', '.join(names[:LISTED])}"
+                f"{', ...' if len(names) > LISTED else ''})"
+                for kind, names in kinds.items() if names]
+    if problems:
+        raise UserError(f"{path}: does not fit {what}, which has {len(expected)} parameters: "
+                        f"{'; '.join(problems)}; use weights of the same network")
+
+
+def published_names(variant):
+    """Names of a dense network's parameters here and in its publishers' checkpoints.
+
+    Returns:
+        A dict of name here to name there, without prefix, in the order of the network. For "irr"
+        they are the same.
+    """
+    if variant == "irr":
+        return {parameter.name: parameter.name for parameter in PWCNet(variant).get_parameters()}
+    layers = {}
+    for level in range(1, len(PYRAMID_CHANNELS)):
+        # In the publishers' sixth level the layer called aa comes first.
+        parts = ("aa", "a", "b") if level == 6 else ("a", "aa", "b")
+        for index, part in enumerate(parts):
+            here = f"feature_pyramid_extractor.convs.{level - 1}.{index}.0"
+            layers[here] = f"conv{level}{part}.0"
+    for index in range(OUTPUT_LEVELS):
+        level = 6 - index
+        for number in range(len(ESTIMATOR_CHANNELS)):
+            here = f"flow_estimators.{index}.conv{number + 1}.0"
+            layers[here] = f"conv{level}_{number}.0"
+        layers[f"flow_estimators.{index}.conv_last.0"] = f"predict_flow{level}"
+        if index < OUTPUT_LEVELS - 1:
+            layers[f"upsamplings.{index}.flow"] = f"deconv{level}"
+            layers[f"upsamplings.{index}.features"] = f"upfeat{level}"
+    for index in range(len(CONTEXT_LAYERS)):
+        layers[f"context_networks.convs.{index}.0"] = f"dc_conv{index + 1}.0"
+    last = len(CONTEXT_LAYERS)
+    layers[f"context_networks.convs.{last}.0"] = f"dc_conv{last + 1}"
+    return {f"{here}.{kind}": f"{there}.{kind}"
+            for here, there in layers.items() for kind in ("weight", "bias")}
+
+
+FIRST_LAYER = "feature_pyramid_extractor.convs.0.0.0.weight"
+
+
+def swap_red_and_blue(variant, name, value):
+    """Turn a parameter of a published network into one of ours, or back.
+
+    NVlabs' network takes BGR images. Turning round the input channels of its first convolution
+    once, when the weights are imported, leaves one kind of images to all else, at no cost.
+
+    Args:
+        variant: of the network.
+        name: of the parameter, here.
+        value: its weights, an array or a tensor of torch.
+
+    Returns:
+        The weights, the three input channels reversed if it is that convolution.
+    """
+    if variant == "nvlabs" and name == FIRST_LAYER:
+        return value[:, [2, 1, 0]]
+    return value

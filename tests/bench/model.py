@@ -1,0 +1,103 @@
+"""How fast the network is: inference, training step, start and memory, beside PyTorch's.
+
+python tests/bench/model.py [--torch-python PY] [--size H W] [--batch N] [--repeats N] [--stock]
+
+Every line is a process of its own, kept and asked in turn; those that wait are stopped, as the idle
+threads of some of these libraries turn round and round.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+
+import material
+
+KINDS = {
+    "this toolkit": ("mindspore", {}),
+    "the same without cost volume and warp": ("floor", {}),
+    "the same with MindSpore's operators": ("mindspore", {"PWCNET_NATIVE": "0"}),
+    "PyTorch, stock layers": ("torch", {}),
+}
+FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
+
+
+class Child:
+    """One line of the table, as a process that does what it is told and says how long it took."""
+
+    def __init__(self, python, kind, variables, options):
+        here = os.path.dirname(os.path.abspath(__file__))
+        words = [python, os.path.join(here, "model_child.py"), kind, options.batch, *options.size]
+        self.process = subprocess.Popen(
+            [str(word) for word in words], text=True, env={**os.environ, **variables},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, what):
+        """Seconds for one "inference" or "step"; bytes for "memory"."""
+        os.kill(self.process.pid, signal.SIGCONT)
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"error: the process of {self.process.args} has ended")
+        os.kill(self.process.pid, signal.SIGSTOP)
+        return float(answer)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
+                        help="an interpreter that has PyTorch (default: this one)")
+    parser.add_argument("--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stock", action="store_true",
+                        help="also with MindSpore's own operators, which take 10 GB")
+    options = parser.parse_args()
+    kinds = dict(KINDS)
+    if not options.stock:
+        kinds.pop("the same with MindSpore's operators")
+    found = subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True)
+    if found.returncode:
+        print(f"note: {options.torch_python} has no PyTorch, which is left out (--torch-python)")
+        kinds.pop(PEER)
+    children, rows = {}, {}
+    for name, (kind, variables) in kinds.items():
+        python = options.torch_python if kind == "torch" else sys.executable
+        children[name] = Child(python, kind, variables, options)
+        # One after the other: the first of each is the compilation of its graph, too.
+        children[name].ask("inference")
+        rows[name] = {"first": children[name].ask("step"), "inference": [], "step": []}
+    for _ in range(options.repeats):
+        for what in ("inference", "step"):
+            for name, child in children.items():
+                rows[name][what].append(child.ask(what))
+    for name, child in children.items():
+        rows[name]["memory"] = child.ask("memory")
+        child.end()
+    print(f"batch {options.batch}, {options.size[0]}x{options.size[1]}, float32, "
+          f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians of seconds\n")
+
+    def share(name, what, base):
+        if base not in rows:
+            return "-"
+        pairs = zip(rows[name][what], rows[base][what], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+    header = ["", "inference", "of floor", "of PyTorch", "step", "of floor", "of PyTorch",
+              "compile + first step", "peak GB"]
+    table = [[name, f"{statistics.median(row['inference']):.2f}", share(name, "inference", FLOOR),
+              share(name, "inference", PEER), f"{statistics.median(row['step']):.2f}",
+              share(name, "step", FLOOR), share(name, "step", PEER), f"{row['first']:.1f}",
+              f"{row['memory'] / 1e9:.1f}"] for name, row in rows.items()]
+    material.print_table(header, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""One process of model.py: builds a network, and answers each line of stdin with a number.
+
+python tests/bench/model_child.py mindspore|floor|torch BATCH HEIGHT WIDTH
+"""
+
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+RATE = 1e-4
+"""Learning rate."""
+
+
+def in_mindspore(images, flow, floor):
+    """Functions that infer and train once; with `floor`, without cost volume and warping."""
+    sys.path.insert(0, ROOT)
+    from launch import cluster
+
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    os.environ.setdefault("GLOG_v", "3")
+    cluster.start_mindspore(cluster.Place(), "CPU")
+    import mindspore
+    from mindspore import Tensor, nn, ops
+
+    from model import pwcnet
+    from model.losses import MultiScaleLoss
+    from train.step import TrainStep
+
+    class NoCostVolume(nn.Cell):
+        def construct(self, first, second):
+            return ops.tile(first[:, :1], (1, 81, 1, 1)) + second[:, :1]
+
+    class NoWarp(nn.Cell):
+        def construct(self, features, flow):
+            return features + flow[:, :1]
+
+    network = pwcnet.PWCNet()
+    if floor:
+        network.cost_volume, network.warp = NoCostVolume(), NoWarp()
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=RATE)
+    step = TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0)
+    valid = Tensor(np.ones(flow.shape[:3], np.uint8))
+    images, flow = [Tensor(image) for image in images], Tensor(flow)
+    rate = Tensor(RATE, mindspore.float32)
+    predictor = pwcnet.FlowPredictor(network)
+
+    def infer():
+        network.set_train(False)
+        predictor(*images).asnumpy()
+
+    def train():
+        network.set_train()
+        step(*images, flow, valid, rate)[0].asnumpy()
+
+    return infer, train
+
+
+def in_torch(images, flow):
+    """The same with PyTorch's layers."""
+    sys.path.insert(0, os.path.join(ROOT, "tests"))
+    import torch
+    from torch.nn import functional
+    from torch_pwcnet import IRR
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    network = IRR()
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+    images = [torch.from_numpy(image) for image in images]
+    flow = torch.from_numpy(flow).permute(0, 3, 1, 2)
+    size = flow.shape[2:]
+
+    def forward():
+        return network(*(image.permute(0, 3, 1, 2).float() / 255 for image in images))
+
+    def infer():
+        with torch.no_grad():
+            functional.interpolate(forward()[-1], size, mode="bilinear", align_corners=True) / 0.05
+
+    def train():
+        loss = 0
+        for weight, found in zip((0.32, 0.08, 0.02, 0.01, 0.005), forward(), strict=True):
+            target = functional.adaptive_avg_pool2d(flow, found.shape[2:]) * 0.05
+            loss = loss + weight * ((found - target).square().sum(1) + 1e-12).sqrt().sum()
+        optimizer.zero_grad()
+        (loss / len(flow)).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return infer, train
+
+
+def main():
+    kind, batch, height, width = sys.argv[1], *map(int, sys.argv[2:])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
+    flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
+    build = in_torch if kind == "torch" else lambda *data: in_mindspore(*data, kind == "floor")
+    infer, train = build(images, flow)
+    for line in sys.stdin:
+        what = line.strip()
+        start = time.perf_counter()
+        if what == "memory":
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else:
+            {"inference": infer, "step": train}[what]()
+            answer = time.perf_counter() - start
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+// As much of CUDA as model/native/ops.cu uses, on the CPU, so that the very kernels can be tested
+// where there is no GPU. Found instead of CUDA's own header when g++ compiles ops.cu.
+//
+// The threads of a block are fibres: each runs up to a barrier, then the next. That shows wrong
+// indices, reads of memory nobody wrote (shared memory starts as NaN) and, because the threads can
+// also run in reversed order, barriers that are missing. It says nothing about speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using std::max;
+using __half = _Float16;
+inline float __half2float(__half value) { return static_cast<float>(value); }
+inline __half __float2half(float value) { return static_cast<__half>(value); }
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaError_t = int;
+using cudaStream_t = void *;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9,
+                      cudaErrorLaunchFailure = 719;
+
+constexpr size_t kSharedBytes = 48 * 1024;
+float4 shared_memory[kSharedBytes / sizeof(float4)];
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+cudaError_t last_error = cudaSuccess;
+extern "C" {
+int run_threads_reversed = 0;
+}
+
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+inline cudaError_t cudaMemsetAsync(void *target, int value, size_t bytes, cudaStream_t) {
+  std::memset(target, value, bytes);
+  return cudaSuccess;
+}
+
+inline void atomicAdd(float *target, float value) { *target += value; }
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 * 1024);
+  bool done;
+};
+ucontext_t scheduler;
+Fibre *running;
+std::function<void()> body;
+
+inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+
+inline void run_fibre() {
+  body();
+  running->done = true;
+}
+
+// Runs one block; false if some of its threads ended while others wait at a barrier.
+inline bool run_block() {
+  static std::vector<Fibre> fibres(1024);
+  const int count = blockDim.x * blockDim.y;
+  std::memset(shared_memory, 0xff, kSharedBytes);
+  for (int i = 0; i < count; ++i) {
+    Fibre &fibre = fibres[i];
+    fibre.done = false;
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.data();
+    fibre.context.uc_stack.ss_size = fibre.stack.size();
+    fibre.context.uc_link = &scheduler;
+    makecontext(&fibre.context, run_fibre, 0);
+  }
+  for (int done = 0; done < count;) {
+    if (done != 0) return false;
+    for (int i = 0; i < count; ++i) {
+      const int thread = run_threads_reversed ? count - 1 - i : i;
+      threadIdx = dim3(thread % blockDim.x, thread / blockDim.x, 0);
+      running = &fibres[thread];
+      swapcontext(&scheduler, &running->context);
+      done += running->done;
+    }
+  }
+  return true;
+}
+
+// What a launch does, with the limits of a real one.
+template <class... P>
+void launch_on_cpu(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   P... arguments) {
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 ||
+      block.x * block.y > 1024 || shared_bytes > kSharedBytes) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  gridDim = grid;
+  blockDim = block;
+  body = [=] { kernel(arguments...); };
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        if (!run_block()) last_error = cudaErrorLaunchFailure;
+}

@@ -1,0 +1,340 @@
+"""Prediction: pairs, folders and videos of any size; runs taken up again; bad input; pictures."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import mindspore
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from model.predict import Outputs, ahead, open_frames, pairs_of, predict
+from model.pwcnet import FlowPredictor, PWCNet
+from model.weights import save_network
+from prep import picture
+from prep.errors import UserError
+from prep.flowio import read_flo
+from prep.synthesize import make_pair
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+ODD = 70, 93
+
+
+@pytest.fixture(scope="module")
+def network():
+    mindspore.set_seed(0)
+    return PWCNet(dense=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(network):
+    predictor = FlowPredictor(network)
+    predictor.set_train(False)
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def ckpt(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "network.ckpt"
+    save_network(path, network, {"dense": False})
+    return path
+
+
+def write_frames(folder, numbers, size=ODD):
+    """A folder of synthetic frames frame_N.png; returns it."""
+    for number in numbers:
+        tiny.save(folder / f"frame_{number}.png", make_pair(number, *size)[0])
+    return folder
+
+
+def write_video(path, count, size=(64, 96)):
+    """A Motion JPEG video in AVI; returns its path."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, size[::-1])
+    for number in range(count):
+        writer.write(make_pair(number, *size)[0][..., ::-1].copy())
+    writer.release()
+    return path
+
+
+def run(predictor, inputs, out, *, salt=b"", pictures=(), **options):
+    """What the command does with its inputs: (written, present)."""
+    out.mkdir(exist_ok=True)
+    _, frames = open_frames(inputs)
+    outputs = Outputs(out, **{name: True for name in pictures})
+    return predict(predictor, pairs_of(frames, salt), outputs, **options)
+
+
+def check_flow(predictor, path, image1, image2):
+    """A .flo file holds what the network gives for two images, at their size."""
+    expected = predictor(*(mindspore.Tensor(image[None]) for image in (image1, image2)))
+    flow = read_flo(path)
+    assert flow.shape == (*image1.shape[:2], 2)
+    np.testing.assert_allclose(flow, expected.asnumpy()[0], atol=1e-3)
+
+
+def test_pair(predictor, tmp_path):
+    """Two images of any kind that can be read, here grey and palette, of an odd size."""
+    image1, image2, _, _ = make_pair(5, *ODD)
+    grey, colours = Image.fromarray(image1).convert("L"), Image.fromarray(image2).convert("P")
+    grey.save(tmp_path / "a.png")
+    colours.save(tmp_path / "b.bmp")
+    assert run(predictor, [tmp_path / "a.png", tmp_path / "b.bmp"], tmp_path / "out") == (1, 0)
+    check_flow(predictor, tmp_path / "out" / "a.flo", np.asarray(grey.convert("RGB")),
+               np.asarray(colours.convert("RGB")))
+    assert Image.open(tmp_path / "out" / "a_flow.png").size == ODD[::-1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.flo", "a_flow.png"]
+
+
+def test_folder_is_taken_up_again(predictor, tmp_path):
+    """Consecutive frames, 9 before 10; what is whole and of these images and weights stays."""
+    frames, out = write_frames(tmp_path / "frames", (8, 9, 10, 11)), tmp_path / "out"
+    tiny.save(frames / ".hidden.png", make_pair(1, 8, 8)[0])
+    (frames / "notes.txt").write_text("not a frame")
+
+    def again(**options):
+        return run(predictor, [frames], out, pictures=["overlay", "warp"], batch=2, **options)
+
+    done = []
+    assert again(on_pairs=done.append) == (3, 0)
+    assert sum(done) == 3
+    images = {number: np.asarray(Image.open(frames / f"frame_{number}.png"))
+              for number in (8, 9, 10, 11)}
+    for number in (8, 9, 10):
+        check_flow(predictor, out / f"frame_{number}.flo", images[number], images[number + 1])
+    assert len(list(out.iterdir())) == 3 * 4
+    before = (out / "frame_9.flo").read_bytes()
+
+    assert again() == (0, 3)
+    (out / "frame_9.flo").unlink()
+    (out / "frame_10_warp.png").unlink()
+    assert again() == (2, 1)
+    assert (out / "frame_9.flo").read_bytes() == before
+    assert again(salt=b"other weights") == (3, 0)
+    assert again(salt=b"other weights", overwrite=True) == (3, 0)
+    tiny.save(frames / "frame_11.png", make_pair(99, *ODD)[0])
+    assert again(salt=b"other weights") == (1, 2)
+
+
+def test_video(predictor, tmp_path):
+    """Every frame with the next, named by its number, as OpenCV decodes them."""
+    path = write_video(tmp_path / "clip.avi", 4)
+    count, frames = open_frames([path])
+    images = dict(frames)
+    assert count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
+    original = make_pair(0, 64, 96)[0]
+    assert np.abs(images["clip_000000"].astype(int) - original).mean() < 10  # red is red
+    assert run(predictor, [path], tmp_path / "out") == (3, 0)
+    check_flow(predictor, tmp_path / "out" / "clip_000002.flo", images["clip_000002"],
+               images["clip_000003"])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (64, 64)])
+def test_any_size(predictor, tmp_path, size):
+    """Down to a single pixel, for which the images are enlarged to 64 pixels a side."""
+    rng, frames = np.random.default_rng(0), tmp_path / "frames"
+    for number in (1, 2):
+        tiny.save(frames / f"frame_{number}.png", tiny.picture(rng, *size))
+    assert run(predictor, [frames], tmp_path / "out", pictures=["overlay", "warp"]) == (1, 0)
+    flow = read_flo(tmp_path / "out" / "frame_1.flo")
+    assert flow.shape == (*size, 2) and np.isfinite(flow).all()
+
+
+def test_failure_while_writing(predictor, tmp_path):
+    """A file that can't be written ends the run with the system's error."""
+    frames = write_frames(tmp_path / "frames", (1, 2, 3), (64, 64))
+    (tmp_path / "out" / "frame_2.flo").mkdir(parents=True)
+    with pytest.raises(OSError, match="frame_2.flo"):
+        run(predictor, [frames], tmp_path / "out")
+    assert (tmp_path / "out" / "frame_1.flo").is_file()
+
+
+def test_failure_while_reading(predictor, tmp_path):
+    """A frame that is damaged ends the run with its name; the pairs before it are there."""
+    frames = write_frames(tmp_path / "frames", range(1, 6), (64, 64))
+    data = (frames / "frame_5.png").read_bytes()
+    (frames / "frame_5.png").write_bytes(data[:len(data) // 2])
+    with pytest.raises(UserError, match="frame_5.png"):
+        run(predictor, [frames], tmp_path / "out")
+    assert (tmp_path / "out" / "frame_1.flo").is_file()
+
+
+def test_ahead():
+    """All values in order, and an error where it was raised."""
+    assert list(ahead(iter(range(1, 10)), 3)) == list(range(1, 10))
+
+    def broken():
+        yield 1
+        raise UserError("broken")
+
+    values = ahead(broken(), 4)
+    assert next(values) == 1
+    with pytest.raises(UserError, match="broken"):
+        next(values)
+
+
+def command(*arguments):
+    """Run the command as a user does: (status, stdout, stderr)."""
+    script = tiny.ROOT / "model" / "predict.py"
+    done = subprocess.run([sys.executable, script, *map(str, arguments)],
+                          check=False, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder of inputs that are wrong in every way."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save(folder / "a.png", make_pair(1, 64, 64)[0])
+    tiny.save(folder / "wide.png", make_pair(2, 64, 80)[0])
+    tiny.save(folder / "deep.png", np.zeros((64, 64), np.uint16))
+    write_frames(folder / "one", [1])
+    (folder / "empty").mkdir()
+    write_frames(folder / "mixed", [1, 2])
+    tiny.save(folder / "mixed" / "frame_3.png", make_pair(3, 64, 64)[0])
+    write_frames(folder / "twice", [1, 2])
+    tiny.save(folder / "twice" / "frame_1.bmp", make_pair(3, *ODD)[0])
+    (folder / "clip.mp4").write_bytes(b"no video" * 100)
+    (folder / "text.png").write_text("no image")
+    (folder / "bad.ckpt").write_bytes(b"no checkpoint")
+    write_video(folder / "still.avi", 1)
+    return folder
+
+
+@pytest.mark.parametrize("names,words", [
+    (["none.png", "a.png"], ["none.png", "no such file"]),
+    (["a.png"], ["a.png", "one image", "second"]),
+    (["a.png", "a.png", "a.png"], ["3 inputs", "two images"]),
+    (["a.png", "one"], ["one", "a folder"]),
+    (["a.png", "wide.png"], ["wide.png", "80x64", "64x64", "crop or resize"]),
+    (["a.png", "text.png"], ["text.png", "not a readable image"]),
+    (["one"], ["one", "1 frames", "two"]),
+    (["empty"], ["empty", "0 frames"]),
+    (["mixed"], ["frame_3.png", "64x64", "93x70", "frame_1.png"]),
+    (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
+    (["clip.mp4"], ["clip.mp4", "not a video"]),
+])
+def test_bad_input(inputs, ckpt, tmp_path, names, words):
+    """One line that names the file, what was found and what was expected; nothing is written."""
+    status, _, err = command(*(inputs / name for name in names), "--ckpt", ckpt,
+                             "--out", tmp_path / "out")
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options(inputs, ckpt, tmp_path):
+    """The output folder, the checkpoint and the numbers are checked before anything is computed."""
+    folder = write_frames(tmp_path / "frames", [1, 2])
+    for arguments, words in [
+        ([folder, "--ckpt", ckpt, "--out", ckpt], ["a file", "expected a folder"]),
+        ([folder, "--ckpt", ckpt, "--out", ckpt / "out"], ["Not a directory"]),
+        ([folder, "--ckpt", ckpt, "--out", folder], ["choose another --out"]),
+        ([folder, "--ckpt", "none.ckpt", "--out", tmp_path / "out"], ["none.ckpt"]),
+        ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--batch", 0], ["--batch"]),
+        ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--max-flow", "nan"], ["--max-flow"]),
+    ]:
+        status, _, err = command(*arguments)
+        assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+        for word in words:
+            assert word in err
+
+
+@pytest.mark.slow
+def test_errors_found_late(inputs, ckpt, tmp_path):
+    """A damaged checkpoint, a 16-bit image and a video of one frame are errors of one line too."""
+    for names, weights, words in [
+        (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
+        (["a.png", "deep.png"], ckpt, ["deep.png", "16 bits"]),
+        (["still.avi"], ckpt, ["still.avi", "one frame"]),
+    ]:
+        status, _, err = command(*(inputs / name for name in names), "--ckpt", weights,
+                                 "--out", tmp_path / "out")
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
+        for word in words:
+            assert word in lines[0]
+
+
+@pytest.mark.slow
+def test_command(ckpt, tmp_path):
+    """A video from the command line, twice: all pictures, and then nothing left to do."""
+    path = write_video(tmp_path / "clip.avi", 3)
+    arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp",
+                 "--max-flow", 10)
+    status, out, err = command(*arguments)
+    assert status == 0 and "flow of 2 pairs" in out and "2/2" in err, err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        f"clip_00000{number}{end}" for number in (0, 1)
+        for end in (".flo", "_flow.png", "_overlay.png", "_warp.png")}
+    status, out, err = command(*arguments)
+    assert status == 0 and "flow of 0 pairs, 2 skipped" in out, err
+
+
+@pytest.mark.slow
+def test_interruption(ckpt, tmp_path):
+    """Ctrl-C leaves whole files only and says how to go on; a cut video is predicted to its end."""
+    path, out = write_video(tmp_path / "clip.avi", 300), tmp_path / "out"
+    process = subprocess.Popen(
+        [*map(str, (sys.executable, tiny.ROOT / "model" / "predict.py", path, "--ckpt", ckpt,
+                    "--out", out))], stderr=subprocess.PIPE, text=True)
+    while len(list(out.glob("*.flo"))) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in err, err
+    done = list(out.glob("*_flow.png"))
+    assert len(list(out.iterdir())) == 2 * len(done) and len(done) < 299
+
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) * (len(done) + 5) // 300])
+    status, text, err = command(path, "--ckpt", ckpt, "--out", out)
+    assert status == 0 and f"{len(done)} skipped" in text and "cut short" in err, (text, err)
+
+
+def test_overlay():
+    """What stands still is grey, and lighter where the image is; what moves has its colour."""
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[:, 3:] = 255
+    still = picture.overlay(image, np.zeros((4, 6, 2), np.float32))
+    assert (still[..., 0] == still[..., 1]).all() and (still[..., 0] == still[..., 2]).all()
+    assert still[0, 5, 0] > still[0, 0, 0] > 0
+    right = picture.overlay(image, np.full((4, 6, 2), [5, 0], np.float32), 5.0)
+    assert (right[..., 0] > 2 * right[..., 1:].max(2)).all()
+
+
+def test_warp_check():
+    """With the right flow image 2 comes back onto image 1, but where it leaves the frame."""
+    image1 = make_pair(4, 40, 60)[0]
+    image2 = np.roll(image1, (-2, 3), (0, 1))
+    panels = picture.warp_check(image1, image2, np.full((40, 60, 2), [3, -2], np.float32))
+    assert panels.shape == (80, 120, 3)
+    assert (panels[60:80, 60:117] == 0).all()  # below the labels
+    assert panels[60:80, :60].mean() > 1
+    np.testing.assert_array_equal(panels[20:40, 60:117], image1[20:, :57])
+
+
+def test_usual_length():
+    """A few fast pixels do not count; what hardly moves is drawn as if 1 pixel were much."""
+    flow = np.zeros((100, 100, 2), np.float32)
+    assert picture.usual_length(flow) == 1
+    flow[...] = [3, 4]
+    flow[0, 0] = [1000, 0]
+    assert picture.usual_length(flow) == pytest.approx(5)
+
+
+def test_note(tmp_path):
+    """A PNG file's note comes back; files without one, broken or absent have none."""
+    path = tmp_path / "a.png"
+    picture.save_png(path, np.zeros((4, 4, 3), np.uint8), note="a key")
+    assert picture.png_note(path) == "a key"
+    picture.save_png(path, np.zeros((4, 4, 3), np.uint8))
+    assert picture.png_note(path) is None
+    Path(path).write_text("no picture")
+    assert picture.png_note(path) is None and picture.png_note(tmp_path / "b.png") is None

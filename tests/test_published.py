@@ -1,0 +1,54 @@
+"""Both variants against flows of PyTorch networks with the published names, kept in a file.
+
+The file was made by tests/torch_pwcnet.py with the weights and images below; tests/test_weights.py
+compares with PyTorch itself where that is installed.
+"""
+
+import pathlib
+import zlib
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from model import weights
+from model.pwcnet import PWCNet, to_network
+
+FILE = pathlib.Path(__file__).parent / "published_flows.npz"
+VARIANTS = ("irr", "nvlabs")
+
+
+def uniform(seed, shape):
+    """Numbers in [-1, 1) that are the same with every version of NumPy."""
+    raw = np.random.Philox(seed).random_raw(int(np.prod(shape)))
+    return ((raw >> np.uint64(11)) * 2.0 ** -52 - 1).reshape(shape)
+
+
+def plain_weights(name, shape):
+    """The weights of a published name: He uniform, biases small."""
+    bound = 0.1 if len(shape) == 1 else (6 / np.prod(shape[1:])) ** 0.5
+    return (bound * uniform(zlib.crc32(name.encode()), shape)).astype(np.float32)
+
+
+def images():
+    """Two smooth images, uint8 (64, 64, 3)."""
+    y, x = np.mgrid[:64, :64][..., None] / 10
+    phases = np.arange(3)
+    return [np.uint8(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases))
+            for shift in (0, 0.2)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flows(variant, graph_mode):
+    """Names, order of channels, conventions of warp and upsampling: all five flows agree."""
+    network = PWCNet(variant)
+    parameters = network.parameters_dict()
+    for here, there in weights.published_names(variant).items():
+        value = weights.swap_red_and_blue(variant, here, plain_weights(there, parameters[here].shape))
+        parameters[here].set_data(Tensor(value))
+    flows = network(*(to_network(Tensor(image[None])) for image in images()))
+    kept = np.load(FILE)
+    for level, flow in zip((6, 5, 4, 3, 2), flows, strict=True):
+        expected = kept[f"{variant}-{level}"]
+        assert abs(expected).max() > 0.03  # more than half a pixel
+        np.testing.assert_allclose(flow.asnumpy()[0], expected, atol=5e-5)

@@ -1,0 +1,389 @@
+"""Weights of published networks in and out, checked against PyTorch; files that hold none."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+
+import mindspore
+import numpy as np
+import pytest
+import tiny
+from mindspore import Tensor, nn
+
+from model import weights
+from model.export_torch import export_weights
+from model.import_torch import import_weights
+from model.losses import MultiScaleLoss
+from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
+from prep.errors import UserError
+from prep.synthesize import make_pair
+from train import checkpoint
+from train.step import TrainStep
+
+torch = pytest.importorskip("torch", reason="the exchange with PyTorch needs it: install .[torch]")
+
+import torch_pwcnet
+from torch.nn import functional
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+
+def random_network(variant):
+    """A network of PyTorch whose flows are several pixels long."""
+    torch.manual_seed(1)
+    network = {"irr": torch_pwcnet.IRR, "nvlabs": torch_pwcnet.NVlabs}[variant]()
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(module.weight)
+            torch.nn.init.uniform_(module.bias, -0.1, 0.1)
+    return network
+
+
+def published(variant, network):
+    """What the publishers of a variant save: their kind of dict."""
+    if variant == "nvlabs":
+        return network.state_dict()
+    state = {f"_model.{name}": value for name, value in network.state_dict().items()}
+    return {"epoch": 7, "best_epe": np.float64(2.5), "state_dict": state}
+
+
+@pytest.fixture(scope="module", params=["irr", "nvlabs"])
+def imported(request, tmp_path_factory):
+    """(variant, PyTorch network, its file, our checkpoint of it), the weights random."""
+    variant = request.param
+    folder = tmp_path_factory.mktemp(variant)
+    network = random_network(variant)
+    source, target = folder / "pwc_net.pth.tar", folder / "pwc_net.ckpt"
+    torch.save(published(variant, network), source,
+               _use_new_zipfile_serialization=variant == "irr")
+    done = script("import_torch", source, target)
+    assert done.returncode == 0, done.stderr
+    assert f"variant {variant}" in done.stdout
+    left_out = {"irr": "epoch, best_epe", "nvlabs": "deconv2.weight, deconv2.bias"}[variant]
+    assert left_out in done.stdout
+    return variant, network, source, target
+
+
+def script(name, *arguments, **environment):
+    """Run a script of `model/` as a user does, from another folder."""
+    command = [sys.executable, tiny.ROOT / "model" / f"{name}.py", *arguments]
+    return subprocess.run([*map(str, command)], env={**os.environ, **environment}, text=True,
+                          check=False, capture_output=True, timeout=120, cwd=tiny.ROOT.parent)
+
+
+def published_flow(variant, network, image1, image2):
+    """Flow (H, W, 2) in pixels of two uint8 images, as the publishers of a variant compute it."""
+    height, width = image1.shape[:2]
+    size = -(-height // 64) * 64, -(-width // 64) * 64
+    corners = {"mode": "bilinear", "align_corners": variant == "irr"}
+    images = []
+    for image in (image1, image2):
+        image = image[..., ::-1] if variant == "nvlabs" else image
+        image = torch.tensor(image.transpose(2, 0, 1)[None] / np.float32(255))
+        images.append(functional.interpolate(image, size, **corners))
+    with torch.no_grad():
+        flow = functional.interpolate(network(*images)[-1] / 0.05, (height, width), **corners)[0]
+    return flow.permute(1, 2, 0).numpy() * np.float32([width / size[1], height / size[0]])
+
+
+@pytest.mark.slow
+def test_an_imported_network_computes_the_published_flow(imported):
+    """To a thousandth of a pixel, whatever the size of the images."""
+    variant, network, _, ckpt = imported
+    image1, image2, _, _ = make_pair(5, 60, 120)
+    expected = published_flow(variant, network, image1, image2)
+    assert np.abs(expected).max() > 5
+    predictor = FlowPredictor(weights.load_network(ckpt))
+    flow = predictor(Tensor(image1[None]), Tensor(image2[None])).asnumpy()[0]
+    print(f"{variant}: flow to {np.abs(expected).max()} px, off by {np.abs(flow - expected).max()}")
+    np.testing.assert_allclose(flow, expected, rtol=0, atol=1e-3)
+
+
+def test_import_and_export_change_no_bit(imported, tmp_path):
+    """What comes out is what the publishers' code loads, in the format of their time."""
+    variant, network, _, ckpt = imported
+    done = script("export_torch", ckpt, tmp_path / "out.pth")
+    assert done.returncode == 0, done.stderr
+    assert not zipfile.is_zipfile(tmp_path / "out.pth")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)
+    if variant == "irr":
+        content = {name.removeprefix("_model."): value
+                   for name, value in content["state_dict"].items()}
+    before = network.state_dict()
+    again = {"irr": torch_pwcnet.IRR, "nvlabs": torch_pwcnet.NVlabs}[variant]()
+    again.load_state_dict(content)
+    for name, value in before.items():
+        if name.startswith("deconv2"):
+            assert not content[name].any()
+        else:
+            assert torch.equal(content[name], value), name
+
+
+def test_the_first_network_took_bgr(imported):
+    """The import turns round the channels of NVlabs' first convolution and of nothing else."""
+    variant, network, _, ckpt = imported
+    first = weights.read(ckpt)[weights.FIRST_LAYER].asnumpy()
+    name = weights.published_names(variant)[weights.FIRST_LAYER]
+    theirs = network.state_dict()[name].numpy()
+    np.testing.assert_array_equal(first, theirs[:, ::-1] if variant == "nvlabs" else theirs)
+
+
+def test_parameter_counts(imported):
+    """As published; NVlabs' 9,374,340 are with a layer of 66 that is never called."""
+    variant, network, _, ckpt = imported
+    published = sum(parameter.numel() for parameter in network.parameters())
+    assert published == {"irr": 8_639_230, "nvlabs": 9_374_340}[variant]
+    ours = sum(parameter.size for parameter in weights.load_network(ckpt).get_parameters())
+    assert ours == {"irr": 8_639_230, "nvlabs": 9_374_340 - 66}[variant]
+
+
+class Python2(pickle._Pickler):
+    """Pickles as PyTorch 0.2 under Python 2 did: byte strings, tensors by its first function."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_text(self, text):
+        data = text.encode()
+        self.write(pickle.SHORT_BINSTRING + struct.pack("<B", len(data)) + data)
+        self.memoize(text)
+
+    dispatch[str] = save_text
+
+    def reducer_override(self, value):
+        if not torch.is_tensor(value):
+            return NotImplemented
+        parts = value.storage_offset(), tuple(value.shape), value.stride()
+        return torch._utils._rebuild_tensor, (value._typed_storage(), *parts)
+
+
+def test_a_file_of_python_2(imported, tmp_path):
+    """NVlabs' own file is of 2018: Python 2, PyTorch 0.2."""
+    _, network, _, ckpt = imported
+
+    def dump(value, file, protocol=None):
+        Python2(file, protocol).dump(value)
+
+    torch.save(network.state_dict(), tmp_path / "old.pth.tar",
+               pickle_module=types.SimpleNamespace(
+                   __name__="python2", Pickler=Python2, dump=dump),
+               _use_new_zipfile_serialization=False)
+    assert b"_rebuild_tensor\n" in (tmp_path / "old.pth.tar").read_bytes()[:10_000]
+    import_weights(tmp_path / "old.pth.tar", tmp_path / "out.ckpt")
+    assert_same(weights.read(ckpt), weights.read(tmp_path / "out.ckpt"))
+
+
+def assert_same(first, second):
+    """Two checkpoints hold the same."""
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"model"}:
+        np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+    lambda state: {"state_dict": {f"module._model.{name}": value for name, value in state.items()}},
+    lambda state: {"model": {"state_dict": {f"model.{n}": v for n, v in state.items()}}, "lr": 1},
+    lambda state: {name: torch.nn.Parameter(value.double()) for name, value in state.items()},
+])
+def test_wrappers(imported, tmp_path, wrap):
+    """DataParallel, Lightning and trainers put names and dicts around the weights."""
+    variant, network, _, ckpt = imported
+    torch.save(wrap(network.state_dict()), tmp_path / "in.pt")
+    assert import_weights(tmp_path / "in.pt", tmp_path / "out.ckpt")[0] == variant
+    assert_same(weights.read(ckpt), weights.read(tmp_path / "out.ckpt"))
+
+
+class Intruder:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def renamed(state):
+    names = list(state)
+    return {f"strange{number}" if number < 30 else name: state[name]
+            for number, name in enumerate(names)}
+
+
+def misshapen(state):
+    name = "flow_estimators.0.conv1.0.bias"
+    return {**state, name: torch.zeros(5), "flow_estimators.0.extra": torch.zeros(1)}
+
+
+def holed(state):
+    return {**state, "flow_estimators.0.conv1.0.bias": torch.full((128,), torch.nan)}
+
+
+WRONG = {
+    "empty": (b"", "is empty"),
+    "text": (b"This is not the file you want.\n" * 9, "damaged or no checkpoint of PyTorch"),
+    "a page": (b"<!DOCTYPE html><html>not found</html>", "damaged or no checkpoint of PyTorch"),
+    "other tensors": (lambda state: {"fc.weight": torch.zeros(3)}, "such as fc.weight"),
+    "no tensors": (lambda state: {"state_dict": {"a": 1}, "epoch": 3}, "holds no tensors but"),
+    "a list": (lambda state: [torch.zeros(3)], "holds list"),
+    "other names": (renamed, r"30 missing \(.*, ...\); 30 unknown \(strange0, .*strange9, ...\)"),
+    "other shapes": (misshapen, r"1 unknown \(flow_estimators.0.extra\); 1 of another shape \(flow_"
+                     r"estimators.0.conv1.0.bias has \(5,\), expected \(128,\)"),
+    "not a number": (holed, "flow_estimators.0.conv1.0.bias is of .*NaN"),
+    "integers": (lambda state: {name: value.int() for name, value in state.items()}, "int32"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_file(kind, tmp_path):
+    """An error that names the file and what is wrong with it; what was there before is left."""
+    content, message = WRONG[kind]
+    source, target = tmp_path / "in.pth", tmp_path / "out.ckpt"
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    else:
+        torch.save(content(random_network("irr").state_dict()), source)
+    target.write_bytes(b"of an earlier import")
+    with pytest.raises(UserError, match=message) as error:
+        import_weights(source, target)
+    assert str(error.value).startswith(f"{source}: ") and len(str(error.value)) < 2500
+    assert target.read_bytes() == b"of an earlier import"
+    assert sorted(tmp_path.iterdir()) == [source, target]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.9999])
+def test_a_truncated_file(imported, tmp_path, share):
+    """A download that broke off, in either format."""
+    data = imported[2].read_bytes()
+    (tmp_path / "in.pth").write_bytes(data[:int(len(data) * share)])
+    with pytest.raises(UserError, match=r"in.pth: .*damaged .*download it again"):
+        import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_the_wrong_variant(imported, tmp_path):
+    """Told, not guessed: the names must be of it."""
+    variant, _, source, _ = imported
+    other = {"irr": "nvlabs", "nvlabs": "irr"}[variant]
+    with pytest.raises(UserError, match=f"does not fit the published network .* {other}"):
+        import_weights(source, tmp_path / "out.ckpt", other)
+
+
+def error_line(done):
+    """The one line of a command that failed as it should."""
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_file_does_not_run(tmp_path, is_zip):
+    """Not even as far as to see that it is none."""
+    touched = tmp_path / "touched"
+    torch.save({"state_dict": Intruder(touched)}, tmp_path / "in.pth",
+               _use_new_zipfile_serialization=is_zip)
+    line = error_line(script("import_torch", tmp_path / "in.pth", tmp_path / "out.ckpt"))
+    assert "system, code that would run" in line and "weights_only" not in line
+    assert not touched.exists() and not (tmp_path / "out.ckpt").exists()
+
+
+def test_targets_that_cannot_be_written(imported, tmp_path):
+    """No folder, another suffix: it is said, and nothing is left."""
+    _, _, source, ckpt = imported
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "no")):
+        import_weights(source, tmp_path / "no" / "out.ckpt")
+    with pytest.raises(UserError, match=r"out.pth: .* must end in .ckpt"):
+        import_weights(source, tmp_path / "out.pth")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "no")):
+        export_weights(ckpt, tmp_path / "no" / "out.pth")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["import_torch", "export_torch"])
+def test_without_torch(tmp_path, name):
+    """It says what to install."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no such thing')")
+    done = script(name, tmp_path / "torch.py", tmp_path / "out.ckpt", PYTHONPATH=str(tmp_path))
+    assert "pip install -e '.[torch]'" in error_line(done)
+
+
+def test_networks_that_were_never_published(tmp_path):
+    """Weights that the publishers' code would load and compute something else with."""
+    options = {"dense": False, "normalize_features": True}
+    weights.save_network(tmp_path / "in.ckpt", PWCNet(**options), options)
+    with pytest.raises(UserError, match=r"in.ckpt: .*dense: false, normalize_features: true"):
+        export_weights(tmp_path / "in.ckpt", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_network_comes_back_from_its_file(tmp_path):
+    """Options and weights, from a file of the network, of the trainer, and without options."""
+    options = {"variant": "nvlabs", "dense": False, "warp_mode": "nearest"}
+    network = PWCNet(**options)
+    weights.save_network(tmp_path / "network.ckpt", network, options)
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=1e-4)
+    step = TrainStep(network, MultiScaleLoss(), optimizer)
+    of_trainer = checkpoint.save(tmp_path, 3, step, options)
+    for path in (tmp_path / "network.ckpt", of_trainer):
+        loaded = weights.load_network(path)
+        assert (loaded.variant, loaded.dense, loaded.warp.mode) == ("nvlabs", False, "nearest")
+        for old, new in zip(network.get_parameters(), loaded.get_parameters(), strict=True):
+            assert old.name == new.name
+            np.testing.assert_array_equal(old.asnumpy(), new.asnumpy())
+    assert checkpoint.restore(of_trainer, step) == 3
+
+    before_variants = PWCNet(dense=False)
+    weights.write(tmp_path / "old.ckpt", before_variants, {"model": json.dumps({"dense": False})})
+    assert weights.load_network(tmp_path / "old.ckpt").variant == "irr"
+    mindspore.save_checkpoint(PWCNet(), str(tmp_path / "bare.ckpt"))
+    assert weights.load_network(tmp_path / "bare.ckpt").dense
+    assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt"}
+    assert not list(tmp_path.glob("writing-*"))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    """Other options than the weights', options of another version, no checkpoint."""
+    path = tmp_path / "in.ckpt"
+    weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
+    with pytest.raises(UserError, match=r"in.ckpt: .* 28 missing \(.*, ...\); .* of another shape"):
+        weights.load_network(path)
+    for options in ({"variant": "other"}, {"depth": 3}):
+        weights.save_network(path, PWCNet(dense=False), options)
+        with pytest.raises(UserError, match=r"options .* are unknown to this version"):
+            weights.load_network(path)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"in.ckpt: damaged or no MindSpore checkpoint"):
+        weights.load_network(path)
+
+
+def test_upsampling_starts_as_a_bilinear_one():
+    """A learnt upsampling doubles a ramp between pixel centres, away from the edge."""
+    network = PWCNet("nvlabs")
+    start_from_coarser_flow(network)
+    y, x = np.mgrid[:8, :8].astype(np.float32)
+    ramp = np.stack([x + 2 * y, 3 - x])[None]
+    fine = network.upsamplings[0].flow(Tensor(ramp)).asnumpy()[0, :, 1:-1, 1:-1]
+    y, x = (np.mgrid[:16, :16].astype(np.float32)[:, 1:-1, 1:-1] - 0.5) / 2
+    np.testing.assert_allclose(fine, [x + 2 * y, 3 - x], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_second_variant_learns():
+    """A training step changes every parameter: gradients reach them all."""
+    mindspore.set_seed(0)
+    network = PWCNet("nvlabs", normalize_features=True)
+    before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=1e-3)
+    step = TrainStep(network, MultiScaleLoss(), optimizer)
+    image1, image2, flow, _ = make_pair(3, 64, 64)
+    batch = [Tensor(array[None])
+             for array in (image1, image2, flow, np.ones((64, 64), np.uint8))]
+    losses, norm, finite = step(*batch, Tensor(1e-3, mindspore.float32))
+    assert bool(finite) and np.isfinite(losses.asnumpy()).all() and float(norm) > 0
+    same = [p.name for p in network.get_parameters()
+            if np.array_equal(before[p.name], p.asnumpy())]
+    assert not same
