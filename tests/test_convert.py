@@ -169,7 +169,7 @@ def test_sintel_with_something_missing(release, tmp_path, missing, message):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
-    root = tiny.chairs(tmp_path / "data", 24, 128, 160)
+    root = tiny.chairs(tmp_path / "data", 60, 256, 320)
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,

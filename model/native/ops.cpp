@@ -323,6 +323,111 @@ void warp_gradient(const float* features, const float* flow, const float* gradie
     }
 }
 
+// ---- Convolution to a flow ----------------------------------------------------------------------
+//
+// Two channels out of hundreds: a library's kernels compute sixteen and throw fourteen away. Without
+// stride, dilation and activation.
+
+constexpr int kFlow = 2, kTaps = 9;
+
+// A row with a zero before it, and zeros behind it up to `width`.
+void pad_row(const float* row, int64_t w, float* padded, int64_t width) {
+  padded[0] = 0;
+  std::memcpy(padded + 1, row, w * sizeof(float));
+  std::fill(padded + 1 + w, padded + width, 0.f);
+}
+
+int64_t padded_width(int64_t w) { return round_up(w, kLanes) + kLanes; }
+
+void convolve_to_flow(const float* x, const float* weight, const float* bias, float* flow,
+                      const int64_t* shape) {
+  const int64_t n = shape[0], c = shape[1], h = shape[2], w = shape[3], width = padded_width(w);
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t y = 0; y < h; ++y) {
+      std::vector<float> padded(3 * width), sums(kFlow * width);
+      for (int o = 0; o < kFlow; ++o) std::fill_n(sums.data() + o * width, width, bias[o]);
+      for (int64_t k = 0; k < c; ++k) {
+        for (int dy = 0; dy < 3; ++dy)
+          if (y + dy - 1 >= 0 && y + dy - 1 < h)  // else it has stayed zero
+            pad_row(x + ((i * c + k) * h + y + dy - 1) * w, w, padded.data() + dy * width, width);
+        const float* taps = weight + k * kTaps;
+        for (int64_t at = 0; at < w; at += kLanes) {
+          Vector u = load(sums.data() + at), v = load(sums.data() + width + at);
+#pragma GCC unroll 9
+          for (int tap = 0; tap < kTaps; ++tap) {
+            const Vector value = load(padded.data() + tap / 3 * width + at + tap % 3);
+            u += taps[tap] * value;
+            v += taps[c * kTaps + tap] * value;
+          }
+          store(sums.data() + at, u);
+          store(sums.data() + width + at, v);
+        }
+      }
+      for (int o = 0; o < kFlow; ++o)
+        std::memcpy(flow + ((i * kFlow + o) * h + y) * w, sums.data() + o * width,
+                    w * sizeof(float));
+    }
+}
+
+void convolve_to_flow_gradient(const float* x, const float* weight, const float* gradient,
+                               float* to_x, float* to_weight, float* to_bias,
+                               const int64_t* shape) {
+  const int64_t n = shape[0], c = shape[1], h = shape[2], w = shape[3], width = padded_width(w);
+  // The gradient's rows, padded, with one of zeros above and below each image.
+  float* rows = scratch.floats(n * kFlow * (h + 2) * width);
+  const auto row = [=](int64_t i, int o, int64_t y) {
+    return rows + ((i * kFlow + o) * (h + 2) + y + 1) * width;
+  };
+  for (int o = 0; o < kFlow; ++o) to_bias[o] = 0;
+  for (int64_t i = 0; i < n; ++i)
+    for (int o = 0; o < kFlow; ++o) {
+      std::fill_n(row(i, o, -1), width, 0.f);
+      std::fill_n(row(i, o, h), width, 0.f);
+      const float* plane = gradient + (i * kFlow + o) * h * w;
+      double sum = 0;
+      for (int64_t p = 0; p < h * w; ++p) sum += plane[p];
+      to_bias[o] += float(sum);
+      for (int64_t y = 0; y < h; ++y) pad_row(plane + y * w, w, row(i, o, y), width);
+    }
+#pragma omp parallel for schedule(static)
+  for (int64_t k = 0; k < c; ++k) {
+    std::vector<float> line(width);
+    Vector sums[kFlow][kTaps] = {};
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t y = 0; y < h; ++y) {
+        // Pixel (y, x) of the input has met the outputs around it, by the taps opposite to them.
+        const float* value = x + ((i * c + k) * h + y) * w;
+        float* result = to_x + ((i * c + k) * h + y) * w;
+        std::memcpy(line.data(), value, w * sizeof(float));
+        std::fill(line.begin() + w, line.end(), 0.f);
+        for (int64_t at = 0; at < w; at += kLanes) {
+          const Vector here = load(line.data() + at);
+          Vector back = {};
+#pragma GCC unroll 2
+          for (int o = 0; o < kFlow; ++o)
+#pragma GCC unroll 3
+            for (int dy = 0; dy < 3; ++dy)
+#pragma GCC unroll 3
+              for (int dx = 0; dx < 3; ++dx) {
+                const int tap = 3 * dy + dx;
+                const Vector upstream = load(row(i, o, y + 1 - dy) + at + 2 - dx);
+                sums[o][tap] += here * upstream;
+                back += weight[(o * c + k) * kTaps + tap] * upstream;
+              }
+          store_part(result + at, back, w - at);
+        }
+      }
+    for (int o = 0; o < kFlow; ++o)
+      for (int tap = 0; tap < kTaps; ++tap) {
+        float lanes[kLanes], sum = 0;
+        store(lanes, sums[o][tap]);
+        for (float lane : lanes) sum += lane;
+        to_weight[(o * c + k) * kTaps + tap] = sum;
+      }
+  }
+}
+
 #ifdef WITH_ONEDNN
 // ---- Convolution --------------------------------------------------------------------------------
 
@@ -334,6 +439,9 @@ struct Geometry {
   int64_t out_h() const { return (h - 1) / stride + 1; }
   int64_t out_w() const { return (w - 1) / stride + 1; }
   int64_t total_out() const { return out + (concatenate ? in : 0); }
+  bool is_flow() const {
+    return out == kFlow && stride == 1 && dilation == 1 && !leaky && !concatenate;
+  }
   bool operator<(const Geometry& o) const {
     return std::tie(n, in, out, h, w, stride, dilation, leaky) <
            std::tie(o.n, o.in, o.out, o.h, o.w, o.stride, o.dilation, o.leaky);
@@ -562,17 +670,24 @@ OPERATOR(WarpGradient) {
 // x, weight, bias, settings (int32: stride, dilation, LeakyReLU, concatenate) -> y
 OPERATOR(Convolution3x3) {
   return run("Convolution3x3", [=] {
-    convolve(read_geometry(shapes[0], shapes[1], params[3]), in(params, 0), in(params, 1),
-             in(params, 2), out(params, 4));
+    const Geometry geometry = read_geometry(shapes[0], shapes[1], params[3]);
+    if (geometry.is_flow())
+      convolve_to_flow(in(params, 0), in(params, 1), in(params, 2), out(params, 4), shapes[0]);
+    else
+      convolve(geometry, in(params, 0), in(params, 1), in(params, 2), out(params, 4));
   });
 }
 
 // x, weight, y, gradient, settings -> to x, to weight, to bias
 OPERATOR(Convolution3x3Gradient) {
   return run("Convolution3x3Gradient", [=] {
-    convolve_gradient(read_geometry(shapes[0], shapes[1], params[4]), in(params, 0), in(params, 1),
-                      in(params, 2), in(params, 3), out(params, 5), out(params, 6),
-                      out(params, 7));
+    const Geometry geometry = read_geometry(shapes[0], shapes[1], params[4]);
+    if (geometry.is_flow())
+      convolve_to_flow_gradient(in(params, 0), in(params, 1), in(params, 3), out(params, 5),
+                                out(params, 6), out(params, 7), shapes[0]);
+    else
+      convolve_gradient(geometry, in(params, 0), in(params, 1), in(params, 2), in(params, 3),
+                        out(params, 5), out(params, 6), out(params, 7));
   });
 }
 #endif
