@@ -107,7 +107,8 @@ def joined(prepare, device="CPU"):
     try:
         yield here, plan
     except BaseException as error:
-        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        status = error.code if isinstance(error, SystemExit) else 1
+        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else status)
         raise
     mpi.COMM_WORLD.Barrier()
     mpi.Finalize()
@@ -144,6 +145,40 @@ def barrier():
     """
     if "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier()
+
+
+def broadcast(read):
+    """What `read()` returns on rank 0, for every rank; its UserError is every rank's, too."""
+    if "mpi4py.MPI" not in sys.modules:
+        return read()
+    world, value, error = sys.modules["mpi4py.MPI"].COMM_WORLD, None, None
+    if world.rank == 0:
+        try:
+            value = read()
+        except UserError as failure:
+            error = str(failure)
+    value, error = world.bcast((value, error))
+    if error:
+        raise UserError(error)
+    return value
+
+
+def gather(value):
+    """The values of all ranks, a list in their order, on every rank."""
+    if "mpi4py.MPI" not in sys.modules:
+        return [value]
+    return sys.modules["mpi4py.MPI"].COMM_WORLD.allgather(value)
+
+
+def stop_together(error):
+    """Raise a UserError or KeyboardInterrupt that all ranks have come to; one of them reports it."""
+    if "mpi4py.MPI" not in sys.modules:
+        raise error
+    world, interrupted = sys.modules["mpi4py.MPI"].COMM_WORLD, isinstance(error, KeyboardInterrupt)
+    if world.rank == 0:  # before the first exit makes mpirun end the rest
+        print(error, file=sys.stderr, flush=True) if interrupted else report(str(error))
+    world.Barrier()
+    sys.exit(130 if interrupted else 1)
 
 
 def find_disagreement(outcomes):

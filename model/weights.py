@@ -35,7 +35,7 @@ def write(path, cell, extra):
 
     Args:
         path: of the file, ending in .ckpt; its folder exists.
-        cell: whose parameters are written.
+        cell: whose parameters are written; or a list of dicts with "name" and "data", a tensor.
         extra: dict of plain values to write beside them.
 
     Raises:
@@ -114,11 +114,21 @@ def load_network(path):
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its network's options {text} are unknown to this version "
                         f"({error}); use the version that wrote it or another file") from None
+    load_weights(path, values, network)
+    return network
+
+
+def load_weights(path, values, network):
+    """Load the weights in a checkpoint's values, a dict as `read` gives it, into a network.
+
+    Raises:
+        UserError: they are of another network.
+    """
+    values = {name: value for name, value in values.items() if name != "model"}
     if "step" in values:  # of the trainer: the optimiser's state is none of the network's business
         names = {parameter.name for parameter in network.get_parameters()}
         values = {name: value for name, value in values.items() if name in names}
     load_exactly(path, values, network)
-    return network
 
 
 def load_exactly(path, values, cell):

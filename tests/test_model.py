@@ -3,7 +3,7 @@
 import mindspore
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, float32, nn, ops
 
 from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow
 from model.metrics import end_point_error, mean_epe
@@ -138,6 +138,34 @@ def test_overfitting_one_pair(pair):
     optimizer = nn.Adam(network.trainable_params(), learning_rate=3e-4)
     losses = learn(TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0), pair, 40)
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
+
+
+class Still(nn.Cell):
+    """A network whose flow, and so its loss, does not depend on its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = Parameter(Tensor([2.0, -4.0], float32), name="weight")
+
+    def construct(self, image1, image2):
+        return image1 * 0 * self.weight.sum()
+
+
+class Sum(nn.Cell):
+    def construct(self, flows, flow, valid):
+        return flows.sum().reshape(1)
+
+
+def test_decoupled_weight_decay(graph_mode):
+    """AdamW shrinks a weight without a gradient by the rate times the decay (its equation 12)."""
+    network = Still()
+    optimizer = nn.Adam(network.trainable_params(), learning_rate=1.0)
+    step = TrainStep(network, Sum(), optimizer, decoupled_decay=0.5)
+    image, flow = Tensor(np.ones((1, 4, 4, 3), np.uint8)), Tensor(np.ones((1, 4, 4, 2), np.float32))
+    valid = Tensor(np.ones((1, 4, 4), np.uint8))
+    for _ in range(2):
+        step(image, image, flow, valid, Tensor(0.1, float32))
+    np.testing.assert_allclose(network.weight.asnumpy(), np.array([2, -4]) * 0.95 ** 2, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -68,9 +68,28 @@ def test_any_value_is_taken_or_refused_with_its_key(key, value):
         assert type(kept) is not bool or type(value) is bool
 
 
+@pytest.mark.parametrize("key,value,words", [
+    ("scale", "[1.5, 1.0]", "the smaller one first"), ("gamma", "[2, 1]", "the smaller one first"),
+    ("scale", "[0, 1]", "at least 0.25"), ("gamma", "1.5", "a list of 2 numbers"),
+    ("noise", "4", "at most 1"), ("affine", "true", "of type float")])
+def test_augmentation_out_of_range(tmp_path, key, value, words):
+    with pytest.raises(UserError, match=f"{key} .*{words}"):
+        recipes.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
+
+
 def test_milestones():
     recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
     assert [learning_rate(recipe, step) for step in (0, 1, 2, 4, 5, 8)] == [8, 8, 4, 4, 2, 2]
+
+
+def test_cosine_with_warm_up():
+    """Up in equal parts to the curve, which falls to zero at the end of the run."""
+    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine",
+                            warm_up=4)
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1], rel=3e-3)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[50] == pytest.approx(0.5) and learning_rate(recipe, 100) == 0
 
 
 def test_one_cycle():

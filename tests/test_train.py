@@ -1,6 +1,7 @@
 """Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
 
 import json
+import signal
 import sys
 import time
 
@@ -31,11 +32,12 @@ def finish(process):
     return process.returncode, out, err
 
 
-def train(data, out, ranks=1, recipe="example", **overrides):
+def train(data, out, ranks=1, recipe="example", init=None, **overrides):
     """Start a training run through launch/train.sh."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
+    begin = ["--init", init] if init else []
     return tiny.mpirun(ranks, "launch/train.sh", "--config", recipe, "--data", data, "--out", out,
-                       *pairs)
+                       *begin, *pairs)
 
 
 @pytest.mark.slow
@@ -69,9 +71,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
     ranks[1].kill()
     assert finish(job)[0] != 0
     assert not (broken / "result.json").exists()
+    # The newest checkpoint is damaged, too: the run goes on from the one before.
+    newest = sorted((broken / "checkpoints").glob("step-*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
 
-    status, _, err = finish(train(data, broken, ranks=2))
-    assert status == 0 and "going on after step" in err, err
+    status, out, err = finish(train(data, broken, ranks=2))
+    assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
+    assert f"warning: {newest}: damaged" in out
     from model import weights
 
     first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt")
@@ -133,6 +139,50 @@ def check_evaluation(data, run, out):
     assert f"{figures['epe']:.3f}" in text and "zero flow" in text
     assert [pair["pair"] for pair in figures["by_pair"]] == ["00003", "00006", "00010"]
     assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_keeps_its_last_step(data, tmp_path):
+    """SIGTERM ends a run after the step that it is in, which the same command goes on from."""
+    run = tmp_path / "run"
+    job = train(data, run, steps=200, checkpoint_every=200, validate_every=200)
+    while not list(run.glob("tensorboard/*")):
+        assert job.poll() is None, finish(job)
+        time.sleep(0.1)
+    time.sleep(1)
+    job.send_signal(signal.SIGTERM)
+    status, _, err = finish(job)
+    kept = [path.stem for path in (run / "checkpoints").glob("*.ckpt")]
+    assert status == 130 and len(kept) == 1 and "Traceback" not in err, err
+    assert f"stopped after step {int(kept[0][-8:])}" in err
+
+
+@pytest.mark.slow
+def test_a_diverging_run_says_with_which_pairs(data, tmp_path):
+    """A loss that is no number ends the run; the checkpoints before it stay."""
+    job = train(data, tmp_path / "run", learning_rate=1e30, steps=20)
+    check_refused(job, "no finite number", "with the pairs 000", "learning_rate")
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_given_weights(data, tmp_path):
+    """--init takes the weights of another file on every rank, and no file that does not fit."""
+    from model import weights
+    from model.pwcnet import PWCNet
+
+    options = {"dense": False, "normalize_features": True}
+    network = PWCNet(**options)
+    weights.save_network(tmp_path / "first.ckpt", network, options)
+    status, _, err = finish(train(data, tmp_path / "run", 2, init=tmp_path / "first.ckpt", steps=1,
+                                  learning_rate=1e-12))
+    assert status == 0, err
+    kept = weights.read(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    for parameter in network.get_parameters():
+        np.testing.assert_allclose(kept[parameter.name].asnumpy(), parameter.asnumpy(), atol=1e-7)
+
+    check_refused(train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
+                  "first.ckpt", "does not fit")
+    check_refused(train(data, tmp_path / "third", init=tmp_path / "none.ckpt"), "none.ckpt")
 
 
 def check_refused(process, *words):

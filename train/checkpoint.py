@@ -1,55 +1,154 @@
-"""Checkpoints: the whole state of a run in one file, written whole or not at all."""
+"""Checkpoints: the whole state of a run in one file, written beside the training, whole or not at all.
 
+One rank writes; when a run goes on, that rank reads and the others hear from it, so they need not
+share a file system.
+"""
+
+import concurrent.futures
 import json
+import math
 import pathlib
 import re
 
-from model.weights import load_exactly, read, write
+import mindspore
+import numpy as np
+from mindspore import Tensor
+
+from launch import cluster
+from model import weights
 from prep.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
+BEST = "best.ckpt"
 
 
-def save(folder, step, state, model_options, keep=3):
-    """Write the checkpoint of a step and delete the oldest beyond the last `keep`.
+class Checkpoints:
+    """The checkpoints of a run; the newest few are kept, and the weights that validated best.
+
+    A save costs the training a copy of the state: a thread writes it. Used as a context manager, it
+    has written everything when it ends.
 
     Args:
-        folder: of the run's checkpoints.
-        step: how many steps lie behind this state.
-        state: a Cell whose parameters are to be kept (network, optimiser, loss scale).
-        model_options: keyword arguments that build the network, kept in the file.
-
-    Returns:
-        The path of the file.
+        folder: of the files.
+        model_options: keyword arguments that build the network, kept in the files.
+        keep: how many to keep.
+        enabled: False on all ranks but one, where nothing is written.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.ckpt"
-    write(path, state, {"step": step, "model": json.dumps(model_options)})
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
+
+    def __init__(self, folder, model_options, keep=3, enabled=True):
+        self.folder = pathlib.Path(folder)
+        self.model_options = json.dumps(model_options)
+        self.keep = keep
+        self.enabled = enabled
+        self.best = math.inf
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        self.writer.shutdown()
+
+    def wait(self):
+        """Wait until all is on the disk; OSError if it could not be written."""
+        while self.writing:
+            self.writing.pop(0).result()
+
+    def save(self, step, state):
+        """Write the checkpoint of a step and delete the oldest beyond the last `keep`.
+
+        Args:
+            step: how many steps lie behind this state.
+            state: a Cell whose parameters are to be kept (network, optimiser, loss scale).
+        """
+        if self.enabled:
+            extra = {"step": step, "model": self.model_options, "best": self.best}
+            self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
+
+    def save_if_best(self, network, epe):
+        """Write the weights of a network if no earlier one had so small an error."""
+        if epe < self.best:
+            self.best = epe
+            if self.enabled:
+                self.write(self.folder / BEST, network, {"model": self.model_options})
+
+    def write(self, path, cell, extra):
+        self.wait()  # never more than one copy
+        self.folder.mkdir(parents=True, exist_ok=True)
+        copy = [{"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())}
+                for parameter in cell.get_parameters()]
+        self.writing.append(self.writer.submit(self.write_copy, path, copy, extra))
+
+    def write_copy(self, path, copy, extra):
+        weights.write(path, copy, extra)
+        for old in list_checkpoints(self.folder)[:-self.keep]:
+            old.unlink()
+
+    def restore(self, state):
+        """Load the newest whole checkpoint into a Cell on every rank.
+
+        A damaged one is passed over with a warning, and deleted when newer ones take its place.
+
+        Args:
+            state: a Cell with exactly the parameters that were saved.
+
+        Returns:
+            The step of the checkpoint, 0 if there is none.
+
+        Raises:
+            UserError: all are damaged, or it belongs to another network or optimiser.
+        """
+        path, values = cluster.broadcast(self.read_newest) or (None, None)
+        if not path:
+            return 0
+        step, self.best = int(values.pop("step")), float(values.pop("best", math.inf))
+        values.pop("model", None)
+        weights.load_exactly(path, to_parameters(values), state)
+        return step
+
+    def read_newest(self):
+        """(path, values as numbers and NumPy arrays) of the newest whole checkpoint, or None."""
+        saved = list_checkpoints(self.folder)
+        for path in reversed(saved):
+            try:
+                values = weights.read(path)
+            except UserError as error:
+                print(f"warning: {error}; going on from the one before", flush=True)
+                continue
+            if "step" not in values:
+                raise UserError(f"{path}: has no training step; it was not written by this trainer")
+            return str(path), to_arrays(values)
+        if saved:
+            raise UserError(f"{self.folder}: all of its {len(saved)} checkpoints are damaged; restore "
+                            "one from a copy, or start again with another --out")
+        return None
+
+
+def start_from(path, network):
+    """Load the weights of a checkpoint that rank 0 has into a network on every rank.
+
+    Raises:
+        UserError: the file is damaged, or of another network.
+    """
+    values = cluster.broadcast(lambda: to_arrays(weights.read(path)))
+    weights.load_weights(path, to_parameters(values), network)
+
+
+def to_arrays(values):
+    """A checkpoint's values with NumPy arrays for parameters, as they go from rank to rank."""
+    return {name: value.asnumpy() if isinstance(value, Tensor) else value
+            for name, value in values.items()}
+
+
+def to_parameters(values):
+    """The opposite of `to_arrays`."""
+    return {name: mindspore.Parameter(value, name=name) if isinstance(value, np.ndarray) else value
+            for name, value in values.items()}
 
 
 def list_checkpoints(folder):
-    """The whole checkpoints of a folder, oldest first."""
+    """The checkpoints of a folder that appeared, oldest first."""
     return sorted(path for path in pathlib.Path(folder).glob("step-*.ckpt")
                   if NAME.fullmatch(path.name))
-
-
-def restore(path, state):
-    """Load a checkpoint into a Cell that has exactly its parameters.
-
-    Returns:
-        The step of the checkpoint.
-
-    Raises:
-        UserError: the file is damaged or belongs to another network or optimiser.
-    """
-    values = read(path)
-    if "step" not in values:
-        raise UserError(f"{path}: has no training step; it was not written by this trainer")
-    step = int(values.pop("step"))
-    values.pop("model", None)
-    load_exactly(path, values, state)
-    return step

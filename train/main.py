@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import pathlib
+import signal
 import subprocess
 import time
 
@@ -56,6 +57,8 @@ def prepare(args, ranks):
         raise UserError(f"{args.data}: has pairs of {size[0]}x{size[1]}, the recipe crops "
                         f"{recipe.crop[0]}x{recipe.crop[1]}; choose a smaller crop=[H,W]")
     check_folder(args.out, recipe)
+    if args.init and not args.init.is_file() and cluster.place().rank == 0:
+        raise UserError(f"{args.init}: no such checkpoint file")
     manifest = (args.data / "manifest.json").read_bytes()
     settings = {"recipe": recipe.to_yaml(), "data": hashlib.sha256(manifest).hexdigest()}
     about = versions()
@@ -84,7 +87,29 @@ def versions():
     return {"python": sys.version.split()[0], **found, "revision": git.stdout.strip() or "unknown"}
 
 
-def train(recipe, training, validation, out, here, about):
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, so that the training leaves after the step that it is in.
+
+    A context manager. A second signal ends the process at once.
+    """
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.note)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(recipe, training, validation, out, here, about, init=None):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
@@ -93,9 +118,14 @@ def train(recipe, training, validation, out, here, about):
         out: folder of the run; rank 0 writes there.
         here: this rank's `launch.cluster.Place`.
         about: dict of strings to keep with the run.
+        init: a checkpoint whose weights a new run begins with, or None.
 
     Returns:
         The final figures, a dict (the same on every rank).
+
+    Raises:
+        UserError: the training diverged.
+        KeyboardInterrupt: SIGTERM or Ctrl-C on any rank; a checkpoint of the last step was written.
     """
     import mindspore
     from mindspore import Tensor, nn
@@ -104,8 +134,8 @@ def train(recipe, training, validation, out, here, about):
     from model.pwcnet import PWCNet, start_from_coarser_flow
     from prep import reader
     from prep.picture import strip
-    from train import checkpoint
     from train.augment import Augment
+    from train.checkpoint import Checkpoints, start_from
     from train.evaluate import evaluate, summarize
     from train.monitor import Clock, Monitor
     from train.step import TrainStep, use_float16
@@ -114,24 +144,28 @@ def train(recipe, training, validation, out, here, about):
     options = {"variant": recipe.variant, "dense": recipe.dense,
                "normalize_features": recipe.normalize_features, "warp_mode": recipe.warp_mode}
     network = PWCNet(**options)
-    if recipe.start_from_coarser_flow:
+    if init:
+        start_from(init, network)
+    elif recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)
     half = recipe.precision == "float16"
     if half:
         use_float16(network)
+    decoupled = recipe.optimizer == "adamw"
     optimizer = nn.Adam(network.trainable_params(), learning_rate=recipe.learning_rate,
-                        weight_decay=recipe.weight_decay)
+                        weight_decay=0.0 if decoupled else recipe.weight_decay)
     step = TrainStep(network, MultiScaleLoss(recipe.loss == "robust"), optimizer,
-                     ranks=here.ranks, clip_norm=recipe.clip_norm, loss_scaling=half)
-    saved = checkpoint.list_checkpoints(out / "checkpoints")
-    first = checkpoint.restore(saved[-1], step) if saved else 0
+                     ranks=here.ranks, clip_norm=recipe.clip_norm, loss_scaling=half,
+                     decoupled_decay=recipe.weight_decay if decoupled else 0.0)
+    checkpoints = Checkpoints(out / "checkpoints", options, enabled=here.rank == 0)
+    first = checkpoints.restore(step)
 
     batches = ()
     if first < recipe.steps:
         batches = reader.training_batches(
             training, batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks,
             seed=recipe.seed, first_step=first, steps=recipe.steps - first,
-            transform=Augment(recipe.crop, recipe.flip, recipe.jitter))
+            transform=Augment.from_recipe(recipe))
     # Rank 0 draws the pictures, so they are of pairs that it evaluates.
     shown = range(0, len(validation), here.ranks)[:PICTURES]
     clock, overflows, rates, validations = Clock(), 0, [], []
@@ -145,14 +179,16 @@ def train(recipe, training, validation, out, here, about):
                                "validation/zero_flow_epe": summary["zero_epe"]})
         if rows := [strip(*result["samples"][i]) for i in sorted(result["samples"])]:
             monitor.picture(done, "validation/flow", np.concatenate(rows))
+        checkpoints.save_if_best(network, summary["epe"])
         monitor.say(f"step {done}: validation EPE {summary['epe']:.3f} px, of a flow of zero "
                     f"{summary['zero_epe']:.3f} px")
 
-    with Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor:
+    with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,
+          StopRequest() as stop):
         monitor.text("recipe", recipe.to_yaml())
         monitor.text("made_with", "\n".join(f"{key}: {value}" for key, value in about.items()))
         if first:
-            monitor.say(f"going on after step {first}: {saved[-1]}")
+            monitor.say(f"going on after step {first}, with {here.ranks} rank(s)")
         for done, sample in enumerate(clock.waiting(batches), first + 1):
             rate = learning_rate(recipe, done - 1)
             inputs = [*map(Tensor, sample[:4]), Tensor(rate, mindspore.float32)]
@@ -160,7 +196,15 @@ def train(recipe, training, validation, out, here, about):
                 step.compile(*inputs)
                 cluster.barrier()
             losses, norm, finite = step(*inputs)
+            finite = bool(finite)
             overflows += not finite
+            if not finite and not half:
+                names = [training.names[index] for index in sample[4]]
+                names = ", ".join(sum(cluster.gather(names), []))
+                cluster.stop_together(UserError(
+                    f"step {done}: the loss or its gradient is no finite number, with the pairs "
+                    f"{names}; the checkpoints are of the steps before. Look at these pairs "
+                    "(prep/inspect.py), or take a smaller learning_rate or a clip_norm"))
             if done % recipe.log_every == 0:
                 losses = losses.asnumpy()
                 rates.append(clock.lap(done, recipe.batch))
@@ -173,10 +217,13 @@ def train(recipe, training, validation, out, here, about):
                 speed = rates[-1].get("speed/pairs_per_second", float("nan"))
                 monitor.advance(done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
             last = done == recipe.steps
-            if last or done % recipe.checkpoint_every == 0:
-                if here.rank == 0:
-                    checkpoint.save(out / "checkpoints", done, step, options)
-                cluster.barrier()
+            stopping = any(cluster.gather(stop.asked))
+            if last or stopping or done % recipe.checkpoint_every == 0:
+                checkpoints.save(done, step)
+            if stopping and not last:
+                checkpoints.wait()
+                cluster.stop_together(KeyboardInterrupt(
+                    f"stopped after step {done}, which is kept; the same command goes on from there"))
             if last or is_validation_due(recipe, done, len(training)):
                 validate(done)
                 clock.restart(done)
@@ -206,6 +253,8 @@ def main():
                         help="a folder that prep/convert.py made")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RUN",
                         help="folder of the run")
+    parser.add_argument("--init", type=pathlib.Path, metavar="CKPT",
+                        help="a checkpoint or imported file whose weights to begin with")
     parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="values that win over the recipe's")
@@ -218,7 +267,7 @@ def main():
             args.out.mkdir(parents=True, exist_ok=True)
             write_whole(args.out / "recipe.yaml", recipe.to_yaml().encode())
         start = time.monotonic()
-        result = train(recipe, training, validation, args.out, here, about)
+        result = train(recipe, training, validation, args.out, here, about, args.init)
         if here.rank == 0:
             result["seconds"] = round(time.monotonic() - start, 1)
             write_json(args.out / "result.json", result)

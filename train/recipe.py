@@ -30,8 +30,18 @@ class Recipe:
     # data
     crop: tuple[int, int] = bounded(low=64)
     batch: int = bounded(low=1)
-    flip: bool = True
-    jitter: float = bounded(0.0, low=0, high=1)
+    # augmentation, all off by default; each key is explained in train/augment.py
+    flip: bool = False
+    vertical_flip: bool = False
+    scale: tuple[float, float] = bounded((1.0, 1.0), low=0.25, high=4)  # smallest, largest zoom
+    affine: float = bounded(0.0, low=0, high=4)  # 1: turned by up to 10 degrees, squeezed by 15 %
+    relative_affine: float = bounded(0.0, low=0, high=4)  # 1: frame 2 turned by up to 1 degree
+    exposure: float = bounded(0.0, low=0, high=1)  # gains of all and of each channel, and gamma
+    jitter: float = bounded(0.0, low=0, high=1)  # brightness, contrast, saturation, hue
+    relative_jitter: float = bounded(0.0, low=0, high=1)  # of image 2 against image 1
+    gamma: tuple[float, float] = bounded((1.0, 1.0), low=0.1, high=10)  # smallest, largest
+    noise: float = bounded(0.0, low=0, high=1)  # largest standard deviation, of a range of 1
+    eraser: float = bounded(0.0, low=0, high=1)  # chance of hidden rectangles in image 2
     # network and loss
     variant: str = bounded("irr", choices=("irr", "nvlabs"))
     dense: bool = True
@@ -43,7 +53,9 @@ class Recipe:
     # optimisation
     steps: int = bounded(low=1)
     learning_rate: float = bounded(above=0)
-    schedule: str = bounded("milestones", choices=("milestones", "one-cycle"))
+    optimizer: str = bounded("adam", choices=("adam", "adamw"))
+    schedule: str = bounded("milestones", choices=("milestones", "one-cycle", "cosine"))
+    warm_up: int = bounded(0, low=0)  # first steps, in which the rate rises evenly
     milestones: tuple[int, ...] = bounded((), low=1)
     weight_decay: float = bounded(0.0, low=0)
     clip_norm: float = bounded(0.0, low=0)
@@ -56,6 +68,10 @@ class Recipe:
     def __post_init__(self):
         if any(side % 64 for side in self.crop):
             raise UserError(f"crop is {list(self.crop)}; PWC-Net takes multiples of 64")
+        for key in ("scale", "gamma"):
+            smallest, largest = getattr(self, key)
+            if smallest > largest:
+                raise UserError(f"{key} is [{smallest}, {largest}]; expected the smaller one first")
         if self.start_from_coarser_flow and not self.dense:
             raise UserError("start_from_coarser_flow is true and dense false; plain estimators do "
                             "not see the coarser flow in their last layer: turn one of them round")

@@ -31,9 +31,12 @@ class TrainStep(nn.Cell):
         ranks: how many ranks share the batch; gradients and losses are their mean.
         clip_norm: largest global gradient norm, larger ones are scaled down to it; 0: never.
         loss_scaling: dynamic loss scaling, for float16.
+        decoupled_decay: weight decay apart from the gradient (I. Loshchilov, F. Hutter, "Decoupled
+            Weight Decay Regularization", 2019), a share of each weight per step and learning rate.
     """
 
-    def __init__(self, network, loss, optimizer, *, ranks=1, clip_norm=0.0, loss_scaling=False):
+    def __init__(self, network, loss, optimizer, *, ranks=1, clip_norm=0.0, loss_scaling=False,
+                 decoupled_decay=0.0):
         super().__init__(auto_prefix=False)
         self.network = network
         self.loss = loss
@@ -42,6 +45,7 @@ class TrainStep(nn.Cell):
         self.ranks = ranks
         self.clip_norm = clip_norm
         self.loss_scaling = loss_scaling
+        self.decoupled_decay = decoupled_decay
         self.loss_scale = Parameter(
             Tensor(LOSS_SCALE["start"] if loss_scaling else 1.0, float32),
             name="loss_scale", requires_grad=False)
@@ -92,6 +96,9 @@ class TrainStep(nn.Cell):
             scaled = scaled + (gradient * factor,)
         if finite:
             ops.assign(self.optimizer.learning_rate, learning_rate)
+            if self.decoupled_decay > 0:
+                for weight in self.weights:
+                    ops.assign(weight, weight * (1.0 - learning_rate * self.decoupled_decay))
             self.optimizer(scaled)
         if self.loss_scaling:
             self.adjust_loss_scale(finite)
