@@ -1,4 +1,4 @@
-"""Flow files: read optical flow bit for bit (.flo, .pfm, KITTI's .png, Spring's .flo5); write .flo.
+"""Flow files: read optical flow bit for bit (.flo, .pfm, KITTI's .png, Spring's .flo5); write two.
 
 A flow is a float32 array (H, W, 2): the displacement in pixels, right and down, that takes each
 pixel of the first image to its place in the second.
@@ -196,6 +196,22 @@ def kitti_png_size(file, length, name):
             "damaged"
         )
     return height, width
+
+
+def write_kitti_png(path, flow):
+    """Write float32 (H, W, 2) as a KITTI flow .png; where it is unknown, so it is there.
+
+    The format rounds to 1/64 px and ends at -512 and 511.98 px: what is beyond becomes that.
+    """
+    if flow.ndim != 3 or flow.shape[2] != 2 or flow.dtype != np.float32:
+        raise ValueError(f"flow is {flow.dtype} {flow.shape}, expected float32 (H, W, 2)")
+    valid = known(flow)
+    values = np.clip(np.rint(64 * np.where(valid[..., None], flow, 0)) + 2**15, 0, 2**16 - 1)
+    # OpenCV's order of channels is blue, green, red.
+    pixels = np.dstack([valid, values[..., 1], values[..., 0]]) * valid[..., None]
+    written, data = cv2.imencode(".png", pixels.astype(np.uint16))
+    assert written
+    write_whole(path, data.tobytes())
 
 
 # --- .flo5: Spring --------------------------------------------------------------------------------

@@ -187,11 +187,13 @@ def training_batches(
     return _batches(splits, draws(), batch, finish, workers)
 
 
-def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None):
+def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None, occluded=False):
     """This rank's share of an opened `Split`, every ranks-th pair, each pair once over all ranks.
 
-    Columns as in `training_batches`. All ranks have the same number of batches, all of them whole:
-    the last repeats a pair, with index -1. Pairs of different sizes are never in one batch.
+    Columns as in `training_batches`; with `occluded` one more before the index, uint8 (B, H, W), 1
+    where the second frame hides what the first shows (0 all over in sets that don't tell). All
+    ranks have the same number of batches, all of them whole: the last repeats a pair, with index
+    -1. Pairs of different sizes are never in one batch.
     """
     if not split.names:
         raise UserError(
@@ -203,7 +205,8 @@ def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None):
             for index, real in indices[rank::ranks]:
                 yield 0, 0 if real else PADDING, index
 
-    return _batches([split], draws(), batch, lambda sample, *_: sample, workers)
+    fields = (*STORED, "occluded") if occluded else STORED
+    return _batches([split], draws(), batch, lambda sample, *_: sample, workers, fields)
 
 
 def evaluation_order(sizes, group):
@@ -217,7 +220,7 @@ def evaluation_order(sizes, group):
     return list(order.values())
 
 
-def _batches(splits, draws, batch, finish, workers):
+def _batches(splits, draws, batch, finish, workers, fields=STORED):
     """Yield whole batches of the pairs that `draws` yields as (source, epoch, index).
 
     Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C
@@ -236,7 +239,7 @@ def _batches(splits, draws, batch, finish, workers):
                 f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the "
                 "file from a copy or convert the set again"
             )
-        sample = decode_record(record, STORED, pair=name, source=file)
+        sample = decode_record(record, fields, pair=name, source=file)
         if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(
                 sample["valid"][..., None] != 0, sample["flow"], np.float32(0)
@@ -256,12 +259,12 @@ def _batches(splits, draws, batch, finish, workers):
                 if len(pending) == 2 * batch + workers:
                     ready.append(pending.popleft().result())
                 if len(ready) == batch:
-                    yield _stack(ready)
+                    yield _stack(ready, fields)
                     ready = []
             while pending:
                 ready.append(pending.popleft().result())
                 if len(ready) == batch:
-                    yield _stack(ready)
+                    yield _stack(ready, fields)
                     ready = []
         finally:
             for future in pending:
@@ -308,14 +311,14 @@ def _explain(splits, error):
     )
 
 
-def _stack(ready):
+def _stack(ready, fields):
     """The columns of a batch from (sample, index, name) of its pairs."""
     for sample, _, name in ready:
-        for field in STORED:
+        for field in fields:
             if sample[field].shape != ready[0][0][field].shape:
                 raise UserError(
                     f"{name}: {field} is {sample[field].shape}, but {ready[0][0][field].shape} in "
                     f"{ready[0][2]}; pairs of different sizes need a transform that crops them"
                 )
-    columns = [np.stack([sample[field] for sample, _, _ in ready]) for field in STORED]
+    columns = [np.stack([sample[field] for sample, _, _ in ready]) for field in fields]
     return *columns, np.array([index for _, index, _ in ready], np.int32)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep import datasets, reader
-from prep.datasets import flyingchairs
+from prep.datasets import flyingchairs, sintel
 from prep.errors import UserError
 from prep.shards import Manifest
 
@@ -183,6 +183,19 @@ def test_evaluation_keeps_sizes_apart(tmp_path):
     out = tiny.convert("flyingchairs", data, tmp_path / "out", "--split-file", none)
     widths = [(image1.shape[2], index.tolist()) for image1, *_, index in tiny.evaluation(out, "train", batch=3)]  # fmt: skip
     assert widths == [(56, [0, 1, 2]), (56, [3, -1, -1]), (40, [4, 5, 6]), (40, [7, 8, -1])]
+
+
+def test_evaluation_has_what_is_occluded_if_asked(tmp_path):
+    root = tiny.sintel(tmp_path / "sintel", {"alley_1": 4})
+    everything = tiny.split_file(tmp_path / "val.txt", range(3))
+    out = tiny.convert("sintel", root, tmp_path / "out", "--split-file", everything)
+    names = reader.Split.open(out, "val").names
+    pairs = {p.name: p for part in sintel.PARTS for p in sintel.list_pairs(root, part)}
+    for *_, flow, valid, occluded, index in tiny.evaluation(out, "val", batch=2, occluded=True):
+        for i, position in enumerate(index):
+            expected = datasets.read_pair(pairs[names[position]])["occluded"]
+            assert expected.any() and np.array_equal(occluded[i], expected)
+            assert occluded.dtype == np.uint8 and occluded.shape == valid.shape
 
 
 def test_helpers(converted):

@@ -1,7 +1,14 @@
 #!/usr/bin/env python3
-"""Evaluation: end-point error over a split, as a table, JSON and pictures.
+"""Evaluation: the field's error figures of a split, or a benchmark's submission.
 
 python train/evaluate.py --data DIR --split val --ckpt FILE [--out DIR] [--pictures N] [--batch N]
+python train/evaluate.py --submission OUT --root DIR --ckpt FILE [--batch N]
+
+The first prints a table (how its means are formed: model/metrics.py) and writes evaluation.json,
+evaluation.md with the same as rows of a Markdown table, and pictures: flow.png of pairs spread over
+the split, worst.png of those with the largest error. The second takes the unpacked test set of
+Sintel or KITTI and writes the flow as its server wants it. Under mpirun both share the pairs over
+the ranks.
 """
 
 import os
@@ -11,15 +18,44 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import hashlib
 import pathlib
+import re
+import textwrap
 
 import numpy as np
 
 from launch import cluster
+from model import metrics
 from prep.errors import UserError, run
 
+PASSES = ("clean", "final")
+"""What a pair's name begins with in a set that is rendered twice."""
 
-def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None):
+# Label, key of `metrics.figures` and unit of each figure, for the table and for Markdown.
+FIGURES = (
+    ("EPE, mean over pairs", "epe", "px"),
+    ("EPE, over all pixels", "epe_pixels", "px"),
+    ("EPE of zero flow", "zero_epe", "px"),
+    ("EPE, part of zero flow's", "ratio", ""),
+    ("Fl-all, over 3 px and 5 %", "fl_all", "%"),
+    ("over 1 px", "over_1px", "%"),
+    ("over 3 px", "over_3px", "%"),
+    ("over 5 px", "over_5px", "%"),
+    ("EPE s0-10", "epe_s0_10", "px"),
+    ("EPE s10-40", "epe_s10_40", "px"),
+    ("EPE s40+", "epe_s40_plus", "px"),
+    ("EPE matched", "epe_matched", "px"),
+    ("EPE unmatched", "epe_unmatched", "px"),
+)
+NOTE = ("The EPE of zero flow is a mean over pairs, too; shares, and the EPE of each kind of "
+        "pixel, are over all pixels whose flow is known, of all pairs together.")
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None, worst=0):
     """Evaluate a network on every pair of a split, shared by all ranks.
 
     Args:
@@ -29,115 +65,418 @@ def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=
         rank, ranks: this process and how many call this together.
         pictures: positions in the split whose flow is wanted.
         on_batch: called with the number of pairs after each batch.
+        worst: of how many pairs with the largest EPE the flow is wanted.
 
     Returns:
-        A dict with `epe` and `zero_epe` (float32 arrays, one number a pair in the split's order:
-        mean end-point error in pixels of the network and of a flow of zero; nan where no flow is
-        known) and `samples`, position to (image 1, true flow with nan where unknown, predicted flow)
-        of the wanted pairs that this rank had.
+        A dict with `sums` (float64 (pairs, fields): `metrics.pair_sums` of each pair in the split's
+        order), `epe` and `zero_epe` (float64 (pairs,), in pixels: mean end-point error of the
+        network and of a flow of zero; nan where no flow is known), `worst` (positions of the pairs
+        with the largest EPE, that first), the same on every rank, and `samples`, position to (image
+        1, true flow with nan where unknown, predicted flow) of the wanted pairs that this rank had.
     """
     import mindspore
 
-    from model.metrics import mean_epe
     from model.pwcnet import FlowPredictor
     from prep import reader
 
     predictor = FlowPredictor(network)
     predictor.set_train(False)
-    sums = np.zeros((2, len(split)), np.float32)
+    sums = np.zeros((len(split), len(metrics.SUMS)))
     samples = {}
-    batches = reader.evaluation_batches(split, batch=batch, rank=rank, ranks=ranks)
-    for image1, image2, flow, valid, index in batches:
+    batches = reader.evaluation_batches(split, batch=batch, rank=rank, ranks=ranks, occluded=True)
+    for image1, image2, flow, valid, occluded, index in batches:
         predicted = predictor(mindspore.Tensor(image1), mindspore.Tensor(image2)).asnumpy()
-        for i, position in enumerate(index):
-            if position < 0:  # fills up the last batch
-                continue
-            sums[0, position] = mean_epe(predicted[i], flow[i], valid[i])
-            sums[1, position] = mean_epe(np.zeros_like(flow[i]), flow[i], valid[i])
-            if position in pictures:
-                known = np.where(valid[i][..., None] > 0, flow[i], np.float32(np.nan))
-                samples[int(position)] = (image1[i], known, predicted[i])
+        # Others fill up the last batch.
+        places = {position: i for i, position in enumerate(index.tolist()) if position >= 0}
+        for position, i in places.items():
+            sums[position] = metrics.pair_sums(predicted[i], flow[i], valid[i], occluded[i])
+        # The worst of all ranks' pairs are among the worst of each.
+        keep = {*pictures, *find_worst(sums, {*samples, *places}, worst)}
+        samples = {position: samples[position] for position in keep & samples.keys()}
+        for position in keep & places.keys():
+            i = places[position]
+            known = np.where(valid[i][..., None] > 0, flow[i], np.float32(np.nan))
+            samples[position] = (image1[i].copy(), known, predicted[i].copy())
         if on_batch:
-            on_batch(int((index >= 0).sum()))
+            on_batch(len(places))
     if ranks > 1:
-        # Each rank has zeros for the pairs of the others: the sum is exact, whatever the ranks.
-        sums = cluster.all_reduce(sums)
-    return {"epe": sums[0], "zero_epe": sums[1], "samples": samples}
+        sums = add_over_ranks(sums)
+    epe, zero_epe = metrics.pair_means(sums)
+    wanted = find_worst(sums, range(len(split)), worst)
+    samples = {position: samples[position] for position in samples.keys() & {*pictures, *wanted}}
+    return {"sums": sums, "epe": epe, "zero_epe": zero_epe, "worst": wanted, "samples": samples}
+
+
+def find_worst(sums, positions, count):
+    """Those `count` of `positions` with the largest EPE, that first; none without known flow."""
+    epe = np.nan_to_num(metrics.pair_means(sums)[0], nan=np.inf)  # a network that gives nan
+    known = [position for position in positions if sums[position, 0] > 0]
+    return sorted(known, key=lambda position: (-epe[position], position))[:count]
+
+
+def add_over_ranks(sums):
+    """Sum a float64 array over all ranks, each element being zero on all ranks but one; exactly.
+
+    MindSpore's sum carries float32, which holds all whole numbers below 2^24: the four 16-bit parts
+    of each float64 come through it bit for bit, also nan and infinity, and zero has four of zero.
+    """
+    parts = cluster.all_reduce(np.ascontiguousarray(sums).view(np.uint16).astype(np.float32))
+    return parts.astype(np.uint16).view(np.float64)
 
 
 def summarize(result):
-    """Means over the pairs: dict of pairs, epe, zero_epe (pixels) and their ratio."""
-    epe = float(np.nanmean(result["epe"], dtype=np.float64))
-    zero_epe = float(np.nanmean(result["zero_epe"], dtype=np.float64))
-    return {"pairs": len(result["epe"]), "epe": epe, "zero_epe": zero_epe,
-            "ratio": epe / zero_epe if zero_epe else float("nan")}
+    """The figures of all pairs, of a result of `evaluate`: see `metrics.figures`.
+
+    `epe_matched` is None, as `epe_unmatched` is, where no pair has a pixel that is occluded: such a
+    set has no masks.
+    """
+    return summarize_pairs(result, slice(None))
 
 
-def table(split, summary):
-    """The summary of an opened split as lines of text."""
+def summarize_pairs(result, chosen):
+    """`summarize` for the pairs that `chosen` indexes."""
+    summary = metrics.figures(result["sums"][chosen])
+    if not result["sums"][:, metrics.SUMS.index("pixels_unmatched")].any():
+        summary["epe_matched"] = None
+    return summary
+
+
+def group(split, result):
+    """The figures of parts of a split.
+
+    Args:
+        split: the opened split.
+        result: of `evaluate` on it.
+
+    Returns:
+        Two dicts: by pass (clean and final, of a set that is rendered twice; else empty), and by
+        scene (of Sintel; else empty) the dicts by pass. Figures as `summarize`.
+    """
+    parts = [name.split("/") for name in split.names]
+    passes = [name for name in PASSES if any(part[0] == name for part in parts)]
+    scenes = sorted({part[1] for part in parts}) if split.dataset == "sintel" else []
+
+    def figures_of(*wanted):
+        return summarize_pairs(
+            result, [i for i, part in enumerate(parts) if tuple(part[:len(wanted)]) == wanted])
+
+    return ({name: figures_of(name) for name in passes},
+            {scene: {name: figures_of(name, scene) for name in passes
+                     if [name, scene] in [part[:2] for part in parts]} for scene in scenes})
+
+
+# --- What is printed and written ------------------------------------------------------------------
+
+
+def table(split, summary, passes, scenes):
+    """The figures of an opened split as lines of text: all pairs, and beside them each pass."""
     sizes = sorted({f"{height}x{width}" for height, width in split.sizes.tolist()})
-    return "\n".join([
-        f"{split.dataset} {split.name}: {summary['pairs']} pairs of {', '.join(sizes)}",
-        "              EPE (px)   of zero flow",
-        f"  zero flow   {summary['zero_epe']:8.3f}   {1:12.3f}",
-        f"  PWC-Net     {summary['epe']:8.3f}   {summary['ratio']:12.3f}",
-    ])
+    columns = {**passes, "all": summary} if len(passes) > 1 else {"": summary}
+    lines = [f"{split.dataset} {split.name}: {summary['pairs']} pairs of {', '.join(sizes)}, "
+             f"{summary['pixels']:,} pixels with known flow", ""]
+
+    def line(label, values, unit=""):
+        return (f"  {label:<26}{''.join(f'{value:>12}' for value in values)}  {unit}").rstrip()
+
+    if len(columns) > 1:
+        lines.append(line("", columns))
+    for label, key, unit in FIGURES:
+        if summary[key] is not None:
+            lines.append(line(label, [show(column[key]) for column in columns.values()], unit))
+    if scenes:
+        lines += ["", line("EPE by scene, over pixels", [])]
+    for scene, by_pass in scenes.items():
+        values = [show(by_pass[name]["epe_pixels"]) if name in by_pass else "-" for name in passes]
+        lines.append(line(f"  {scene}", values, "px"))
+    return "\n".join([*lines, "", *textwrap.wrap(NOTE, 76)])
+
+
+def markdown(rows):
+    """A Markdown table of (name, figures as of `summarize`), with a head and a note."""
+    cells = [["", "pairs", *(f"{label} ({unit})" if unit else label for label, _, unit in FIGURES)]]
+    cells.append(["---"] + ["---:"] * (len(cells[0]) - 1))
+    for name, summary in rows:
+        cells.append([name, str(summary["pairs"]), *(show(summary[key]) for _, key, _ in FIGURES)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells) + f"\n{NOTE}\n"
+
+
+def show(value):
+    """A figure as text."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def json_ready(value):
+    """The same without nan and infinity, which JSON has not: None stands there."""
+    if isinstance(value, dict):
+        return {key: json_ready(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [json_ready(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def gather(strips):
+    """All ranks' dicts of position to picture as one, on rank 0; on the others an empty one."""
+    if "mpi4py.MPI" not in sys.modules:
+        return strips
+    everyone = sys.modules["mpi4py.MPI"].COMM_WORLD.gather(strips)
+    return {position: strip for part in everyone or () for position, strip in part.items()}
+
+
+def report(args, here, split):
+    """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
+    from model.weights import load_network
+    from prep import progress, reader
+    from prep.flowio import write_whole
+    from prep.picture import save_png, sheet, strip
+    from prep.shards import write_json
+
+    names = split.names
+    network = load_network(args.ckpt)
+    out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
+    if here.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    spread = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()
+    order = reader.evaluation_order(split.sizes, args.batch * here.ranks)
+    mine = sum(real for pairs in order for _, real in pairs[here.rank::here.ranks])
+    with progress.bar(total=mine, unit="pair", disable=here.rank != 0) as bar:
+        result = evaluate(network, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
+                          pictures=spread, worst=args.pictures, on_batch=bar.update)
+    strips = gather({i: strip(*sample) for i, sample in result["samples"].items()})
+    if here.rank != 0:
+        return
+    summary, (passes, scenes) = summarize(result), group(split, result)
+    columns = zip(names, *(result[key].tolist() for key in ("epe", "zero_epe", "sums")))
+    by_pair = [{"pair": name, "epe": epe, "zero_epe": zero_epe,
+                "sums": dict(zip(metrics.SUMS, sums))} for name, epe, zero_epe, sums in columns]
+    write_json(out / "evaluation.json", json_ready({
+        "data": str(args.data), "split": args.split, "checkpoint": str(args.ckpt), **summary,
+        "passes": passes, "scenes": scenes, "by_pair": by_pair}))
+    rows = list(passes.items()) if len(passes) > 1 else []
+    title = f"{split.dataset} {split.name}, {args.ckpt.name}"
+    write_whole(out / "evaluation.md", markdown(
+        [*((f"{title}, {name}", figures) for name, figures in rows), (title, summary)]).encode())
+    print(table(split, summary, passes, scenes))
+    print(f"\nfigures:  {out / 'evaluation.json'}, {out / 'evaluation.md'}")
+    for file, wanted in (("flow.png", spread), ("worst.png", result["worst"])):
+        if wanted:
+            captions = [f"{names[i]}: EPE {result['epe'][i]:.2f} px, "
+                        f"zero flow {result['zero_epe'][i]:.2f} px" for i in wanted]
+            save_png(out / file, sheet([strips[i] for i in wanted], captions))
+            print(f"pictures: {out / file}")
+
+
+# --- Submissions ----------------------------------------------------------------------------------
+
+
+def list_test_pairs(root):
+    """The pairs of an unpacked test set of Sintel or KITTI, by its layout.
+
+    Args:
+        root: folder of the release, or the folder in it with the test set, a `pathlib.Path`:
+            Sintel: test/{clean,final}/SCENE/frame_0001.png
+            KITTI 2015: testing/image_2/000000_10.png, 000000_11.png
+            KITTI 2012: testing/colored_0 or else testing/image_0, likewise
+
+    Returns:
+        The benchmark's name, and a list of (file to submit, image 1, image 2): CLEAN OR
+        FINAL/SCENE/frame_0001.flo for Sintel, flow/000000_10.png for KITTI.
+
+    Raises:
+        UserError: no such layout, or an image is missing.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected the unpacked test set of Sintel or "
+                        "KITTI")
+    for name, inner, folders, pairs_of, expected in (
+        ("Sintel", "test", PASSES, list_sintel, 1104),
+        ("KITTI 2015", "testing", ("image_2",), list_kitti, 200),
+        ("KITTI 2012", "testing", ("colored_0",), list_kitti, 195),
+        ("KITTI 2012", "testing", ("image_0",), list_kitti, 195),
+    ):
+        test = root if root.resolve().name == inner else root / inner
+        if not any((test / folder).is_dir() for folder in folders):
+            continue
+        for folder in folders:
+            if not (test / folder).is_dir():
+                raise UserError(f"{test / folder}: not there, but a submission to {name} needs it; "
+                                "download and unpack it too")
+        pairs = [pair for folder in folders for pair in pairs_of(test / folder)]
+        if name == "Sintel":
+            check_passes(test, pairs)
+        if len(pairs) != expected:
+            print(f"note: the test set of {name} has {expected} pairs, {test} has {len(pairs)}",
+                  file=sys.stderr)
+        return name, pairs
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+    raise UserError(f"{root}: no test set in it (it has {found}); expected test/clean and "
+                    "test/final of Sintel, or testing/image_2 (KITTI 2015) or testing/colored_0 "
+                    "(KITTI 2012)")
+
+
+def list_sintel(folder):
+    """(file, image 1, image 2) of one pass of Sintel's test set, scenes in name order."""
+    pairs = []
+    for scene in sorted(path for path in folder.iterdir() if path.is_dir()):
+        frames = numbered(scene, r"frame_(\d{4})\.png")
+        if not frames:
+            raise UserError(f"{scene}: no frame in it; expected frame_0001.png and so on")
+        numbers = range(1, max(frames) + 1)
+        check_frames([scene / f"frame_{number:04}.png" for number in numbers])
+        pairs += [(f"{folder.name}/{scene.name}/frame_{number:04}.flo", frames[number],
+                   frames[number + 1]) for number in numbers[:-1]]
+    if not pairs:
+        raise UserError(f"{folder}: no pair in it; expected SCENE/frame_0001.png and so on")
+    return pairs
+
+
+def check_passes(test, pairs):
+    """UserError unless both passes of Sintel's test set have the same pairs."""
+    clean, final = ({file.split("/", 1)[1] for file, _, _ in pairs if file.startswith(name)}
+                    for name in PASSES)
+    if clean != final:
+        file = min(clean ^ final)
+        lacking = "final" if file in clean else "clean"
+        raise UserError(f"{test / lacking}: lacks the frames for {file}, which the other pass has; "
+                        "a submission needs both passes, so unpack the test set again")
+
+
+def list_kitti(folder):
+    """(file, image 1, image 2) of KITTI's test set with its frames in `folder`."""
+    frames = numbered(folder, r"(\d{6})_1[01]\.png")
+    if not frames:
+        raise UserError(f"{folder}: no pair in it; expected 000000_10.png, 000000_11.png and so on")
+    names = [f"{number:06}" for number in range(max(frames) + 1)]
+    check_frames([folder / f"{name}_{frame}.png" for name in names for frame in (10, 11)])
+    return [(f"flow/{name}_10.png", folder / f"{name}_10.png", folder / f"{name}_11.png")
+            for name in names]
+
+
+def numbered(folder, pattern):
+    """The files of a folder with such a name, by the number in it."""
+    matches = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def check_frames(paths):
+    """UserError unless all these frames are there; none of a test set may be missing."""
+    if missing := [path for path in paths if not path.is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: not there{more}; a submission needs every pair of the test "
+                        "set, so unpack it again")
+
+
+def by_size(pairs):
+    """Pairs of `list_test_pairs` by (height, width); UserError if a pair's images differ in it."""
+    from prep.images import image_size
+
+    groups = {}
+    for pair in pairs:
+        size, other = map(image_size, pair[1:])
+        if size != other:
+            raise UserError(f"{pair[2]}: {other[1]}x{other[0]} pixels, expected "
+                            f"{size[1]}x{size[0]} as {pair[1].name} has; unpack the test set again")
+        groups.setdefault(size, []).append(pair)
+    return groups
+
+
+class Submission:
+    """Writes flow into a folder under the pairs' names, in the format that these end with."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, pair, flow):
+        """Write the flow of a pair, float32 (H, W, 2) in pixels."""
+        from prep.flowio import write_flo, write_kitti_png
+
+        path = self.folder / pair.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
+
+
+def submit(args, here, name, groups):
+    """Predict this rank's share of a test set and write it."""
+    from model.predict import Pair, predict
+    from model.pwcnet import FlowPredictor
+    from model.weights import load_network
+    from prep import progress
+    from prep.images import read_image
+
+    predictor = FlowPredictor(load_network(args.ckpt))
+    predictor.set_train(False)
+    shares = [pairs[here.rank::here.ranks] for pairs in groups.values()]
+    with progress.bar(total=sum(map(len, shares)), unit="pair", disable=here.rank != 0) as bar:
+        for share in shares:  # a graph for each size
+            pairs = (Pair(file, read_image(first), read_image(second))
+                     for file, first, second in share)
+            predict(predictor, pairs, Submission(args.submission), batch=args.batch,
+                    overwrite=True, on_pairs=bar.update)
+    cluster.barrier()
+    if here.rank == 0:
+        count = sum(map(len, groups.values()))
+        print(f"{args.submission}: flow of {count} pairs for {name}")
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
+                        help="a checkpoint of a run, or network weights")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR",
                         help="a folder that prep/convert.py made")
     parser.add_argument("--split", default="val", metavar="NAME",
                         help="train, val (the default) or, of Sintel, one such as val-clean")
-    parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
-                        help="a checkpoint of a run, or network weights")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR",
-                        help="for the JSON and the pictures; default: beside the checkpoint")
+                        help="for figures and pictures; default: beside the checkpoint")
     parser.add_argument("--pictures", type=int, default=8, metavar="N",
-                        help="how many pairs to draw, spread over the split (default 8)")
+                        help="how many pairs to draw, spread over the split, and how many of the "
+                             "worst (default 8)")
+    parser.add_argument("--submission", type=pathlib.Path, metavar="DIR",
+                        help="instead of that, write the flow of a test set here")
+    parser.add_argument("--root", type=pathlib.Path, metavar="DIR",
+                        help="the unpacked test set of Sintel or KITTI")
     parser.add_argument("--batch", type=int, default=1, metavar="N",
-                        help="pairs at a time (default 1)")
+                        help="pairs at a time, on each rank (default 1)")
+    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
     args = parser.parse_args()
+
+    with cluster.joined(lambda: prepare(args), args.device) as (here, plan):
+        if args.submission:
+            submit(args, here, *plan)
+        else:
+            report(args, here, plan)
+
+
+def prepare(args):
+    """Check all that can be checked before MindSpore is there, on every rank.
+
+    Returns:
+        (settings, plan): what must be the same on all ranks, a dict of strings, and for a
+        submission the benchmark's name and its pairs by size, else the opened split.
+    """
+    from prep import reader
+
     if args.batch < 1 or args.pictures < 0:
         raise UserError("--batch must be at least 1 and --pictures at least 0")
+    if bool(args.submission) != bool(args.root) or bool(args.submission) == bool(args.data):
+        raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write "
+                        "a submission")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file")
-
-    with cluster.joined(lambda: ({}, None)):
-        report(args)
-
-
-def report(args):
-    """Evaluate as the command line says; print the table, write JSON and pictures."""
-    from model.weights import load_network
-    from prep import progress, reader
-    from prep.picture import save_png, sheet, strip
-    from prep.shards import write_json
-
+    for folder in (args.out, args.submission):
+        if folder and folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: a file; expected a folder to write into")
+    settings = {"checkpoint": hashlib.sha256(args.ckpt.read_bytes()).hexdigest()}
+    if args.submission:
+        name, pairs = list_test_pairs(args.root)
+        text = "\n".join(file for file, _, _ in pairs)
+        settings["test set"] = hashlib.sha256(text.encode()).hexdigest()
+        return settings, (name, by_size(pairs))
     split = reader.Split.open(args.data, args.split)
-    names = split.names
-    network = load_network(args.ckpt)
-    out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
-    out.mkdir(parents=True, exist_ok=True)
-    wanted = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()
-    with progress.bar(total=len(names), unit="pair") as bar:
-        result = evaluate(network, split, batch=args.batch, pictures=wanted,
-                          on_batch=bar.update)
-    summary = summarize(result)
-    details = [{"pair": name, "epe": float(epe), "zero_epe": float(zero_epe)}
-               for name, epe, zero_epe in zip(names, result["epe"], result["zero_epe"])]
-    figures = {"data": str(args.data), "split": args.split, "checkpoint": str(args.ckpt),
-               **summary, "by_pair": details}
-    write_json(out / "evaluation.json", figures)
-    print(table(split, summary))
-    print(f"figures:  {out / 'evaluation.json'}")
-    if wanted:
-        captions = [f"{names[i]}: EPE {result['epe'][i]:.2f} px, "
-                    f"zero flow {result['zero_epe'][i]:.2f} px" for i in wanted]
-        strips = [strip(*result["samples"][i]) for i in wanted]
-        save_png(out / "flow.png", sheet(strips, captions))
-        print(f"pictures: {out / 'flow.png'}")
+    manifest = (args.data / "manifest.json").read_bytes()
+    return {**settings, "data": hashlib.sha256(manifest).hexdigest()}, split
 
 
 if __name__ == "__main__":

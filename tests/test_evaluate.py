@@ -1,0 +1,383 @@
+"""Evaluation: the field's figures, one and several ranks, what is written; submissions."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import cv2
+import mindspore
+import numpy as np
+import pytest
+import tiny
+
+from model import metrics
+from model.pwcnet import FlowPredictor, PWCNet
+from model.weights import save_network
+from prep import reader
+from prep.errors import UserError
+from prep.flowio import read_flo, read_flow, write_kitti_png
+from prep.images import read_image
+from train import evaluate
+
+SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
+
+
+@pytest.fixture(scope="module")
+def network():
+    mindspore.set_seed(0)
+    return PWCNet(dense=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(network, graph_mode):
+    predictor = FlowPredictor(network)
+    predictor.set_train(False)
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def ckpt(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "network.ckpt"
+    save_network(path, network, {"dense": False})
+    return path
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return tiny.sintel(tmp_path_factory.mktemp("sintel") / "release", SCENES)
+
+
+@pytest.fixture(scope="module")
+def sintel(release):
+    """The converted tiny Sintel, all of its ten pairs in val."""
+    everything = tiny.split_file(release.parent / "val.txt", range(5))
+    return tiny.convert("sintel", release, release.parent / "set", "--shards", 2,
+                        "--split-file", everything)
+
+
+def command(ranks, *arguments):
+    """(exit status, stdout, stderr) of train/evaluate.py."""
+    process = tiny.mpirun(ranks, sys.executable, "train/evaluate.py", *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def one_row(flow, error, valid=None, occluded=None):
+    """`pair_sums` of an image of one row: flows and errors to the right, in pixels."""
+    row = np.zeros((1, len(flow), 2), np.float32)
+    row[0, :, 0] = flow
+    predicted = row + np.float32(error)[None, :, None] * np.float32([0.6, 0.8])
+    valid, occluded = (np.uint8([mask if mask is not None else [default] * len(flow)])
+                       for mask, default in ((valid, 1), (occluded, 0)))
+    return metrics.pair_sums(predicted, row, valid, occluded)
+
+
+def test_figures_by_hand():
+    """One pair of seven pixels, the last unknown; and a second pair, of one pixel."""
+    first = one_row([0, 5, 20, 30, 50, 100, 7], [0.5, 2, 4, 6, 2, 4, 99],
+                    valid=[1, 1, 1, 1, 1, 1, 0], occluded=[0, 1, 0, 1, 0, 0, 1])
+    found = metrics.figures(first[None])
+    # Of the errors over 3 px (4 of 20, 6 of 30, 4 of 100) the last is under 5 %.
+    expected = {"pairs": 1, "pixels": 6, "epe": 18.5 / 6, "epe_pixels": 18.5 / 6,
+                "zero_epe": 205 / 6, "ratio": 18.5 / 205, "fl_all": 200 / 6, "over_1px": 500 / 6,
+                "over_3px": 50, "over_5px": 100 / 6, "epe_s0_10": 1.25, "epe_s10_40": 5,
+                "epe_s40_plus": 3, "epe_matched": 10.5 / 4, "epe_unmatched": 4}
+    assert found == pytest.approx(expected, rel=1e-5)
+    both = metrics.figures(np.stack([first, one_row([10], [8])]))
+    assert both["epe"] == pytest.approx((18.5 / 6 + 8) / 2, rel=1e-5)
+    assert both["epe_pixels"] == pytest.approx(26.5 / 7, rel=1e-5)
+    assert both["fl_all"] == pytest.approx(300 / 7)
+
+
+def test_bounds_belong_to_the_better_side():
+    """Errors of exactly 1, 3, 5 px are none over; of 10 and 40 px the flow is of the middle."""
+    row = np.zeros((1, 3, 2), np.float32)
+    predicted = row + np.float32([1, 3, 5])[:, None] * np.float32([1, 0])
+    found = metrics.figures(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
+    assert [found[key] for key in ("over_1px", "over_3px", "over_5px")] == [
+        pytest.approx(share) for share in (200 / 3, 100 / 3, 0)]
+    speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4)))
+    assert [speeds[f"pixels_{region}"] for region in metrics.REGIONS[:3]] == [1, 2, 1]
+
+
+def test_figures_against_all_pixels_at_once():
+    """Sums by pair give what one long list of all pixels gives; sizes and known shares differ."""
+    rng = np.random.default_rng(3)
+    pairs, sums = [], []
+    for height, width, share in ((20, 31, 0.9), (17, 8, 0.3), (40, 25, 1.0)):
+        flow = rng.normal(0, 25, (height, width, 2)).astype(np.float32)
+        predicted = flow + rng.normal(0, 4, flow.shape).astype(np.float32)
+        valid, occluded = (rng.random((2, height, width)) < [[[share]], [[0.2]]]).astype(np.uint8)
+        sums.append(metrics.pair_sums(predicted, flow, valid, occluded))
+        known = valid == 1
+        pairs.append((np.linalg.norm((predicted.astype(float) - flow)[known], axis=1),
+                      np.linalg.norm(flow.astype(float)[known], axis=1), occluded[known] == 1))
+    error, length, hidden = (np.concatenate(column) for column in zip(*pairs))
+    found = metrics.figures(np.array(sums))
+    expected = {
+        "pairs": 3, "pixels": error.size, "epe": np.mean([pair[0].mean() for pair in pairs]),
+        "epe_pixels": error.mean(), "zero_epe": np.mean([pair[1].mean() for pair in pairs]),
+        "fl_all": 100 * ((error > 3) & (error / length > 0.05)).mean(),
+        **{f"over_{limit}px": 100 * (error > limit).mean() for limit in (1, 3, 5)},
+        "epe_s0_10": error[length < 10].mean(), "epe_s40_plus": error[length > 40].mean(),
+        "epe_s10_40": error[(length >= 10) & (length <= 40)].mean(),
+        "epe_matched": error[~hidden].mean(), "epe_unmatched": error[hidden].mean()}
+    expected["ratio"] = expected["epe"] / expected["zero_epe"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    for predicted_epe, pair in zip(metrics.pair_means(np.array(sums))[0], pairs):
+        assert predicted_epe == pytest.approx(pair[0].mean(), rel=1e-5)
+
+
+def test_unknown_flow_and_a_network_that_gives_nan():
+    """A pair without known flow is in no mean; nan is an outlier and shows in the mean."""
+    empty, good = one_row([5], [2], valid=[0]), one_row([5], [2])
+    found = metrics.figures(np.stack([empty, good]))
+    assert found["epe"] == pytest.approx(2) and found["pairs"] == 2 and found["pixels"] == 1
+    nothing = metrics.figures(empty[None])
+    assert np.isnan(nothing["epe"]) and nothing["fl_all"] is nothing["epe_s0_10"] is None
+    broken = metrics.figures(np.stack([one_row([5], [np.nan]), good]))
+    assert np.isnan(broken["epe"]) and broken["fl_all"] == broken["over_5px"] == 50
+
+
+def test_the_worst_pairs():
+    """Largest error first, equal ones in order; nan is the worst of all, unknown flow none."""
+    sums = np.stack([one_row([5], [error], valid=[known])
+                     for error, known in ((2, 1), (9, 0), (7, 1), (np.nan, 1), (2, 1))])
+    assert evaluate.find_worst(sums, range(5), 4) == [3, 2, 0, 4]
+    assert evaluate.find_worst(sums, [4, 0], 1) == [0]
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(network, sintel, graph_mode):
+    """Of the ten pairs, evaluated by one rank in batches of four."""
+    split = reader.Split.open(sintel, "val")
+    return split, evaluate.evaluate(network, split, batch=4, pictures=[1], worst=2)
+
+
+def raw_figures(release, names):
+    """Of a flow of zero, from the release's own files: lengths and what is occluded, all pairs."""
+    lengths, hidden = [], []
+    for name in names:
+        inner = name.split("/", 1)[1]
+        training = release / "training"
+        known = read_image(training / "invalid" / f"{inner}.png")[..., 0] == 0
+        flow = read_flo(training / "flow" / f"{inner}.flo")
+        lengths.append(np.linalg.norm(flow.astype(float), axis=2)[known])
+        hidden.append(read_image(training / "occlusions" / f"{inner}.png")[..., 0][known] > 0)
+    return lengths, hidden
+
+
+def test_evaluation(result, predictor, release):
+    """Figures of the split, its passes and scenes, and the samples for pictures."""
+    split, result = result
+    lengths, hidden = raw_figures(release, split.names)
+    summary = evaluate.summarize(result)
+    assert summary["pairs"] == 10 and summary["pixels"] == sum(map(len, lengths))
+    assert summary["zero_epe"] == pytest.approx(np.mean([a.mean() for a in lengths]), rel=1e-6)
+    counts = dict(zip(metrics.SUMS, result["sums"].sum(0)))
+    assert counts["pixels_unmatched"] == np.concatenate(hidden).sum()
+    assert counts["pixels_s0_10"] == (np.concatenate(lengths) < 10).sum()
+
+    passes, scenes = evaluate.group(split, result)
+    assert [entry["pairs"] for entry in passes.values()] == [5, 5] and list(passes) == [
+        "clean", "final"]
+    assert {name: entry["final"]["pairs"] for name, entry in scenes.items()} == {
+        "alley_1": 3, "market_6": 2}
+    chosen = [i for i, name in enumerate(split.names) if name.startswith("clean/market_6/")]
+    assert scenes["market_6"]["clean"]["epe"] == pytest.approx(result["epe"][chosen].mean())
+    text = evaluate.table(split, summary, passes, scenes)
+    for value in (passes["clean"]["epe"], passes["final"]["epe_unmatched"], summary["fl_all"]):
+        assert f"{value:.3f}" in text
+
+    assert result["worst"] == np.argsort(-result["epe"], kind="stable")[:2].tolist()
+    assert result["samples"].keys() == {1, *result["worst"]}
+    image1, flow, predicted = result["samples"][1]
+    images = [read_image(release / "training" / "clean" / "alley_1" / f"frame_000{number}.png")
+              for number in (2, 3)]
+    assert split.names[1] == "clean/alley_1/frame_0002" and (image1 == images[0]).all()
+    expected = predictor(*(mindspore.Tensor(image[None]) for image in images))[0].asnumpy()
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
+    error = np.linalg.norm(predicted - flow, axis=2)
+    assert result["epe"][1] == pytest.approx(np.nanmean(error), rel=1e-5)
+
+
+def test_no_masks_no_matched(result):
+    """Where no pixel is occluded nothing is said of matched ones."""
+    sums = np.stack([one_row([5], [2])])
+    assert evaluate.summarize({"sums": sums})["epe_matched"] is None
+    assert evaluate.summarize(result[1])["epe_matched"] is not None
+
+
+def test_a_set_without_passes_and_scenes():
+    split = SimpleNamespace(names=["000000", "000001"], dataset="kitti2015", name="val",
+                            sizes=np.array([[4, 6], [4, 8]]))
+    found = {"sums": np.stack([one_row([5], [2])] * 2)}
+    assert evaluate.group(split, found) == ({}, {})
+    text = evaluate.table(split, evaluate.summarize(found), {}, {})
+    assert "4x6, 4x8" in text and "matched" not in text and "clean" not in text
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path):
+    """Under mpirun each pair counts once, and what does not depend on the network is the same bit
+    for bit; table, JSON, Markdown and pictures are there."""
+    split, alone = result
+    out = tmp_path / "out"
+    status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3,
+                                "--batch", 2)
+    assert status == 0 and "5/5" in err, err
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [pair["pair"] for pair in found["by_pair"]] == split.names
+    sums = np.array([[pair["sums"][name] for name in metrics.SUMS] for pair in found["by_pair"]])
+    exact = [i for i, name in enumerate(metrics.SUMS) if name.startswith(("pixels", "zero"))]
+    np.testing.assert_array_equal(sums[:, exact], alone["sums"][:, exact])
+    np.testing.assert_allclose(sums, alone["sums"], rtol=1e-4, atol=2)
+    summary = evaluate.summarize(alone)
+    assert found["zero_epe"] == summary["zero_epe"] and found["pixels"] == summary["pixels"]
+    for key, value in summary.items():
+        assert found[key] == (value if value is None else pytest.approx(value, rel=1e-3)), key
+    assert found["scenes"]["alley_1"]["clean"]["pairs"] == 3
+    for name in ("clean", "final"):
+        assert f"{found['passes'][name]['epe_pixels']:.3f}" in text
+    rows = (out / "evaluation.md").read_text().splitlines()
+    assert len({row.count("|") for row in rows[:5]}) == 1 and "over all pixels" in rows[-1]
+    assert f"| {found['epe']:.3f} |" in rows[4]
+    for picture in ("flow.png", "worst.png"):
+        assert read_image(out / picture).shape[1] >= 4 * 40
+
+
+def test_bad_options(sintel, ckpt, tmp_path):
+    """One line each, with the status 1, and no folder."""
+    for arguments, words in [
+        (["--ckpt", ckpt], ["--data", "--submission"]),
+        (["--ckpt", ckpt, "--submission", tmp_path / "out"], ["--root"]),
+        (["--ckpt", ckpt, "--data", sintel, "--out", ckpt], [str(ckpt), "a file"]),
+        (["--ckpt", ckpt, "--submission", tmp_path / "out", "--root", sintel], ["no test set"]),
+    ]:
+        status, _, err = command(1, *arguments)
+        assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert all(word in err for word in words), err
+    assert not (tmp_path / "out").exists()
+
+
+# --- Submissions ----------------------------------------------------------------------------------
+
+
+def sintel_test(folder, scenes, height=24, width=40):
+    """The test set of an MPI-Sintel release with `scenes`, name to number of frames."""
+    rng = np.random.default_rng(7)
+    for kind in ("clean", "final"):
+        for scene, frames in scenes.items():
+            for number in range(1, frames + 1):
+                tiny.save(folder / "test" / kind / scene / f"frame_{number:04}.png",
+                          tiny.picture(rng, height, width))
+    return folder
+
+
+def kitti_test(folder, pairs, frames="image_2"):
+    """The test set of a KITTI release whose every second pair is wider."""
+    rng = np.random.default_rng(8)
+    for number in range(pairs):
+        for frame in (10, 11):
+            tiny.save(folder / "testing" / frames / f"{number:06}_{frame}.png",
+                      tiny.picture(rng, 24, 40 + 8 * (number % 2)))
+    return folder
+
+
+def predicted(predictor, *images):
+    """The flow of two image files, (H, W, 2)."""
+    return predictor(*(mindspore.Tensor(read_image(image)[None]) for image in images))[0].asnumpy()
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_a_sintel_submission(predictor, ckpt, tmp_path):
+    """Both passes, every pair, by two ranks; read back it is what the network gives."""
+    root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
+    status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt,
+                                "--batch", 2)
+    assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
+    names = ["cave_3/frame_0001", "cave_3/frame_0002", "tiger/frame_0001"]
+    assert files_in(out) == [f"{kind}/{name}.flo" for kind in ("clean", "final") for name in names]
+    scene = root / "test" / "final" / "cave_3"
+    expected = predicted(predictor, scene / "frame_0002.png", scene / "frame_0003.png")
+    np.testing.assert_allclose(read_flo(out / "final" / "cave_3" / "frame_0002.flo"), expected,
+                               rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_kitti_submission(predictor, ckpt, tmp_path):
+    """Images of two sizes; the files hold the flow to 1/64 px and are valid everywhere."""
+    root, out = kitti_test(tmp_path / "kitti", 3), tmp_path / "out"
+    status, text, err = command(1, "--submission", out, "--root", root / "testing", "--ckpt", ckpt)
+    assert status == 0 and "3 pairs for KITTI 2015" in text and "200" in err, err
+    assert files_in(out) == [f"flow/00000{number}_10.png" for number in range(3)]
+    frames = root / "testing" / "image_2"
+    for number in (0, 1):
+        expected = predicted(predictor, *(frames / f"00000{number}_{f}.png" for f in (10, 11)))
+        flow, valid = read_flow(out / "flow" / f"00000{number}_10.png")
+        assert valid.all()
+        np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
+
+
+def test_test_sets(tmp_path):
+    """KITTI 2012 in colour before grey; the folder may be the release's or the test set's own."""
+    root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
+    for given in (root, root / "testing"):
+        name, pairs = evaluate.list_test_pairs(given)
+        assert name == "KITTI 2012" and [file for file, _, _ in pairs] == [
+            "flow/000000_10.png", "flow/000001_10.png"]
+        assert pairs[1][2] == root / "testing" / "colored_0" / "000001_11.png"
+    assert [len(pairs) for pairs in evaluate.by_size(pairs).values()] == [1, 1]
+
+
+def test_what_is_no_test_set(tmp_path, release):
+    """Errors name what is missing: a frame, a pass, the whole test set."""
+    sintel = sintel_test(tmp_path / "sintel", {"cave_3": 4, "tiger": 3})
+    kitti = kitti_test(tmp_path / "kitti", 3)
+    half = sintel_test(tmp_path / "half", {"cave_3": 2}) / "test"
+    (half / "final").rename(tmp_path / "elsewhere")
+    (sintel / "test" / "clean" / "cave_3" / "frame_0002.png").unlink()
+    (kitti / "testing" / "image_2" / "000001_11.png").unlink()
+    short = sintel_test(tmp_path / "short", {"cave_3": 4})
+    (short / "test" / "final" / "cave_3" / "frame_0004.png").unlink()
+    for root, words in [
+        (sintel, ["clean/cave_3/frame_0002.png", "not there"]),
+        (kitti, ["000001_11.png", "not there"]),
+        (half, [str(half / "final"), "not there"]),
+        (short, ["final", "cave_3/frame_0003", "lacks"]),
+        (release, ["training", "no test set"]),
+        (release / "training", ["clean", "no test set"]),
+        (tmp_path / "nowhere", ["no such folder"]),
+    ]:
+        with pytest.raises(UserError) as error:
+            evaluate.list_test_pairs(root)
+        assert all(word in str(error.value) for word in words), error.value
+    tiny.save(kitti / "testing" / "image_2" / "000001_11.png", np.zeros((5, 6, 3), np.uint8))
+    with pytest.raises(UserError, match="6x5 pixels, expected 48x24 as 000001_10.png"):
+        evaluate.by_size(evaluate.list_test_pairs(kitti)[1])
+
+
+def test_kitti_png(tmp_path):
+    """R and G are 64 times the flow and 2^15, B says whether it is known; all else is clipped."""
+    path = tmp_path / "flow.png"
+    flow = np.float32([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]])
+    write_kitti_png(path, flow)
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert pixels.dtype == np.uint16 and pixels.tolist() == [
+        [[2**15, 2**15 + 64, 1], [2**15 - 160, 2**15 + 1, 1]], [[2**16 - 1, 0, 1], [0, 0, 0]]]
+    flow = tiny.flow(np.random.default_rng(0), 9, 7)
+    write_kitti_png(path, flow)
+    found, valid = read_flow(path)
+    assert valid.all() and np.abs(found - flow).max() <= 1 / 128
+    with pytest.raises(ValueError, match="float64"):
+        write_kitti_png(path, flow.astype(float))
