@@ -1,10 +1,14 @@
 """What tests share: the framework as the commands use it."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")
+# A shell that starts the tests in the background has them ignore Ctrl-C, which the commands that
+# they start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

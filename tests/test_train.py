@@ -74,10 +74,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
     # The newest checkpoint is damaged, too: the run goes on from the one before.
     newest = sorted((broken / "checkpoints").glob("step-*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
+    (newest.parent / "writing-step-00000009.tmp").touch()  # killed while it wrote
 
     status, out, err = finish(train(data, broken, ranks=2))
     assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
     assert f"warning: {newest}: damaged" in out
+    assert not list(newest.parent.glob("writing-*"))
     from model import weights
 
     first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt")

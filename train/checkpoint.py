@@ -43,6 +43,9 @@ class Checkpoints:
         self.best = math.inf
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.writing = []
+        if enabled:  # what a killed run was about to write
+            for left in self.folder.glob("writing-*"):
+                left.unlink()
 
     def __enter__(self):
         return self
