@@ -251,21 +251,21 @@ def _batches(splits, draws, batch, finish, workers, fields=STORED):
             f"{file}: pair {name}",
         )
 
+    pending = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending, ready = collections.deque(), []
-        try:
+
+        def decoded():
             for name, record, place in _records(splits, starts, draws):
                 pending.append(pool.submit(prepare, name, record, *place))
                 if len(pending) == 2 * batch + workers:
-                    ready.append(pending.popleft().result())
-                if len(ready) == batch:
-                    yield _stack(ready, fields)
-                    ready = []
+                    yield pending.popleft().result()
             while pending:
-                ready.append(pending.popleft().result())
-                if len(ready) == batch:
-                    yield _stack(ready, fields)
-                    ready = []
+                yield pending.popleft().result()
+
+        try:
+            pairs = decoded()
+            while len(ready := list(itertools.islice(pairs, batch))) == batch:
+                yield _stack(ready, fields)
         finally:
             for future in pending:
                 future.cancel()
@@ -295,8 +295,7 @@ def _records(splits, starts, draws):
 
 
 def _explain(splits, error):
-    """A UserError for what MindSpore said of a set: which shard is not what it was, if one "
-    "isn't."""
+    """A UserError for what MindSpore said of a set: which shard is not what it was, if any."""
     for opened in splits:
         for shard in opened.shards:
             try:

@@ -22,3 +22,34 @@ def graph_mode():
     cluster.start_mindspore(cluster.Place(), "CPU")
     yield
     mindspore.set_context(mode=before)
+
+
+@pytest.fixture(scope="module")
+def network(graph_mode):
+    """A plain network with random weights."""
+    import mindspore
+
+    from model.pwcnet import PWCNet
+
+    mindspore.set_seed(0)
+    return PWCNet(dense=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(network):
+    """What predicts with that network."""
+    from model.pwcnet import FlowPredictor
+
+    predictor = FlowPredictor(network)
+    predictor.set_train(False)
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def ckpt(network, tmp_path_factory):
+    """A file of that network's weights."""
+    from model.weights import save_network
+
+    path = tmp_path_factory.mktemp("weights") / "network.ckpt"
+    save_network(path, network, {"dense": False})
+    return path

@@ -11,8 +11,6 @@ import pytest
 import tiny
 
 from model import metrics
-from model.pwcnet import FlowPredictor, PWCNet
-from model.weights import save_network
 from prep import reader
 from prep.errors import UserError
 from prep.flowio import read_flo, read_flow, write_kitti_png
@@ -20,26 +18,6 @@ from prep.images import read_image
 from train import evaluate
 
 SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
-
-
-@pytest.fixture(scope="module")
-def network():
-    mindspore.set_seed(0)
-    return PWCNet(dense=False)
-
-
-@pytest.fixture(scope="module")
-def predictor(network, graph_mode):
-    predictor = FlowPredictor(network)
-    predictor.set_train(False)
-    return predictor
-
-
-@pytest.fixture(scope="module")
-def ckpt(network, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "network.ckpt"
-    save_network(path, network, {"dense": False})
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ import tiny
 from PIL import Image
 
 from model.predict import Outputs, ahead, open_frames, pairs_of, predict
-from model.pwcnet import FlowPredictor, PWCNet
-from model.weights import save_network
 from prep import picture
 from prep.errors import UserError
 from prep.flowio import read_flo
@@ -24,26 +22,6 @@ from prep.synthesize import make_pair
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 ODD = 70, 93
-
-
-@pytest.fixture(scope="module")
-def network():
-    mindspore.set_seed(0)
-    return PWCNet(dense=False)
-
-
-@pytest.fixture(scope="module")
-def predictor(network):
-    predictor = FlowPredictor(network)
-    predictor.set_train(False)
-    return predictor
-
-
-@pytest.fixture(scope="module")
-def ckpt(network, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "network.ckpt"
-    save_network(path, network, {"dense": False})
-    return path
 
 
 def write_frames(folder, numbers, size=ODD):

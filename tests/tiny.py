@@ -174,8 +174,7 @@ def split_file(path, indices):
 
 
 def run_convert(dataset, root, out, *options, **keywords):
-    """Run prep/convert.py as a user does, from another folder; the finished process with its "
-    "text."""
+    """Run prep/convert.py as a user does, from another folder; the process, with its text."""
     command = [sys.executable, ROOT / "prep" / "convert.py", dataset, "--root", root, "--out", out]
     return subprocess.run(
         [*map(str, command), *map(str, options)],

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import collections
 import hashlib
 import pathlib
 import re
@@ -214,14 +215,6 @@ def json_ready(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def gather(strips):
-    """All ranks' dicts of position to picture as one, on rank 0; on the others an empty one."""
-    if "mpi4py.MPI" not in sys.modules:
-        return strips
-    everyone = sys.modules["mpi4py.MPI"].COMM_WORLD.gather(strips)
-    return {position: strip for part in everyone or () for position, strip in part.items()}
-
-
 def report(args, here, split):
     """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
     from model.weights import load_network
@@ -241,7 +234,8 @@ def report(args, here, split):
     with progress.bar(total=mine, unit="pair", disable=here.rank != 0) as bar:
         result = evaluate(network, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
                           pictures=spread, worst=args.pictures, on_batch=bar.update)
-    strips = gather({i: strip(*sample) for i, sample in result["samples"].items()})
+    drawn = {i: strip(*sample) for i, sample in result["samples"].items()}
+    strips = dict(collections.ChainMap(*cluster.gather(drawn)))
     if here.rank != 0:
         return
     summary, (passes, scenes) = summarize(result), group(split, result)

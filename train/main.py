@@ -144,9 +144,7 @@ def train(recipe, training, validation, out, here, about, init=None):
     options = {"variant": recipe.variant, "dense": recipe.dense,
                "normalize_features": recipe.normalize_features, "warp_mode": recipe.warp_mode}
     network = PWCNet(**options)
-    if init:
-        start_from(init, network)
-    elif recipe.start_from_coarser_flow:
+    if recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)
     half = recipe.precision == "float16"
     if half:
@@ -159,6 +157,8 @@ def train(recipe, training, validation, out, here, about, init=None):
                      decoupled_decay=recipe.weight_decay if decoupled else 0.0)
     checkpoints = Checkpoints(out / "checkpoints", options, enabled=here.rank == 0)
     first = checkpoints.restore(step)
+    if init and not first:
+        start_from(init, network)
 
     batches = ()
     if first < recipe.steps:
