@@ -36,6 +36,9 @@ class MultiScaleLoss(nn.Cell):
             (|d|_1 + 0.01)^0.4 (equation 4).
     """
 
+    length = len(LEVEL_WEIGHTS)
+    """Of the loss vector."""
+
     def __init__(self, robust=False):
         super().__init__()
         self.robust = robust

@@ -19,7 +19,7 @@ def pair():
     """One synthetic pair as a batch: two images uint8, flow float32, valid uint8."""
     image1, image2, flow, _ = make_pair(3, 64, 64)
     valid = np.ones((64, 64), np.uint8)
-    return [Tensor(array[None]) for array in (image1, image2, flow, valid)]
+    return [array[None] for array in (image1, image2, flow, valid)]
 
 
 def test_parameters():
@@ -126,8 +126,7 @@ def test_end_point_error():
 
 def learn(step, pair, steps):
     """Losses of so many steps on one pair."""
-    rate = Tensor(3e-4, mindspore.float32)
-    return [float(step(*pair, rate)[0].sum()) for _ in range(steps)]
+    return [float(step(*pair, 3e-4)[0].sum()) for _ in range(steps)]
 
 
 @pytest.mark.slow
@@ -135,37 +134,90 @@ def test_overfitting_one_pair(pair):
     """The whole network learns one pair by heart."""
     mindspore.set_seed(1)
     network = PWCNet(normalize_features=True)
-    optimizer = nn.Adam(network.trainable_params(), learning_rate=3e-4)
-    losses = learn(TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0), pair, 40)
+    losses = learn(TrainStep(network, MultiScaleLoss(), clip_norm=1.0), pair, 40)
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
 
 
-class Still(nn.Cell):
-    """A network whose flow, and so its loss, does not depend on its weight."""
+class Line(nn.Cell):
+    """A network of one row of weights, whose flow is the first image's mean times their sum."""
 
     def __init__(self):
         super().__init__()
         self.weight = Parameter(Tensor([2.0, -4.0], float32), name="weight")
 
     def construct(self, image1, image2):
-        return image1 * 0 * self.weight.sum()
+        return image1.mean() * self.weight.sum()
 
 
-class Sum(nn.Cell):
+class Square(nn.Cell):
+    """A loss of one number, the squared distance to the flow's mean."""
+
+    length = 1
+
     def construct(self, flows, flow, valid):
-        return flows.sum().reshape(1)
+        return ops.square(flows - flow.mean()).reshape(1)
 
 
-def test_decoupled_weight_decay(graph_mode):
-    """AdamW shrinks a weight without a gradient by the rate times the decay (its equation 12)."""
-    network = Still()
-    optimizer = nn.Adam(network.trainable_params(), learning_rate=1.0)
-    step = TrainStep(network, Sum(), optimizer, decoupled_decay=0.5)
-    image, flow = Tensor(np.ones((1, 4, 4, 3), np.uint8)), Tensor(np.ones((1, 4, 4, 2), np.float32))
-    valid = Tensor(np.ones((1, 4, 4), np.uint8))
-    for _ in range(2):
-        step(image, image, flow, valid, Tensor(0.1, float32))
-    np.testing.assert_allclose(network.weight.asnumpy(), np.array([2, -4]) * 0.95 ** 2, rtol=1e-6)
+def small_batch(images, flows):
+    """A batch of constant images and flows, one of each number."""
+    def fill(values, *shape):
+        return np.tile(np.reshape(values, (-1, *[1] * len(shape))), (1, *shape))
+
+    image = fill(np.uint8(images), 4, 4, 3)
+    return image, image, fill(np.float32(flows), 4, 4, 2), fill(np.uint8(images) * 0 + 1, 4, 4)
+
+
+def test_adam_adamw_and_average(graph_mode):
+    """Weights and their average follow the papers' equations, computed here in float64."""
+    for options in ({}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "decoupled": True},
+                    {"clip_norm": 0.5}, {"average": 0.75}):
+        network = Line()
+        step = TrainStep(network, Square(), **options)
+        weight = average = np.array([2.0, -4.0])
+        moment1, moment2 = np.zeros(2), np.zeros(2)
+        for t, rate in enumerate((0.1, 0.2, 0.05), 1):
+            losses, norm, finite = step(*small_batch([51 * t], [t]), rate)
+            error = 0.2 * t * weight.sum() - t
+            gradient = 2 * error * 0.2 * t * np.ones(2)
+            assert float(losses[0]) == pytest.approx(error ** 2, rel=1e-4)
+            assert float(norm) == pytest.approx(np.linalg.norm(gradient), rel=1e-4) and bool(finite)
+            if clip := options.get("clip_norm"):
+                gradient *= min(1, clip / np.linalg.norm(gradient))
+            decay = options.get("weight_decay", 0) * weight
+            if not options.get("decoupled"):
+                gradient, decay = gradient + decay, 0
+            moment1 = 0.9 * moment1 + 0.1 * gradient
+            moment2 = 0.999 * moment2 + 0.001 * gradient ** 2
+            bias1, bias2 = 1 - 0.9 ** t, 1 - 0.999 ** t
+            weight = weight - rate * (
+                moment1 / bias1 / (np.sqrt(moment2 / bias2) + 1e-8) + decay)
+            average = 0.75 * average + 0.25 * weight
+            np.testing.assert_allclose(network.weight.asnumpy(), weight, rtol=1e-4, err_msg=options)
+        if "average" in options:
+            own = network.weight.asnumpy().copy()
+            with step.averaged_weights():
+                np.testing.assert_allclose(network.weight.asnumpy(), average, rtol=1e-4)
+            np.testing.assert_array_equal(network.weight.asnumpy(), own)
+
+
+def test_a_batch_in_parts(graph_mode):
+    """Several passes make the step of one with the whole batch, each time anew."""
+    weights = []
+    for parts in (1, 3):
+        network = Line()
+        step = TrainStep(network, Square(), parts=parts, clip_norm=0.5)
+        for t in range(1, 4):
+            # Of one flow each: the mean over the batch is the mean over its parts.
+            losses, norm, _ = step(*small_batch([10 * t] * 3, [t] * 3), 0.1)
+        weights.append([*network.weight.asnumpy(), float(losses[0]), float(norm)])
+    np.testing.assert_allclose(*weights, rtol=1e-5)
+    network = Line()
+    step = TrainStep(network, Square(), parts=2)
+    losses, norm, _ = step(*small_batch([51, 102], [1, 3]), 0.1)
+    errors = np.array([0.2, 0.4]) * -2 - [1, 3]
+    assert float(losses[0]) == pytest.approx(np.mean(errors ** 2), rel=1e-4)
+    slope = np.mean(2 * errors * [0.2, 0.4])
+    assert float(norm) == pytest.approx(abs(slope) * 2 ** 0.5, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -174,19 +226,18 @@ def test_half_precision(pair):
     mindspore.set_seed(1)
     network = PWCNet(dense=False, normalize_features=True)
     use_float16(network)
-    optimizer = nn.Adam(network.trainable_params(), learning_rate=3e-4)
-    step = TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0, loss_scaling=True)
+    step = TrainStep(network, MultiScaleLoss(), clip_norm=1.0, loss_scaling=True)
     losses = learn(step, pair, 25)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
     before = [p.asnumpy().copy() for p in network.get_parameters()]
-    scale = float(step.loss_scale)
-    step.loss_scale.set_data(Tensor(np.float32(3e38)))
-    assert not step(*pair, Tensor(3e-4, mindspore.float32))[2]
+    scale = step.loss_scale
+    step.state.loss_scale.set_data(Tensor(np.float32(3e38)))
+    assert not step(*pair, 3e-4)[2]
     for old, new in zip(before, network.get_parameters(), strict=True):
         np.testing.assert_array_equal(old, new.asnumpy())
-    assert float(step.loss_scale) == pytest.approx(1.5e38)
-    step.loss_scale.set_data(Tensor(np.float32(scale)))
-    assert step(*pair, Tensor(3e-4, mindspore.float32))[2]
+    assert step.loss_scale == pytest.approx(1.5e38)
+    step.state.loss_scale.set_data(Tensor(np.float32(scale)))
+    assert step(*pair, 3e-4)[2]
     assert any((old != new.asnumpy()).any()
                for old, new in zip(before, network.get_parameters(), strict=True))

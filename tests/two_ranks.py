@@ -1,6 +1,8 @@
 """A program for the tests: some real training steps as one rank of several, or as the only one.
 
-python tests/two_ranks.py DATA OUT STEPS: writes the weights of each rank to OUT/rank-R-of-N.npz.
+python tests/two_ranks.py DATA OUT STEPS PARTS: takes each rank's share of the batch in so many parts,
+and writes the weights of each rank, and its mean gradient in the first step, to
+OUT/rank-R-of-N-PARTS.npz.
 """
 
 import os
@@ -16,10 +18,9 @@ from prep import reader
 GLOBAL_BATCH = 4
 
 
-def main(data, out, steps):
+def main(data, out, steps, parts):
     with cluster.joined(lambda: ({}, None)) as (here, _):
         import mindspore
-        from mindspore import Tensor, nn
 
         from model.losses import MultiScaleLoss
         from model.pwcnet import PWCNet
@@ -28,20 +29,21 @@ def main(data, out, steps):
 
         mindspore.set_seed(1)
         network = PWCNet(dense=False, normalize_features=True)
-        # Plain descent: Adam would divide rounding differences by themselves.
-        optimizer = nn.SGD(network.trainable_params(), learning_rate=1e-3)
-        step = TrainStep(network, MultiScaleLoss(), optimizer, ranks=here.ranks, clip_norm=1.0)
+        step = TrainStep(network, MultiScaleLoss(), ranks=here.ranks, parts=int(parts), clip_norm=1.0)
         batches = reader.training_batches(
             reader.Split.open(data, "train"), batch=GLOBAL_BATCH // here.ranks, rank=here.rank,
             ranks=here.ranks, seed=1, steps=int(steps), transform=Augment((64, 64), flip=True))
-        for number, sample in enumerate(batches):
-            inputs = [*map(Tensor, sample[:4]), Tensor(1e-3, mindspore.float32)]
-            if number == 0:
-                step.compile(*inputs)
+        gradient = None
+        for sample in batches:
+            if gradient is None:
+                step.compile(*sample[:4])
                 cluster.barrier()
-            losses = step(*inputs)[0].asnumpy()
+            losses = step(*sample[:4], 1e-3)[0].asnumpy()
+            if gradient is None:  # the first moment is a tenth of it
+                gradient = step.state.moment1.asnumpy().copy()
         weights = {p.name: p.asnumpy() for p in network.get_parameters()}
-        np.savez(f"{out}/rank-{here.rank}-of-{here.ranks}.npz", losses=losses, **weights)
+        np.savez(f"{out}/rank-{here.rank}-of-{here.ranks}-{parts}.npz", losses=losses,
+                 gradient=gradient, **weights)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Checkpoints:
 
         Args:
             step: how many steps lie behind this state.
-            state: a Cell whose parameters are to be kept (network, optimiser, loss scale).
+            state: a Cell whose parameters are to be kept, `train.step.State`.
         """
         if self.enabled:
             extra = {"step": step, "model": self.model_options, "best": self.best}

@@ -1,6 +1,7 @@
 """What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress line."""
 
 import pathlib
+import resource
 import sys
 import time
 
@@ -8,8 +9,10 @@ import mindspore
 import numpy as np
 import tensorboardX
 from mindspore.train.summary import _writer_pool, summary_record
+from tensorboardX.proto.event_pb2 import Event
 
 from prep import progress
+from prep.flowio import write_whole
 
 
 class PatientWriterPool(_writer_pool.WriterPool):
@@ -29,13 +32,13 @@ summary_record.WriterPool = PatientWriterPool
 
 
 class Clock:
-    """Measures the loop's speed and how much of its time went by waiting for data."""
+    """Measures the loop's speed and how much of its time went by waiting for data, from a step on."""
 
-    def __init__(self):
-        self.restart(None)
+    def __init__(self, step):
+        self.restart(step)
 
     def restart(self, step):
-        """Measure from this step on (None: from the next one that is asked about)."""
+        """Measure from this step on."""
         self.step, self.start, self.waited = step, time.perf_counter(), 0.0
 
     def waiting(self, batches):
@@ -51,17 +54,39 @@ class Clock:
             yield batch
 
     def lap(self, step, pairs_per_step):
-        """Pairs per second and share of time spent waiting since the last lap, as curves.
-
-        Empty the first time, which would measure the compilation of the graph.
-        """
+        """Pairs per second, and the share of time spent waiting, since the last lap."""
         seconds = time.perf_counter() - self.start
-        rates = {}
-        if self.step is not None and step > self.step:
-            rates = {"speed/pairs_per_second": (step - self.step) * pairs_per_step / seconds,
-                     "speed/data_wait": self.waited / seconds}
+        result = (step - self.step) * pairs_per_step / seconds, self.waited / seconds
         self.restart(step)
-        return rates
+        return result
+
+
+def resident_memory():
+    """Bytes of memory that this process has now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def forget_after(folder, step):
+    """Take what was recorded after a step out of the event files in a folder, of either kind.
+
+    An interrupted run goes on from its last checkpoint, and so passes again through the steps that it
+    made after that. Both kinds of file are a row of records: length (8 bytes), its checksum (4), the
+    event, its checksum (4); what a killed run left half written ends the row.
+    """
+    for path in pathlib.Path(folder).glob("events.out.*"):
+        if ".partial-" in path.name:  # killed right here, the last time
+            path.unlink()
+            continue
+        data, kept, position = path.read_bytes(), [], 0
+        while position + 12 <= len(data):
+            end = position + 16 + int.from_bytes(data[position:position + 8], "little")
+            if end > len(data):
+                break
+            if Event.FromString(data[position + 12:end - 4]).step <= step:
+                kept.append(data[position:end])
+            position = end
+        write_whole(path, b"".join(kept))
 
 
 class Monitor:
@@ -72,8 +97,7 @@ class Monitor:
 
     Args:
         folder: the run's; gets `summary/` and `tensorboard/`.
-        first_step: the run (re)starts after this many steps; TensorBoard forgets what an interrupted
-            run wrote beyond it.
+        first_step: the run (re)starts after this many steps; what it recorded beyond is forgotten.
         steps: how many there are in all.
     """
 
@@ -82,9 +106,10 @@ class Monitor:
         if not enabled:
             return
         folder = pathlib.Path(folder)
+        for kind in ("summary", "tensorboard"):
+            forget_after(folder / kind, first_step)
         self.summary = mindspore.SummaryRecord(str(folder / "summary"))
-        self.events = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
         self.bar = progress.bar(total=steps, initial=first_step, unit="step", smoothing=0.1)
 
     def __enter__(self):

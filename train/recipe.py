@@ -30,6 +30,7 @@ class Recipe:
     # data
     crop: tuple[int, int] = bounded(low=64)
     batch: int = bounded(low=1)
+    mixture: tuple[float, ...] = bounded((), above=0)  # shares of several --data; (): by their pairs
     # augmentation, all off by default; each key is explained in train/augment.py
     flip: bool = False
     vertical_flip: bool = False
@@ -59,6 +60,7 @@ class Recipe:
     milestones: tuple[int, ...] = bounded((), low=1)
     weight_decay: float = bounded(0.0, low=0)
     clip_norm: float = bounded(0.0, low=0)
+    average: float = bounded(0.0, low=0, high=0.999999)  # decay of the weights' moving average
     # watching
     log_every: int = bounded(10, low=1)
     validate_every: int = bounded(0, low=0)  # 0: once an epoch

@@ -1,13 +1,24 @@
-"""One data-parallel training step as one graph: forward, gradient, all-reduce, update."""
+"""One data-parallel training step: gradients of this rank's pairs, all-reduce, update.
+
+Two graphs, so that a batch may go through in several parts. Between them all gradients are one vector:
+one all-reduce, one norm and one update where each of the 118 weights would have its own, which takes
+as long to compile as the network does.
+"""
+
+import contextlib
 
 import mindspore
+import numpy as np
 from mindspore import Parameter, Tensor, float32, nn, ops
+from mindspore.ops.auto_generate import SplitWithSize
 
 from model.layers import Convolution
 from model.pwcnet import to_network
 
 LOSS_SCALE = {"start": 2.0 ** 16, "factor": 2.0, "every": 1000}
 """Dynamic loss scaling: first scale, factor of change, steps without overflow before it grows."""
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+"""Of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
 
 
 def use_float16(network):
@@ -21,95 +32,219 @@ def use_float16(network):
             cell.use_float16()
 
 
-class TrainStep(nn.Cell):
-    """A step on this rank's part of the global batch.
+class TrainStep:
+    """A step on this rank's part of the global batch, by Adam or AdamW.
 
     Args:
         network: images to flows, a Cell.
-        loss: (flows, flow, valid) to a vector whose sum is minimised, a Cell.
-        optimizer: a MindSpore optimiser with a learning rate of one number.
+        loss: (flows, flow, valid) to a vector whose sum is minimised, a Cell; the mean over a batch.
         ranks: how many ranks share the batch; gradients and losses are their mean.
+        parts: in how many equal parts this rank's share goes through, to need less memory; the
+            result is the same but for rounding.
         clip_norm: largest global gradient norm, larger ones are scaled down to it; 0: never.
         loss_scaling: dynamic loss scaling, for float16.
-        decoupled_decay: weight decay apart from the gradient (I. Loshchilov, F. Hutter, "Decoupled
+        weight_decay: the share of each weight that is added to its gradient.
+        decoupled: weight_decay apart from the gradient (I. Loshchilov and F. Hutter, "Decoupled
             Weight Decay Regularization", 2019), a share of each weight per step and learning rate.
+        average: decay of an exponential moving average of the weights per step, as 0.999; 0: none.
+
+    Attributes:
+        state: a Cell with all that a run must keep: network, moments, loss scale, average.
     """
 
-    def __init__(self, network, loss, optimizer, *, ranks=1, clip_norm=0.0, loss_scaling=False,
-                 decoupled_decay=0.0):
+    def __init__(self, network, loss, *, ranks=1, parts=1, clip_norm=0.0, loss_scaling=False,
+                 weight_decay=0.0, decoupled=False, average=0.0):
+        self.parts = parts
+        self.weights = tuple(network.trainable_params())
+        numbers = sum(weight.size for weight in self.weights)
+        self.state = State(network, numbers, loss_scaling, bool(average))
+        sums = hidden("losses", loss.length), hidden("gradient", numbers)
+        self.add = AddGradients(network, loss, self.state, *sums)
+        self.update = Update(self.weights, self.state, *sums, passes=ranks * parts,
+                             all_reduce=ranks > 1, clip_norm=clip_norm, loss_scaling=loss_scaling,
+                             weight_decay=weight_decay, decoupled=decoupled, average=average)
+
+    def __call__(self, image1, image2, flow, valid, learning_rate):
+        """Do the step.
+
+        Args:
+            image1, image2: (N, H, W, 3) uint8 NumPy arrays.
+            flow: (N, H, W, 2) float32 in pixels.
+            valid: (N, H, W) uint8, non-zero where the flow is known.
+            learning_rate: a number.
+
+        Returns:
+            losses: the loss vector, mean over parts and ranks.
+            gradient_norm: () global norm before clipping, of the mean gradient.
+            finite: () bool; if False a gradient overflowed and the weights were left as they were.
+        """
+        for part in self.split(image1, image2, flow, valid):
+            self.add(*part)
+        return self.update(Tensor(learning_rate, float32))
+
+    def compile(self, *batch):
+        """Compile both graphs for batches like this one."""
+        self.add.compile(*next(self.split(*batch)))
+        self.update.compile(Tensor(0.0, float32))
+
+    def split(self, *batch):
+        """Yield the parts of a batch as Tensors."""
+        for rows in np.split(np.arange(len(batch[0])), self.parts):
+            yield [Tensor(column[rows[0]:rows[-1] + 1]) for column in batch]
+
+    @property
+    def loss_scale(self):
+        """What the loss is multiplied by, a number."""
+        return float(self.state.loss_scale)
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Inside, the network has the averaged weights; afterwards, bit for bit, its own."""
+        own = [weight.asnumpy().copy() for weight in self.weights]
+        offset = self.state.average_offset.asnumpy().copy()
+        ends = np.cumsum([weight.size for weight in self.weights])
+        for weight, value, part in zip(self.weights, own, np.split(offset, ends[:-1])):
+            weight.set_data(Tensor(value + part.reshape(value.shape)))
+        try:
+            yield
+        finally:
+            for weight, value in zip(self.weights, own):
+                weight.set_data(Tensor(value))
+
+
+def hidden(name, *shape, value=0.0, dtype=float32):
+    """A Parameter that no gradient goes to, filled with one value."""
+    return Parameter(Tensor(np.full(shape, value), dtype), name=name, requires_grad=False)
+
+
+class State(nn.Cell):
+    """What a run must keep to go on: the network's parameters, and these."""
+
+    def __init__(self, network, numbers, loss_scaling, average):
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.moment1 = hidden("moment1", numbers)
+        self.moment2 = hidden("moment2", numbers)
+        self.beta1_power = hidden("beta1_power", value=1.0)
+        self.beta2_power = hidden("beta2_power", value=1.0)
+        self.loss_scale = hidden("loss_scale", value=LOSS_SCALE["start"] if loss_scaling else 1.0)
+        self.finite_steps = hidden("finite_steps", dtype=mindspore.int32)
+        if average:
+            # Averaged weights minus weights.
+            self.average_offset = hidden("average_offset", numbers)
+
+
+class AddGradients(nn.Cell):
+    """Forward and backward pass, adding loss vector and gradient to the two sums."""
+
+    def __init__(self, network, loss, state, losses, gradient):
         super().__init__(auto_prefix=False)
         self.network = network
         self.loss = loss
-        self.optimizer = optimizer
-        self.weights = optimizer.parameters
-        self.ranks = ranks
-        self.clip_norm = clip_norm
-        self.loss_scaling = loss_scaling
-        self.decoupled_decay = decoupled_decay
-        self.loss_scale = Parameter(
-            Tensor(LOSS_SCALE["start"] if loss_scaling else 1.0, float32),
-            name="loss_scale", requires_grad=False)
-        self.finite_steps = Parameter(
-            Tensor(0, mindspore.int32), name="finite_steps", requires_grad=False)
+        self.loss_scale = state.loss_scale
+        self.losses = losses
+        self.gradient = gradient
         self.value_and_grad = ops.value_and_grad(
-            self.forward, None, self.weights, has_aux=True)
-        if ranks > 1:
-            self.mean_gradients = nn.DistributedGradReducer(self.weights, mean=True, degree=ranks)
-            self.all_reduce = ops.AllReduce()
+            self.forward, None, tuple(network.trainable_params()), has_aux=True)
 
     def forward(self, image1, image2, flow, valid, scale):
         losses = self.loss(self.network(image1, image2), flow, valid)
         return losses.sum() * scale, losses
 
-    def construct(self, image1, image2, flow, valid, learning_rate):
-        """Do the step.
-
-        Args:
-            image1, image2: (N, H, W, 3) uint8.
-            flow: (N, H, W, 2) float32 in pixels.
-            valid: (N, H, W) uint8, non-zero where the flow is known.
-            learning_rate: () float32.
-
-        Returns:
-            losses: the loss vector, mean over the ranks.
-            gradient_norm: () global norm before clipping, of the mean gradient.
-            finite: () bool; if False a gradient overflowed and the weights were left as they were.
-        """
-        scale = self.loss_scale + 0.0  # a copy: the parameter is assigned to below
+    def construct(self, image1, image2, flow, valid):
         (_, losses), gradients = self.value_and_grad(
             to_network(image1), to_network(image2), flow.transpose(0, 3, 1, 2),
-            (valid > 0).astype(float32).expand_dims(1), scale)
-        if self.ranks > 1:
-            # An overflow on one rank is one in the mean, so all ranks decide alike.
-            gradients = self.mean_gradients(gradients)
-            losses = self.all_reduce(losses) / self.ranks
-        squares = 0.0
-        for gradient in gradients:
-            squares = squares + gradient.square().sum()
-        gradient_norm = squares.sqrt() / scale
-        finite = ops.isfinite(gradient_norm)
-        factor = 1.0 / scale
+            (valid > 0).astype(float32).expand_dims(1), self.loss_scale)
+        ops.assign_add(self.losses, losses)
+        ops.assign_add(self.gradient, flatten(gradients))
+        return losses
+
+
+class Update(nn.Cell):
+    """From the two sums, over `passes` passes on all ranks, to new weights; empties the sums."""
+
+    def __init__(self, weights, state, losses, gradient, *, passes, all_reduce, clip_norm,
+                 loss_scaling, weight_decay, decoupled, average):
+        super().__init__(auto_prefix=False)
+        self.weights = weights
+        self.sizes = tuple(weight.size for weight in weights)
+        self.state = state
+        self.losses = losses
+        self.gradient = gradient
+        self.change = hidden("change", *gradient.shape)
+        self.passes = passes
+        self.clip_norm = clip_norm
+        self.loss_scaling = loss_scaling
+        self.decay = 0.0 if decoupled else weight_decay
+        self.decoupled_decay = weight_decay if decoupled else 0.0
+        self.average = average
+        self.all_reduce = ops.AllReduce() if all_reduce else None
+        self.adam = ops.Adam()
+        self.split = SplitWithSize()
+        self.each = ops.HyperMap()
+
+    def construct(self, learning_rate):
+        state = self.state
+        scale = state.loss_scale + 0.0  # a copy: the parameter is assigned to below
+        losses, gradient = self.losses + 0.0, self.gradient + 0.0
+        if self.all_reduce is not None:
+            # An overflow on one rank is one in the sum, so all ranks decide alike.
+            losses, gradient = self.all_reduce(losses), self.all_reduce(gradient)
+        factor = 1.0 / (scale * self.passes)
+        norm = ops.square(gradient).sum().sqrt() * factor
+        finite = ops.isfinite(norm)
         if self.clip_norm > 0:
-            factor = factor * ops.minimum(self.clip_norm / (gradient_norm + 1e-6), 1.0)
-        scaled = ()
-        for gradient in gradients:
-            scaled = scaled + (gradient * factor,)
+            factor = factor * ops.minimum(self.clip_norm / (norm + 1e-6), 1.0)
+        ops.assign(self.change, ops.zeros_like(self.change))
         if finite:
-            ops.assign(self.optimizer.learning_rate, learning_rate)
+            gradient = gradient * factor
+            if self.decay > 0:
+                gradient = gradient + flatten(self.weights) * self.decay
+            ops.assign(state.beta1_power, state.beta1_power * BETA1)
+            ops.assign(state.beta2_power, state.beta2_power * BETA2)
+            # Adam of weights that are zero gives what is to be added to the weights.
+            self.adam(self.change, state.moment1, state.moment2, state.beta1_power,
+                      state.beta2_power, learning_rate, BETA1, BETA2, EPSILON, gradient)
             if self.decoupled_decay > 0:
-                for weight in self.weights:
-                    ops.assign(weight, weight * (1.0 - learning_rate * self.decoupled_decay))
-            self.optimizer(scaled)
+                ops.assign_add(self.change, flatten(self.weights)
+                               * (-self.decoupled_decay * learning_rate))
+            if self.average > 0:
+                # average' - weights' = decay (average - weights'), weights' = weights + change
+                ops.assign(state.average_offset,
+                           (state.average_offset - self.change) * self.average)
+        self.each(add_part, self.weights, self.split(self.change, self.sizes, 0))
+        ops.assign(self.losses, ops.zeros_like(self.losses))
+        ops.assign(self.gradient, ops.zeros_like(self.gradient))
         if self.loss_scaling:
             self.adjust_loss_scale(finite)
-        return losses, gradient_norm, finite
+        return losses / self.passes, norm, finite
 
     def adjust_loss_scale(self, finite):
         """Lower the scale after an overflow, raise it after many steps without one."""
-        steps = ops.select(finite, self.finite_steps + 1, ops.zeros_like(self.finite_steps))
+        state = self.state
+        steps = ops.select(finite, state.finite_steps + 1, ops.zeros_like(state.finite_steps))
         grow = steps >= LOSS_SCALE["every"]
-        scale = ops.select(finite, self.loss_scale,
-                           ops.maximum(self.loss_scale / LOSS_SCALE["factor"], 1.0))
+        scale = ops.select(finite, state.loss_scale,
+                           ops.maximum(state.loss_scale / LOSS_SCALE["factor"], 1.0))
         scale = ops.select(grow, scale * LOSS_SCALE["factor"], scale)
-        ops.assign(self.loss_scale, scale)
-        ops.assign(self.finite_steps, ops.select(grow, ops.zeros_like(steps), steps))
+        ops.assign(state.loss_scale, scale)
+        ops.assign(state.finite_steps, ops.select(grow, ops.zeros_like(steps), steps))
+
+
+to_row = ops.MultitypeFuncGraph("to_row")
+add_part = ops.MultitypeFuncGraph("add_part")
+
+
+def flatten(tensors):
+    """Tensors to one vector."""
+    return ops.Concat()(ops.HyperMap()(to_row, tensors))
+
+
+@to_row.register("Tensor")
+def _(tensor):
+    return ops.reshape(tensor, (-1,))
+
+
+@add_part.register("Tensor", "Tensor")
+def _(weight, part):
+    return ops.assign_add(weight, ops.reshape(part, weight.shape))

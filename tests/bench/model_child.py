@@ -24,7 +24,6 @@ def in_mindspore(images, flow, floor):
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     os.environ.setdefault("GLOG_v", "3")
     cluster.start_mindspore(cluster.Place(), "CPU")
-    import mindspore
     from mindspore import Tensor, nn, ops
 
     from model import pwcnet
@@ -42,20 +41,17 @@ def in_mindspore(images, flow, floor):
     network = pwcnet.PWCNet()
     if floor:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
-    optimizer = nn.Adam(network.trainable_params(), learning_rate=RATE)
-    step = TrainStep(network, MultiScaleLoss(), optimizer, clip_norm=1.0)
-    valid = Tensor(np.ones(flow.shape[:3], np.uint8))
-    images, flow = [Tensor(image) for image in images], Tensor(flow)
-    rate = Tensor(RATE, mindspore.float32)
+    step = TrainStep(network, MultiScaleLoss(), clip_norm=1.0)
+    valid = np.ones(flow.shape[:3], np.uint8)
     predictor = pwcnet.FlowPredictor(network)
 
     def infer():
         network.set_train(False)
-        predictor(*images).asnumpy()
+        predictor(*map(Tensor, images)).asnumpy()
 
     def train():
         network.set_train()
-        step(*images, flow, valid, rate)[0].asnumpy()
+        step(*images, flow, valid, RATE)[0].asnumpy()
 
     return infer, train
 
