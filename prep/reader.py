@@ -255,7 +255,7 @@ def _batches(splits, draws, batch, finish, workers, fields=STORED):
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
 
         def decoded():
-            for name, record, place in _records(splits, starts, draws):
+            for name, record, place in _records(splits, draws):
                 pending.append(pool.submit(prepare, name, record, *place))
                 if len(pending) == 2 * batch + workers:
                     yield pending.popleft().result()
@@ -271,42 +271,48 @@ def _batches(splits, draws, batch, finish, workers, fields=STORED):
                 future.cancel()
 
 
-def _records(splits, starts, draws):
+def _records(splits, draws):
     """Yield (stored name, record as uint8 (N,), (source, epoch, index)) for each of `draws`."""
+    draws = iter(draws)
+    total = sum(len(split) for split in splits)
+    while piece := list(itertools.islice(draws, total)):
+        rows = [[index for origin, _, index in piece if origin == source]
+                for source in range(len(splits))]
+        records = [_read(split, indices) for split, indices in zip(splits, rows)]
+        for place in piece:
+            yield *next(records[place[0]]), place
+
+
+def _read(split, indices):
+    """Yield (stored name, record as uint8 (N,)) of these pairs of a split."""
     import mindspore.dataset as ds
 
-    files = [file for s in splits for file in s.files]
-    draws = iter(draws)
-    # MindDataset takes at most as many indices as there are records: one pipeline for each such
-    # piece.
-    while piece := list(itertools.islice(draws, starts[-1])):
-        rows = [starts[source] + index for source, _, index in piece]
-        dataset = ds.MindDataset(
-            files, ["name", "pair"], num_parallel_workers=1, sampler=ds.SubsetSampler(rows)
-        )
+    # One set at a time: MindDataset refuses files that are not of one writing. And it takes at most
+    # as many indices as there are records.
+    for start in range(0, len(indices), len(split)):
         try:
-            for (name, column), place in zip(
-                dataset.create_tuple_iterator(output_numpy=True, num_epochs=1), piece, strict=True
-            ):
+            dataset = ds.MindDataset(
+                split.files, ["name", "pair"], num_parallel_workers=1,
+                sampler=ds.SubsetSampler(indices[start:start + len(split)]),
+            )
+            for name, column in dataset.create_tuple_iterator(output_numpy=True, num_epochs=1):
                 # The 'S' array of a bytes column loses trailing zeros in item(), not here.
-                yield str(name), np.frombuffer(column, np.uint8), place
+                yield str(name), np.frombuffer(column, np.uint8)
         except (RuntimeError, ValueError) as error:
-            raise _explain(splits, error) from None
+            raise _explain(split, error) from None
 
 
-def _explain(splits, error):
+def _explain(split, error):
     """A UserError for what MindSpore said of a set: which shard is not what it was, if any."""
-    for opened in splits:
-        for shard in opened.shards:
-            try:
-                shard.check_bytes(opened.folder)
-            except UserError as found:
-                return found
-    folders = ", ".join(s.folder for s in splits)
+    for shard in split.shards:
+        try:
+            shard.check_bytes(split.folder)
+        except UserError as found:
+            return found
     text = " ".join(line for line in str(error).splitlines() if line.startswith("[ERROR]"))
     return UserError(
-        f"{folders}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set from a "
-        "copy or convert it again"
+        f"{split.folder}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set "
+        "from a copy or convert it again"
     )
 
 

@@ -132,10 +132,10 @@ def test_the_worst_pairs():
 
 
 @pytest.fixture(scope="module")
-def result(network, sintel, graph_mode):
+def result(predictor, sintel):
     """Of the ten pairs, evaluated by one rank in batches of four."""
     split = reader.Split.open(sintel, "val")
-    return split, evaluate.evaluate(network, split, batch=4, pictures=[1], worst=2)
+    return split, evaluate.evaluate(predictor, split, batch=4, pictures=[1], worst=2)
 
 
 def raw_figures(release, names):

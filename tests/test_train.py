@@ -1,6 +1,7 @@
 """Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -15,15 +16,35 @@ from prep import synthesize
 RECIPE = {"crop": "[64,64]", "batch": 4, "steps": 4, "dense": "false",
           "start_from_coarser_flow": "false", "log_every": 1,
           "validate_every": 2, "checkpoint_every": 1, "validation_batch": 2}
+MIXED = {"mixture": "[3,1]", "average": 0.5}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A converted set of 14 pairs of 64x128, 3 of them for validation."""
-    folder = tmp_path_factory.mktemp("data")
-    synthesize.write_set(str(folder / "raw"), 14, 64, 128, 1, 2)
-    return tiny.convert("flyingchairs", folder / "raw", folder / "set", "--shards", "2",
-                        "--split-file", tiny.split_file(folder / "val.txt", [2, 5, 9]))
+    return make_set(tmp_path_factory.mktemp("data"), 64, 128, [2, 5, 9])
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A second set, of other sizes, 2 of its 14 pairs for validation."""
+    return make_set(tmp_path_factory.mktemp("other"), 72, 96, [3, 4])
+
+
+def make_set(folder, height, width, validation):
+    """Synthetic pairs, converted to a set that is named as its folder."""
+    synthesize.write_set(str(folder / "raw"), 14, height, width, 1, 2)
+    return tiny.convert("flyingchairs", folder / "raw", folder / f"set-{height}", "--shards", "2",
+                        "--split-file", tiny.split_file(folder / "val.txt", validation))
+
+
+@pytest.fixture(scope="module")
+def whole(data, other, tmp_path_factory):
+    """The folder of a run that two ranks made without an interruption, on a mixture of both sets."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    status, _, err = finish(train([data, other], out, ranks=2, **MIXED))
+    assert status == 0, err
+    return out
 
 
 def finish(process):
@@ -32,12 +53,14 @@ def finish(process):
     return process.returncode, out, err
 
 
-def train(data, out, ranks=1, recipe="example", init=None, **overrides):
-    """Start a training run through launch/train.sh."""
+def train(data, out, ranks=1, recipe="example", init=None, accumulate=1, **overrides):
+    """Start a training run through launch/train.sh on one converted set or several."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
+    sets = [word for folder in (data if isinstance(data, list) else [data])
+            for word in ("--data", folder)]
     begin = ["--init", init] if init else []
-    return tiny.mpirun(ranks, "launch/train.sh", "--config", recipe, "--data", data, "--out", out,
-                       *begin, *pairs)
+    return tiny.mpirun(ranks, "launch/train.sh", "--config", recipe, *sets, "--out", out, *begin,
+                       "--accumulate", accumulate, *pairs)
 
 
 @pytest.mark.slow
@@ -60,13 +83,10 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, tmp_path):
     """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    status, _, err = finish(train(data, whole, ranks=2))
-    assert status == 0, err
-
-    job = train(data, broken, ranks=2)
+    broken = tmp_path / "broken"
+    job = train([data, other], broken, ranks=2, **MIXED)
     deadline = time.monotonic() + 240
     while not (broken / "checkpoints" / "step-00000002.ckpt").exists():
         assert job.poll() is None and time.monotonic() < deadline, finish(job)
@@ -81,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / "writing-step-00000009.tmp").touch()  # killed while it wrote
 
-    status, out, err = finish(train(data, broken, ranks=2))
+    status, out, err = finish(train([data, other], broken, ranks=2, **MIXED))
     assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
     assert f"warning: {newest}: damaged" in out
     assert not list(newest.parent.glob("writing-*"))
@@ -89,40 +109,70 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
 
     first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt")
                      for run in (whole, broken))
-    assert first.keys() == second.keys()
-    for name in first.keys() - {"model"}:
+    assert first.keys() == second.keys() and "average_offset" in first
+    for name in first.keys() - {"model", "best"}:
         np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
+    assert first["best"] == second["best"]
+    assert read_curves(broken, "train/loss") == read_curves(whole, "train/loss")
+    assert read_curves(broken, "validation/epe") == read_curves(whole, "validation/epe")
 
-    check_curves(whole)
-    check_result(whole)
-    check_evaluation(data, whole, tmp_path / "evaluation")
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path):
+    """One rank takes up what two began, with the same pairs in each step, and says what changed."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for number in (3, 4):
+        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
+    status, _, err = finish(train([data, other], run, accumulate=2, **MIXED))
+    assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
+    assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
+    losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
+    assert losses.keys() == before.keys()
+    assert losses == pytest.approx(before, rel=1e-2)
 
 
-def check_curves(run):
-    """Both kinds of file hold the same curves, read back by their own readers."""
+def read_curves(run, tag):
+    """A curve as a dict of step to value; both kinds of file hold it, and no step twice."""
     from mindspore.train.summary_pb2 import Event
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    tags = {"train/loss", "train/level6", "train/level2", "train/learning_rate",
-            "train/gradient_norm", "speed/pairs_per_second", "validation/epe"}
-    assert tags <= set(events.Tags()["scalars"])
-    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [point.step for point in events.Scalars("validation/epe")] == [2, 4]
-    assert [image.step for image in events.Images("validation/flow")] == [2, 4]
+    points = [(point.step, point.value) for point in events.Scalars(tag)]
 
-    data = next((run / "summary").glob("events.out.*")).read_bytes()
-    losses, position = {}, 0
-    while position < len(data):  # length, its checksum, the message, its checksum
-        length = int.from_bytes(data[position:position + 8], "little")
-        event = Event.FromString(data[position + 12:position + 12 + length])
-        for value in event.summary.value:
-            if value.tag.startswith("train/loss/") or value.tag == "train/loss":
-                losses[event.step] = value.scalar_value
-        position += 16 + length
-    expected = {point.step: point.value for point in events.Scalars("train/loss")}
-    assert losses == pytest.approx(expected)
+    recorded = []
+    for path in (run / "summary").glob("events.out.*"):
+        data, position = path.read_bytes(), 0
+        while position < len(data):  # length, its checksum, the message, its checksum
+            length = int.from_bytes(data[position:position + 8], "little")
+            event = Event.FromString(data[position + 12:position + 12 + length])
+            recorded += [(event.step, value.scalar_value) for value in event.summary.value
+                         if value.tag.startswith(f"{tag}/") or value.tag == tag]
+            position += 16 + length
+    assert sorted(points) == sorted(recorded)
+    assert len(dict(points)) == len(points)
+    return dict(points)
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves(whole, data, tmp_path):
+    """Curves of each kind, pictures, figures, what it was made with; the evaluation agrees."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    tags = {"train/loss", "train/level6", "train/level2", "train/learning_rate", "train/loss_scale",
+            "train/gradient_norm", "speed/pairs_per_second", "data_wait/rank-1", "memory_gb/rank-0",
+            "validation/epe", "validation/epe_average", "validation/set-72/epe"}
+    assert tags <= set(events.Tags()["scalars"])
+    for tag in tags:
+        steps = [2, 4] if tag.startswith("validation") else [1, 2, 3, 4]
+        assert list(read_curves(whole, tag)) == steps
+    assert [image.step for image in events.Images("validation/flow")] == [2, 4]
+    assert "mixture" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    check_result(whole)
+    check_evaluation(data, whole, tmp_path / "evaluation")
 
 
 def check_result(run):
@@ -130,7 +180,10 @@ def check_result(run):
     result = json.loads((run / "result.json").read_text())
     assert result["pairs"] == 3 and result["ranks"] == 2
     assert result["step"] == 4 and 0 < result["epe"] < 1000
-    assert result["made_with"]["mindspore"]
+    assert 0 < result["average_epe"] < 1000 and result["sets"]["set-72"]["pairs"] == 2
+    assert result["best_epe"] == min(entry[key] for entry in result["validations"]
+                                     for key in ("epe", "average_epe"))
+    assert result["made_with"]["mindspore"] and len(result["made_with"]["data"]) == 2
 
 
 def check_evaluation(data, run, out):
@@ -208,6 +261,8 @@ def check_refused(process, *words):
     ({"crop": "[64,96]"}, ["multiples of 64"]),
     ({"precision": "float8"}, ["float16"]),
     ({"steps": -1}, ["steps", "at least 1"]),
+    ({"mixture": "[1,2]"}, ["2 shares", "1 set(s)"]),
+    ({"accumulate": 3}, ["batch is 4", "3 parts", "batch=6"]),
 ])
 def test_a_bad_recipe(data, tmp_path, overrides, words):
     """One line says which key is wrong and what would be right; no run folder appears."""

@@ -56,11 +56,11 @@ NOTE = ("The EPE of zero flow is a mean over pairs, too; shares, and the EPE of 
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None, worst=0):
+def evaluate(predictor, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None, worst=0):
     """Evaluate a network on every pair of a split, shared by all ranks.
 
     Args:
-        network: a `model.pwcnet.PWCNet`.
+        predictor: a `model.pwcnet.FlowPredictor`; it compiles a graph for each size of pairs, once.
         split: an opened split, a `prep.reader.Split`.
         batch: pairs at a time, on each rank.
         rank, ranks: this process and how many call this together.
@@ -77,11 +77,8 @@ def evaluate(network, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=
     """
     import mindspore
 
-    from model.pwcnet import FlowPredictor
     from prep import reader
 
-    predictor = FlowPredictor(network)
-    predictor.set_train(False)
     sums = np.zeros((len(split), len(metrics.SUMS)))
     samples = {}
     batches = reader.evaluation_batches(split, batch=batch, rank=rank, ranks=ranks, occluded=True)
@@ -217,6 +214,7 @@ def json_ready(value):
 
 def report(args, here, split):
     """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
+    from model.pwcnet import FlowPredictor
     from model.weights import load_network
     from prep import progress, reader
     from prep.flowio import write_whole
@@ -224,7 +222,7 @@ def report(args, here, split):
     from prep.shards import write_json
 
     names = split.names
-    network = load_network(args.ckpt)
+    predictor = FlowPredictor(load_network(args.ckpt))
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     if here.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +230,7 @@ def report(args, here, split):
     order = reader.evaluation_order(split.sizes, args.batch * here.ranks)
     mine = sum(real for pairs in order for _, real in pairs[here.rank::here.ranks])
     with progress.bar(total=mine, unit="pair", disable=here.rank != 0) as bar:
-        result = evaluate(network, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
+        result = evaluate(predictor, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
                           pictures=spread, worst=args.pictures, on_batch=bar.update)
     drawn = {i: strip(*sample) for i, sample in result["samples"].items()}
     strips = dict(collections.ChainMap(*cluster.gather(drawn)))

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch import cluster
 from model.losses import MultiScaleLoss
-from model.pwcnet import PWCNet, start_from_coarser_flow
+from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
 from prep import reader
 from prep.errors import UserError
 from prep.picture import strip
@@ -174,6 +174,7 @@ class Validator:
         self.sets = [(name, validation) for name, _, validation in data if len(validation)]
         self.here = here
         self.network = network
+        self.predictor = FlowPredictor(network)
         self.step = step
         self.checkpoints = checkpoints
         self.monitor = monitor
@@ -193,7 +194,7 @@ class Validator:
         for number, (name, split) in enumerate(self.sets):
             # Rank 0 draws the pictures, so they are of pairs that it evaluates.
             shown = range(0, len(split), self.here.ranks)[:0 if number or suffix else PICTURES]
-            result = evaluate(self.network, split, batch=self.recipe.validation_batch,
+            result = evaluate(self.predictor, split, batch=self.recipe.validation_batch,
                               rank=self.here.rank, ranks=self.here.ranks, pictures=shown)
             summary = summarize(result)
             tag = f"validation/{name}/" if number else "validation/"

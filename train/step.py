@@ -63,6 +63,7 @@ class TrainStep:
         self.update = Update(self.weights, self.state, *sums, passes=ranks * parts,
                              all_reduce=ranks > 1, clip_norm=clip_norm, loss_scaling=loss_scaling,
                              weight_decay=weight_decay, decoupled=decoupled, average=average)
+        self.put = PutWeights(self.weights)
 
     def __call__(self, image1, image2, flow, valid, learning_rate):
         """Do the step.
@@ -100,16 +101,12 @@ class TrainStep:
     @contextlib.contextmanager
     def averaged_weights(self):
         """Inside, the network has the averaged weights; afterwards, bit for bit, its own."""
-        own = [weight.asnumpy().copy() for weight in self.weights]
-        offset = self.state.average_offset.asnumpy().copy()
-        ends = np.cumsum([weight.size for weight in self.weights])
-        for weight, value, part in zip(self.weights, own, np.split(offset, ends[:-1])):
-            weight.set_data(Tensor(value + part.reshape(value.shape)))
+        own = np.concatenate([weight.asnumpy().ravel() for weight in self.weights])
+        self.put(Tensor(own + self.state.average_offset.asnumpy()))
         try:
             yield
         finally:
-            for weight, value in zip(self.weights, own):
-                weight.set_data(Tensor(value))
+            self.put(Tensor(own))
 
 
 def hidden(name, *shape, value=0.0, dtype=float32):
@@ -231,8 +228,27 @@ class Update(nn.Cell):
         ops.assign(state.finite_steps, ops.select(grow, ops.zeros_like(steps), steps))
 
 
+class PutWeights(nn.Cell):
+    """Gives weights the values in a vector.
+
+    A graph, because graphs that are compiled do not see what Parameter.set_data brings.
+    """
+
+    def __init__(self, weights):
+        super().__init__(auto_prefix=False)
+        self.weights = weights
+        self.sizes = tuple(weight.size for weight in weights)
+        self.split = SplitWithSize()
+        self.each = ops.HyperMap()
+
+    def construct(self, vector):
+        self.each(put_part, self.weights, self.split(vector, self.sizes, 0))
+        return vector.shape
+
+
 to_row = ops.MultitypeFuncGraph("to_row")
 add_part = ops.MultitypeFuncGraph("add_part")
+put_part = ops.MultitypeFuncGraph("put_part")
 
 
 def flatten(tensors):
@@ -248,3 +264,8 @@ def _(tensor):
 @add_part.register("Tensor", "Tensor")
 def _(weight, part):
     return ops.assign_add(weight, ops.reshape(part, weight.shape))
+
+
+@put_part.register("Tensor", "Tensor")
+def _(weight, part):
+    return ops.assign(weight, ops.reshape(part, weight.shape))
