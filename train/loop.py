@@ -97,8 +97,9 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
     with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,
           StopRequest() as stop):
         validator = Validator(recipe, data, here, network, step, checkpoints, monitor)
-        monitor.text("recipe", recipe.to_yaml())
-        if first:
+        if not first:
+            monitor.text("recipe", recipe.to_yaml())
+        else:
             monitor.say("; ".join([f"going on after step {first}, with {here.ranks} rank(s)",
                                    *changed]))
         for done, sample in enumerate(clock.waiting(batches), first + 1):

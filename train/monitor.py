@@ -75,7 +75,7 @@ def forget_after(folder, step):
     event, its checksum (4); what a killed run left half written ends the row.
     """
     for path in pathlib.Path(folder).glob("events.out.*"):
-        if ".partial-" in path.name:  # killed right here, the last time
+        if step == 0 or ".partial-" in path.name:  # killed right here, the last time
             path.unlink()
             continue
         data, kept, position = path.read_bytes(), [], 0
