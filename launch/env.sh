@@ -61,10 +61,12 @@ set_up() {
         exec 9>&-
     fi
     export PATH="$environment/bin:$PATH"
-    # The CUDA libraries of the extra "gpu" must be on the path before Python starts.
+    # The CUDA libraries of the extra "gpu" must be on the path before Python starts; and MindSpore
+    # takes its plugin for CUDA 11.6 only where CUDA_HOME has an nvcc that says such a version.
     local folder
     for folder in "$environment"/lib/python3*/site-packages/nvidia/*/lib; do
-        [ ! -d "$folder" ] || export LD_LIBRARY_PATH="$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        [ ! -d "$folder" ] || export CUDA_HOME="$root/launch/cuda" \
+            LD_LIBRARY_PATH="$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
     done
     # mpirun refuses root unless told twice; in containers everybody is root.
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

