@@ -23,7 +23,8 @@ import sys
 import time
 import traceback
 
-from launch import keeper, logs as log_files
+from launch import keeper
+from launch import logs as log_files
 from prep.errors import UserError, describe_os_error, report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,12 +71,35 @@ class Place:
 
 @functools.cache  # MindSpore may not see these variables, so they do not stay
 def place():
-    """The place that mpirun gave to this process, or the only one without mpirun."""
+    """The place that mpirun, or Slurm's srun, gave to this process; else the only one.
+
+    Raises:
+        UserError: several processes were started in a way that does not let them find each other.
+    """
     values = [os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in
               ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    if None in values:
-        return Place()
-    return Place(*map(int, values), cores=cores_of(os.getppid()))  # mpirun binds only the ranks
+    if None not in values:
+        return Place(*map(int, values), cores=cores_of(os.getppid()))  # mpirun binds only the ranks
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "PMIX_RANK" not in os.environ:
+            raise UserError("srun started several ranks that cannot find each other: use "
+                            "srun --mpi=pmix, or mpirun within the allocation")
+        return slurm_place()
+    if int(os.environ.get("MS_WORKER_NUM", 1)) > 1 and os.environ.get("MS_ROLE"):
+        raise UserError("msrun started several ranks, which start MindSpore's cluster themselves: use "
+                        "mpirun with the same number of ranks and without msrun's options")
+    return Place()
+
+
+def slurm_place():
+    """The place that Slurm's variables describe."""
+    by_host = []
+    for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):  # as "4(x2),3"
+        tasks, _, times = part.partition("(x")
+        by_host += [int(tasks)] * int(times.rstrip(")") or 1)
+    rank, ranks, local_rank, host = (int(os.environ[f"SLURM_{name}"]) for name in (
+        "PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID"))
+    return Place(rank, ranks, local_rank, by_host[host])
 
 
 def cores_of(process):
@@ -208,7 +232,8 @@ def set_threads(here):
     if "OMP_NUM_THREADS" not in os.environ and len(cores_of(0)) < here.threads:
         os.sched_setaffinity(0, here.cores)
     # Read when the libraries load, or first work.
-    os.environ.setdefault("OMP_NUM_THREADS", str(here.threads))
+    share = os.environ.get("SLURM_CPUS_PER_TASK", str(here.threads))
+    os.environ.setdefault("OMP_NUM_THREADS", share)
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
 
 
@@ -281,8 +306,9 @@ def start_mpi(here):
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (here.rank, here.ranks):
         raise UserError(
-            f"mpirun says rank {here.rank} of {here.ranks}, the MPI library says rank {world.rank} of "
-            f"{world.size}: they are of two installations; use the mpirun of this environment")
+            f"the launcher says rank {here.rank} of {here.ranks}, the MPI library says rank "
+            f"{world.rank} of {world.size}: they are of two installations; use the mpirun of this "
+            "environment")
     return MPI
 
 

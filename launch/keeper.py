@@ -209,7 +209,7 @@ class Keeper:
             channel.send(end=self.status, cut=self.cut)
         self.clear()
         if self.cut and self.here.local_rank == 0:
-            end_launcher()
+            end_launcher(FAREWELL if self.listener else 2 * FAREWELL)
         return self.status
 
     def over(self):
@@ -359,7 +359,8 @@ class Keeper:
                           "network?")
         if self.chief and self.chief.silent():
             self.cut = True
-            self.lose_chief(f"rank 0 has not answered for {SILENCE} s: is its host up, and the network?")
+            self.lose_chief(f"rank 0 has not answered for {SILENCE} s: is its host up, and the "
+                            "network?")
 
     def fail(self, reason, status=1):
         """End the job: at once where a rank is alone, else when the others have had their time."""
@@ -378,10 +379,14 @@ class Keeper:
                 os.waitpid(process, 0)
 
 
-def end_launcher():
+def end_launcher(delay):
     """Have mpirun, or its daemon on this host, end: it waits for ever for a host that is cut off.
 
     A process of its own does that, since mpirun kills the keepers first.
+
+    Args:
+        delay: seconds for it to end by itself. mpirun must have heard from a rank that failed, and not
+            only have lost its daemons, after which it ends with status 0.
     """
     launcher = os.getppid()
     while launcher > 1 and read(launcher, "comm").strip() not in LAUNCHERS:
@@ -396,10 +401,11 @@ def end_launcher():
     # With mpirun go the connections to other hosts that it has opened.
     own = {os.getpid(), os.getppid()}
     ends = [os.pidfd_open(process) for process in (launcher, *descendants(launcher, own))]
-    for _ in range(FAREWELL):
-        signal.pidfd_send_signal(ends[0], signal.SIGTERM)  # the second time it does not wait
-        if select.select(ends[:1], [], [], 1)[0]:
+    for pause in (delay, *[1] * FAREWELL):
+        if select.select(ends[:1], [], [], pause)[0]:
             break
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(ends[0], signal.SIGTERM)  # the second time it does not wait
     for process in ends:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)

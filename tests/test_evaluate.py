@@ -15,7 +15,7 @@ from prep import reader
 from prep.errors import UserError
 from prep.flowio import read_flo, read_flow, write_kitti_png
 from prep.images import read_image
-from train import evaluate
+from train import evaluate, submission
 
 SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
 
@@ -284,11 +284,11 @@ def test_a_sintel_submission(predictor, ckpt, tmp_path):
     status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt,
                                 "--batch", 2)
     assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
-    names = ["cave_3/frame_0001", "cave_3/frame_0002", "tiger/frame_0001"]
+    names = ["cave_3/frame0001", "cave_3/frame0002", "tiger/frame0001"]
     assert files_in(out) == [f"{kind}/{name}.flo" for kind in ("clean", "final") for name in names]
     scene = root / "test" / "final" / "cave_3"
     expected = predicted(predictor, scene / "frame_0002.png", scene / "frame_0003.png")
-    np.testing.assert_allclose(read_flo(out / "final" / "cave_3" / "frame_0002.flo"), expected,
+    np.testing.assert_allclose(read_flo(out / "final" / "cave_3" / "frame0002.flo"), expected,
                                rtol=1e-3, atol=1e-3)
 
 
@@ -311,11 +311,11 @@ def test_test_sets(tmp_path):
     """KITTI 2012 in colour before grey; the folder may be the release's or the test set's own."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
     for given in (root, root / "testing"):
-        name, pairs = evaluate.list_test_pairs(given)
+        name, pairs = submission.list_test_pairs(given)
         assert name == "KITTI 2012" and [file for file, _, _ in pairs] == [
-            "flow/000000_10.png", "flow/000001_10.png"]
+            "000000_10.png", "000001_10.png"]
         assert pairs[1][2] == root / "testing" / "colored_0" / "000001_11.png"
-    assert [len(pairs) for pairs in evaluate.by_size(pairs).values()] == [1, 1]
+    assert [len(pairs) for pairs in submission.by_size(pairs).values()] == [1, 1]
 
 
 def test_what_is_no_test_set(tmp_path, release):
@@ -332,17 +332,17 @@ def test_what_is_no_test_set(tmp_path, release):
         (sintel, ["clean/cave_3/frame_0002.png", "not there"]),
         (kitti, ["000001_11.png", "not there"]),
         (half, [str(half / "final"), "not there"]),
-        (short, ["final", "cave_3/frame_0003", "lacks"]),
+        (short, ["final", "cave_3/frame0003", "lacks"]),
         (release, ["training", "no test set"]),
         (release / "training", ["clean", "no test set"]),
         (tmp_path / "nowhere", ["no such folder"]),
     ]:
         with pytest.raises(UserError) as error:
-            evaluate.list_test_pairs(root)
+            submission.list_test_pairs(root)
         assert all(word in str(error.value) for word in words), error.value
     tiny.save(kitti / "testing" / "image_2" / "000001_11.png", np.zeros((5, 6, 3), np.uint8))
     with pytest.raises(UserError, match="6x5 pixels, expected 48x24 as 000001_10.png"):
-        evaluate.by_size(evaluate.list_test_pairs(kitti)[1])
+        submission.by_size(submission.list_test_pairs(kitti)[1])
 
 
 def test_kitti_png(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from launch import cluster, requirements
+from prep.errors import UserError
 
 
 def test_this_environment_has_what_setup_cfg_asks_for():
@@ -37,3 +38,32 @@ def test_ranks_that_disagree(outcomes, words):
     assert (found is None) == (words is None)
     for word in words or []:
         assert word in found
+
+
+def test_slurms_variables_are_a_place(monkeypatch):
+    """Ranks of srun --mpi=pmix; without PMIx they would all be rank 0 and write to the same run."""
+    given = {"STEP_NUM_TASKS": "11", "STEP_TASKS_PER_NODE": "4(x2),3", "PROCID": "9", "LOCALID": "1",
+             "NODEID": "2"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match="srun --mpi=pmix"):
+        cluster.place.__wrapped__()
+    monkeypatch.setenv("PMIX_RANK", "9")
+    place = cluster.place.__wrapped__()
+    assert (place.rank, place.ranks, place.local_rank, place.local_ranks) == (9, 11, 1, 3)
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert cluster.place.__wrapped__().local_ranks == 4
+
+
+def test_ranks_of_msrun_are_told_to_use_mpirun(monkeypatch):
+    """They, too, would all be rank 0."""
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    with pytest.raises(UserError, match="mpirun"):
+        cluster.place.__wrapped__()
+
+
+def test_more_ranks_than_gpus_are_refused():
+    """In words, on each host, before MindSpore is imported; as is a machine without a driver."""
+    with pytest.raises(UserError, match="GPU|driver"):
+        cluster.check_device(cluster.Place(0, 100, 0, 100), "GPU")
