@@ -91,7 +91,8 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
         batches = reader.training_batches(
             [(training, share) for (_, training, _), share in zip(data, shares)],
             batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks, seed=recipe.seed,
-            first_step=first, steps=recipe.steps - first, transform=Augment.from_recipe(recipe))
+            first_step=first, steps=recipe.steps - first, workers=min(8, here.threads),
+            transform=Augment.from_recipe(recipe))
     clock, overflows, speeds = Clock(first), 0, []
 
     with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,

@@ -2,6 +2,7 @@
 
 import pathlib
 import resource
+import signal
 import sys
 import time
 
@@ -11,6 +12,7 @@ import tensorboardX
 from mindspore.train.summary import _writer_pool, summary_record
 from tensorboardX.proto.event_pb2 import Event
 
+from launch import keeper
 from prep import progress
 from prep.flowio import write_whole
 
@@ -23,6 +25,7 @@ class PatientWriterPool(_writer_pool.WriterPool):
     """
 
     def run(self):
+        keeper.prctl(keeper.PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive its rank
         get = self._queue.get
         self._queue.get = lambda block=True: get(timeout=0.2)  # raises the same queue.Empty
         super().run()
