@@ -13,7 +13,7 @@ import mindspore
 import numpy as np
 import pytest
 import tiny
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from model import weights
 from model.export_torch import export_weights
