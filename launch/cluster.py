@@ -241,18 +241,26 @@ def check_device(here, device):
     """Raise UserError unless this machine has a GPU for each of its ranks, if they are to have one."""
     if device != "GPU":
         return
+    count = count_gpus()
+    if count is None:
+        raise UserError(f"{socket.gethostname()} has no NVIDIA driver (libcuda.so.1): install it, or "
+                        "train with --device cpu")
+    if count < here.local_ranks:
+        raise UserError(f"{socket.gethostname()} has {count} GPU(s) for {here.local_ranks} "
+                        "rank(s): start as many ranks on each host as it has GPUs (mpirun -n, "
+                        "--host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some")
+
+
+def count_gpus():
+    """How many GPUs a process here may use, as CUDA counts them; None without NVIDIA's driver."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise UserError(f"{socket.gethostname()} has no NVIDIA driver (libcuda.so.1): install it, or "
-                        "train with --device cpu") from None
+        return None
     driver.cuInit(0)
     driver.cuDeviceGetCount(ctypes.byref(count))
-    if count.value < here.local_ranks:
-        raise UserError(f"{socket.gethostname()} has {count.value} GPU(s) for {here.local_ranks} "
-                        "rank(s): start as many ranks on each host as it has GPUs (mpirun -n, "
-                        "--host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some")
+    return count.value
 
 
 def log_to(log, here):

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -27,7 +26,7 @@ import statistics
 import time
 import traceback
 
-from launch import doctor
+from launch import cluster, doctor
 from prep.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -116,16 +115,6 @@ def gpus():
     return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
 
 
-def count_gpus():
-    """How many GPUs a process here may use, as CUDA counts them."""
-    number = ctypes.c_int(0)
-    with contextlib.suppress(OSError, AttributeError):
-        driver = ctypes.CDLL(doctor.DRIVER)
-        driver.cuInit(0)
-        driver.cuDeviceGetCount(ctypes.byref(number))
-    return number.value
-
-
 def git_revision():
     """The revision of this checkout."""
     done = doctor.run_limited(["git", "-C", ROOT, "describe", "--always", "--dirty"], 20)
@@ -186,8 +175,6 @@ def plugin(options):
 
 def start_mindspore(options):
     """MindSpore in this process on the device that was asked for."""
-    from launch import cluster
-
     os.environ.setdefault("OMP_NUM_THREADS", str(doctor.cores()[0]))
     cluster.start_mindspore(cluster.Place(), options.device)
 
@@ -493,7 +480,7 @@ def fed(options):
 def ranks(number):
     """Section: all-reduce over so many ranks (None: all GPUs) under mpirun, NCCL on GPUs."""
     def measure(options):
-        count = number or count_gpus()
+        count = number or cluster.count_gpus() or 0
         if number is None and count < 2:
             raise NotHere(f"{count} GPU here")
         command = ["mpirun", "--oversubscribe", "-n", count, sys.executable, __file__, "--rank",
@@ -516,8 +503,6 @@ def ranks(number):
 def rank(options):
     """One rank of such a section: prints what rank 0 found."""
     import numpy as np
-
-    from launch import cluster
 
     start = time.perf_counter()
     with cluster.joined(lambda: ({}, None), options.device) as (here, _):
