@@ -93,7 +93,7 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
             batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks, seed=recipe.seed,
             first_step=first, steps=recipe.steps - first, workers=min(8, here.threads),
             transform=Augment.from_recipe(recipe))
-    clock, overflows, speeds = Clock(first), 0, []
+    clock, speeds = Clock(first), []
 
     with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,
           StopRequest() as stop):
@@ -110,9 +110,8 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
                 cluster.barrier()
                 clock.restart(first)
             losses, norm, finite = step(*sample[:4], rate)
-            finite = bool(finite)
-            overflows += not finite
-            if not finite and not half:
+            # In float16 the next step has a smaller loss scale, until that is 1.
+            if not bool(finite) and not (half and step.loss_scale > 1):
                 stop_diverged(done, data, sample[4])
             if done % recipe.log_every == 0:
                 losses = losses.asnumpy()
@@ -122,7 +121,7 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
                     "train/loss": float(losses.sum()),
                     **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses)},
                     "train/gradient_norm": float(norm), "train/learning_rate": rate,
-                    "train/loss_scale": step.loss_scale, "train/overflows": overflows,
+                    "train/loss_scale": step.loss_scale, "train/overflows": step.overflows,
                     "speed/pairs_per_second": speed,
                     **{f"{key}/rank-{rank}": value for rank, values in enumerate(by_rank)
                        for key, value in values.items()}})
@@ -142,7 +141,7 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
         if not validator.history:  # the run was whole already
             validator.run(first)
     return {**validator.history[-1], "best_epe": checkpoints.best, "ranks": here.ranks,
-            "overflows": overflows, "pairs_per_second": float(np.median(speeds)) if speeds else None,
+            "overflows": step.overflows, "pairs_per_second": float(np.median(speeds)) if speeds else None,
             "validations": validator.history}
 
 

@@ -98,6 +98,11 @@ class TrainStep:
         """What the loss is multiplied by, a number."""
         return float(self.state.loss_scale)
 
+    @property
+    def overflows(self):
+        """How many steps of the run were left out for an overflow, a number."""
+        return int(self.state.overflows)
+
     @contextlib.contextmanager
     def averaged_weights(self):
         """Inside, the network has the averaged weights; afterwards, bit for bit, its own."""
@@ -126,6 +131,7 @@ class State(nn.Cell):
         self.beta2_power = hidden("beta2_power", value=1.0)
         self.loss_scale = hidden("loss_scale", value=LOSS_SCALE["start"] if loss_scaling else 1.0)
         self.finite_steps = hidden("finite_steps", dtype=mindspore.int32)
+        self.overflows = hidden("overflows", dtype=mindspore.int32)
         if average:
             # Averaged weights minus weights.
             self.average_offset = hidden("average_offset", numbers)
@@ -225,6 +231,7 @@ class Update(nn.Cell):
                            ops.maximum(state.loss_scale / LOSS_SCALE["factor"], 1.0))
         scale = ops.select(grow, scale * LOSS_SCALE["factor"], scale)
         ops.assign(state.loss_scale, scale)
+        ops.assign_add(state.overflows, 1 - finite.astype(mindspore.int32))
         ops.assign(state.finite_steps, ops.select(grow, ops.zeros_like(steps), steps))
 
 
