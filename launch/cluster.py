@@ -36,8 +36,8 @@ SCHEDULER = """
 import ctypes, os, signal, socket, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with rank 0
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and mpirun's farewell are for the ranks
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # those are for the ranks
+    signal.signal(number, signal.SIG_IGN)
 import mindspore.communication
 with socket.create_server(("", 0)) as free:  # now, not before the import: others look for ports, too
     port = str(free.getsockname()[1])

@@ -31,10 +31,14 @@ PATIENCE = 10
 """Seconds to wait for rank 0's keeper to say that the job ends."""
 MOURNING = 5
 """Seconds for a rank to end after a process that ends with it."""
+HESITATION = 0.1
+"""Seconds in which to hear of a failure for which mpirun ends the job, before that is taken for the user's
+word; mpirun kills the keepers after a third of a second."""
 CONNECT = 3
 """Seconds to try an address."""
 TICK = 0.1
-LAUNCHERS = ("mpirun", "prterun", "orterun", "prted", "orted")
+MPIRUN = ("mpirun", "prterun", "orterun")
+LAUNCHERS = (*MPIRUN, "prted", "orted")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -144,9 +148,9 @@ class Channel:
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def silent(self):
-        """Whether the other end has said nothing for too long."""
-        return time.monotonic() - self.heard > SILENCE
+    def silent(self, soon=0):
+        """Whether the other end has said nothing for too long, or will have so many seconds later."""
+        return time.monotonic() - self.heard > SILENCE - soon
 
 
 class Keeper:
@@ -184,6 +188,8 @@ class Keeper:
         """When to end, once the job has failed."""
         self.cut = False
         """Whether it failed because a host was cut off."""
+        self.terminated = None
+        """When mpirun asked this process to end."""
 
     def keep(self):
         """Watch until the job is over.
@@ -227,7 +233,10 @@ class Keeper:
 
     def pass_on(self, info):
         """Give a signal to the rank, unless mpirun sent it, which reaches the whole group."""
-        if info.si_signo in PASSED_ON and info.si_pid != self.parent and self.ended is None:
+        if info.si_pid == self.parent:
+            if info.si_signo == signal.SIGTERM:
+                self.terminated = self.terminated or time.monotonic()
+        elif info.si_signo in PASSED_ON and self.ended is None:
             os.kill(self.rank, info.si_signo)
 
     def listen(self):
@@ -322,6 +331,9 @@ class Keeper:
             number = -self.ended
             self.ended = 128 + number
             reason = f"killed by signal {number} ({signal.strsignal(number)})"
+            if self.terminated and number == signal.SIGTERM:
+                self.interrupt()
+                return
             words = last_words(self.log) if number != signal.SIGKILL else ""
             if words:
                 reason += f"; its last words: {words}"
@@ -352,15 +364,34 @@ class Keeper:
                 self.fail(self.with_log(f"{self.name}: {name} was ended"))
             elif not gone and select.select([process], [], [], 0)[0]:
                 watched[2] = time.monotonic()
-        for channel in self.others:
-            if channel.name and not channel.ended and channel.silent():
+        if self.terminated and time.monotonic() > self.terminated + HESITATION:
+            self.interrupt()
+        expected = [channel for channel in self.others if channel.name and not channel.ended]
+        if any(channel.silent() for channel in expected):
+            silent = [channel for channel in expected if channel.silent(2 * BEAT)]
+            for channel in silent:
                 channel.ended = self.cut = True
-                self.fail(f"{channel.name} has not answered for {SILENCE} s: is its host up, and the "
-                          "network?")
+            others = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+            self.fail(f"{silent[0].name}{others} has not answered for {SILENCE} s: is its host up, and "
+                      "the network?")
         if self.chief and self.chief.silent():
             self.cut = True
             self.lose_chief(f"rank 0 has not answered for {SILENCE} s: is its host up, and the "
                             "network?")
+
+    def interrupt(self):
+        """End since the user told mpirun to, and say on its own stderr that the run is not lost: what its
+        ranks print it no longer passes on."""
+        if self.status:
+            return
+        self.status = 128 + signal.SIGTERM
+        self.deadline = time.monotonic() + FAREWELL
+        if self.here.local_rank == 0 and read(self.parent, "comm").strip() in MPIRUN:
+            with (contextlib.suppress(OSError),  # a socket
+                  open(f"/proc/{self.parent}/fd/2", "a", encoding="utf-8") as stream,
+                  contextlib.redirect_stderr(stream)):
+                report("interrupted; the same command goes on from the newest checkpoint, if there is "
+                       "one")
 
     def fail(self, reason, status=1):
         """End the job: at once where a rank is alone, else when the others have had their time."""

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster: sbatch --nodes=2 launch/slurm.sh --config chairs --data DIR --out RUN ...
 # One rank for each GPU; mpirun finds the nodes of the job by itself. The same line again goes on from the
-# newest checkpoint.
+# newest checkpoint: one is written five minutes before the time is up (USR1), or when you say
+#   scancel --batch --signal=USR1 JOB
 #SBATCH --job-name=pwcnet
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
 set -euo pipefail
 # sbatch runs a copy of this file; the checkout is where it was submitted.
 cd "$SLURM_SUBMIT_DIR"

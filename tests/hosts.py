@@ -10,6 +10,8 @@ import subprocess
 import sys
 import uuid
 
+import psutil
+
 INSIDE = """
 hostname {name}
 mkdir -p {files} {place}
@@ -111,20 +113,23 @@ class Hosts:
         self.switch("bridge", "link", "set", "dev", f"port{number}", "state", "0")
 
     def processes(self):
-        """The command lines of what runs on the hosts."""
+        """What runs on the hosts, as psutil.Process."""
         names = [f"{self.tag}h{number}" for number in self.numbers]
         found = [subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True,
                                 check=True).stdout.split() for name in names]
-        return [pathlib.Path(f"/proc/{process}/cmdline").read_bytes() for process in sum(found, [])
-                if os.path.exists(f"/proc/{process}/cmdline")]
+        return [psutil.Process(int(process)) for process in sum(found, [])
+                if psutil.pid_exists(int(process))]
 
-    def mpirun(self, *command, ranks=1, **keywords):
-        """Start a command with so many ranks on each host by the mpirun of host1; a Popen."""
-        hosts = ",".join(f"{self.address(number)}:{ranks}" for number in self.numbers)
-        start = ["mpirun", "--prtemca", "plm_ssh_agent", self.agent, "--host", hosts,
-                 "-n", ranks * len(self.numbers), *command]
-        return subprocess.Popen(inside(self.tag, self.folder, 1, start), text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+    def mpirun(self, *command, hostfile=False, **keywords):
+        """Start a command with a rank on each host by the mpirun of host1; a Popen."""
+        addresses = [self.address(number) for number in self.numbers]
+        file = self.folder / "hostfile"
+        file.write_text("".join(f"{address} slots=1\n" for address in addresses))
+        where = ["--hostfile", file] if hostfile else ["--host", ",".join(addresses)]
+        start = ["mpirun", "--prtemca", "plm_ssh_agent", self.agent, *where, *command]
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return subprocess.Popen(inside(self.tag, self.folder, 1, start), env={**os.environ, **root},
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
 
 
 def ip(*arguments):

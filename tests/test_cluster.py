@@ -115,6 +115,14 @@ def test_a_killed_scheduler_ends_the_job(tmp_path):
     job.fails("rank 0 on ", "MindSpore's scheduler was ended", status=1)
 
 
+@pytest.mark.slow
+def test_a_terminated_mpirun_says_what_the_user_can_do(tmp_path):
+    """It leaves the ranks half a second, in which they could only vanish without a word."""
+    job = Job(tmp_path / "logs", 100).started()
+    job.mpirun.terminate()
+    job.fails("interrupted", "the same command goes on")
+
+
 @pytest.mark.parametrize("problem,words", [
     ({"DIFFERENT": 1}, ["rank 1 on ", "has data other", "rank 0 on "]),
     ({"BROKEN": 1}, ["rank 1 on ", "data/shard-1: missing"]),

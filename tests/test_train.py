@@ -1,11 +1,14 @@
 """Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
 
+import functools
 import json
+import os
 import shutil
 import signal
 import sys
 import time
 
+import hosts
 import numpy as np
 import psutil
 import pytest
@@ -53,14 +56,20 @@ def finish(process):
     return process.returncode, out, err
 
 
-def train(data, out, ranks=1, recipe="example", init=None, accumulate=1, **overrides):
-    """Start a training run through launch/train.sh on one converted set or several."""
+def train(data, out, ranks=1, recipe="example", init=None, accumulate=1, network=None,
+          program=("launch/train.sh",), **overrides):
+    """Start a training run through launch/train.sh on one converted set or several; in a network
+    (`hosts.Hosts`) with a rank on each host."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
     sets = [word for folder in (data if isinstance(data, list) else [data])
             for word in ("--data", folder)]
     begin = ["--init", init] if init else []
-    return tiny.mpirun(ranks, "launch/train.sh", "--config", recipe, *sets, "--out", out, *begin,
-                       "--accumulate", accumulate, *pairs)
+    command = [*program, "--config", recipe, *sets, "--out", out, *begin,
+               "--accumulate", accumulate, *pairs]
+    if network:  # which have this machine's cores, of which two ranks on one host have a half each
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        return network.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
+    return tiny.mpirun(ranks, *command)
 
 
 @pytest.mark.slow
@@ -82,28 +91,51 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path):
                                    atol=1e-4 * np.abs(first["gradient"]).max())
 
 
+@pytest.fixture
+def network(tmp_path):
+    """Two hosts, each with its own disk; None where this machine does not let us make them."""
+    if not hosts.are_possible():
+        yield None
+        return
+    with hosts.Hosts(tmp_path, 2) as two:
+        yield two
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, tmp_path):
-    """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been."""
-    broken = tmp_path / "broken"
-    job = train([data, other], broken, ranks=2, **MIXED)
+def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, network, tmp_path):
+    """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been, on two
+    hosts that share nothing with the weights of two ranks on one."""
+    disks = [tmp_path / f"host{number}" for number in network.numbers] if network else [tmp_path]
+    for disk in disks:
+        for folder in (data, other):
+            shutil.copytree(folder, disk / folder.name)
+    broken, seen = disks[0] / "broken", tmp_path / "local" if network else tmp_path
+    start = functools.partial(train, [seen / data.name, seen / other.name], seen / "broken", ranks=2,
+                              network=network, **MIXED)
+    job = start()
     deadline = time.monotonic() + 240
     while not (broken / "checkpoints" / "step-00000002.ckpt").exists():
         assert job.poll() is None and time.monotonic() < deadline, finish(job)
         time.sleep(0.02)
-    keepers = psutil.Process(job.pid).children()
-    assert len(keepers) == 2
-    keepers[1].children()[0].kill()
-    assert finish(job)[0] != 0
+    processes = network.processes() if network else psutil.Process(job.pid).children(recursive=True)
+    second = [process for process in processes
+              if process.environ().get("OMPI_COMM_WORLD_RANK") == "1"]
+    keeper, = (process for process in second if process.parent() not in second)
+    keeper.children()[0].kill()
+    status, _, err = finish(job)
+    assert status == 137 and "error: rank 1 on " + ("host2" if network else "") in err, err
+    assert not network or not network.processes()
     assert not (broken / "result.json").exists()
     # The newest checkpoint is damaged, too: the run goes on from the one before.
     newest = sorted((broken / "checkpoints").glob("step-*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / "writing-step-00000009.tmp").touch()  # killed while it wrote
 
-    status, out, err = finish(train([data, other], broken, ranks=2, **MIXED))
+    status, out, err = finish(start())
     assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
-    assert f"warning: {newest}: damaged" in out
+    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in out
+    for disk in disks[1:]:
+        assert [path.name for path in (disk / "broken").iterdir()] == ["logs"]
     assert not list(newest.parent.glob("writing-*"))
     from model import weights
 
@@ -202,18 +234,20 @@ def check_evaluation(data, run, out):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_keeps_its_last_step(data, tmp_path):
-    """SIGTERM ends a run after the step that it is in, which the same command goes on from."""
+@pytest.mark.parametrize("ranks,number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_stopped_run_keeps_its_last_step(data, tmp_path, ranks, number):
+    """A signal ends a run after the step that it is in, which the same command goes on from; mpirun
+    gives SIGUSR1 to all ranks."""
     run = tmp_path / "run"
-    job = train(data, run, steps=200, checkpoint_every=200, validate_every=200)
+    job = train(data, run, ranks, steps=200, checkpoint_every=200, validate_every=200)
     while not list(run.glob("tensorboard/*")):
         assert job.poll() is None, finish(job)
         time.sleep(0.1)
     time.sleep(1)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     status, _, err = finish(job)
     kept = [path.stem for path in (run / "checkpoints").glob("*.ckpt")]
-    assert status == 130 and len(kept) == 1 and "Traceback" not in err, err
+    assert status == 130 and len(kept) == 1 and "Traceback" not in err and "error: " not in err, err
     assert f"stopped after step {int(kept[0][-8:])}" in err
 
 
@@ -285,6 +319,30 @@ def test_bad_folders(data, tmp_path):
     check_refused(train(data, tmp_path / "run", recipe="exampel"), "exampel", "example")
     check_refused(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt",
                               tmp_path / "none.ckpt"), "none.ckpt")
+
+
+def test_a_host_that_differs_is_named(data, network, tmp_path):
+    """A shard that only one host lacks, and other code there; nothing is begun on either."""
+    if not network:
+        pytest.skip("takes root and iproute2 to make hosts")
+    for number in network.numbers:
+        for folder in ("launch", "model", "prep", "train"):
+            shutil.copytree(tiny.ROOT / folder, tmp_path / f"host{number}" / folder)
+        shutil.copytree(data, tmp_path / f"host{number}" / "data")
+    local, second = tmp_path / "local", tmp_path / "host2"
+    shard = second / "data" / "train-00001-of-00002.mindrecord"
+    whole = shard.read_bytes()
+    for damaged, words in ((None, "not there"), (whole[:-1], f"{len(whole)} as the set's manifest")):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        job = train(local / "data", local / "run", network=network)
+        check_refused(job, f"rank 1 on host2: {local}/data/{shard.name}", words)
+    shard.write_bytes(whole)
+    with open(second / "train" / "loop.py", "a") as file:
+        file.write("# another revision\n")
+    job = train(local / "data", local / "run", network=network,
+                program=(sys.executable, local / "train" / "main.py"))
+    check_refused(job, "rank 1 on host2 has code ", "rank 0 on host1 has ", "same code")
+    assert not any((tmp_path / f"host{number}" / "run").exists() for number in network.numbers)
 
 
 def test_ranks_are_told_once(data, tmp_path):

@@ -25,15 +25,16 @@ PICTURES = 4
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the training leaves after the step that it is in.
+    """Notes SIGTERM, Ctrl-C and SIGUSR1, so that the training leaves after the step that it is in.
 
+    mpirun passes SIGUSR1 on and goes on waiting; of the others it lets no rank take notice for long.
     A context manager. A second signal ends the process at once.
     """
 
     def __enter__(self):
         self.asked = False
         self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_):
