@@ -25,6 +25,9 @@ BEAT = 2
 """Seconds between two signs of life."""
 SILENCE = 20
 """Seconds without one after which a host counts as cut off."""
+GATHERING = 400
+"""Seconds for all ranks to begin, while nobody can tell one that is late from a host that is cut off. Not
+more: mpirun's own keep-alive takes eight minutes by its defaults, and ends with status 0."""
 FAREWELL = 5
 """Seconds for the other ranks to end by themselves, and to finish a checkpoint, after one failed."""
 PATIENCE = 10
@@ -188,6 +191,7 @@ class Keeper:
         """When to end, once the job has failed."""
         self.cut = False
         """Whether it failed because a host was cut off."""
+        self.began = time.monotonic()
         self.terminated = None
         """When mpirun asked this process to end."""
 
@@ -366,6 +370,11 @@ class Keeper:
                 watched[2] = time.monotonic()
         if self.terminated and time.monotonic() > self.terminated + HESITATION:
             self.interrupt()
+        limit = GATHERING + (PATIENCE if self.here.rank else 0)  # rank 0's line will do, if it can speak
+        if self.secret is None and time.monotonic() > self.began + limit:
+            self.cut = True
+            self.fail(f"{self.name}: not all ranks have begun after {limit} s: are all hosts up, and the "
+                      "network?" if self.here.local_rank == 0 else None)
         expected = [channel for channel in self.others if channel.name and not channel.ended]
         if any(channel.silent() for channel in expected):
             silent = [channel for channel in expected if channel.silent(2 * BEAT)]
