@@ -247,9 +247,9 @@ class Keeper:
         """Hear the rank, and the other keepers."""
         for message in self.line.receive() or [] if self.ended is None else []:
             self.hear_rank(message)
-        if self.listener and select.select([self.listener], [], [], 0)[0]:
+        while self.listener and select.select([self.listener], [], [], 0)[0]:
             self.others.append(Channel(self.listener.accept()[0]))
-        for channel in list(self.others):
+        for channel in list(self.others) if self.secret else []:  # before, it knows nobody
             self.hear_other(channel, channel.receive())
         if self.chief:
             self.hear_chief(self.chief.receive())
@@ -296,7 +296,7 @@ class Keeper:
             return
         for message in messages:
             if channel.name is None:
-                if self.secret is None or message.get("secret") != self.secret:
+                if message.get("secret") != self.secret:
                     self.others.remove(channel)  # a stranger's
                     return
                 channel.name = message["name"]
