@@ -71,7 +71,8 @@ class Place:
     @property
     def threads(self):
         """This rank's share of the cores."""
-        return max(1, len(self.cores) // self.local_ranks)
+        share = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+        return share or max(1, len(self.cores) // self.local_ranks)
 
 
 @functools.cache  # MindSpore may not see these variables, so they do not stay
@@ -88,8 +89,11 @@ def place():
         return Place(*map(int, values), cores=cores_of(os.getppid()))  # mpirun binds only the ranks
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "PMIX_RANK" not in os.environ:
-            raise UserError("srun started several ranks that cannot find each other: use "
-                            "srun --mpi=pmix, or mpirun within the allocation")
+            if os.environ.get("SLURM_PROCID") != "0":
+                sys.exit(1)  # one of them says it
+            raise UserError("srun started several ranks that cannot find each other: use srun --mpi=pmix "
+                            "(not pmi2; srun --mpi=list says what is there), or mpirun within the "
+                            "allocation")
         return slurm_place()
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         sys.exit(0)
@@ -265,8 +269,7 @@ def set_threads(here):
     if "OMP_NUM_THREADS" not in os.environ and len(cores_of(0)) < here.threads:
         os.sched_setaffinity(0, here.cores)
     # Read when the libraries load, or first work.
-    share = os.environ.get("SLURM_CPUS_PER_TASK", str(here.threads))
-    os.environ.setdefault("OMP_NUM_THREADS", share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(here.threads))
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
 
 

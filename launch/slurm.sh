@@ -13,4 +13,7 @@
 set -euo pipefail
 # sbatch runs a copy of this file; the checkout is where it was submitted.
 cd "$SLURM_SUBMIT_DIR"
+source launch/env.sh
+# A cluster has its own mpirun, perhaps; each rank takes the library that belongs to it.
+command -v mpirun >/dev/null || set_up
 exec mpirun -n "$SLURM_NTASKS" launch/train.sh --device gpu "$@"
