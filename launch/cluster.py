@@ -135,6 +135,14 @@ def cores_of(process):
     return frozenset(os.sched_getaffinity(process))
 
 
+def add_options(parser):
+    """Give an argparse parser the options for what `joined` takes."""
+    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
+    parser.add_argument("--dynamic-cluster", action="store_true",
+                        help="on GPUs start NCCL by MindSpore's dynamic cluster, as on the CPU and under "
+                        "msrun, and not by MPI")
+
+
 @contextlib.contextmanager
 def joined(prepare, device="CPU", logs=None, dynamic=False):
     """Check on all ranks, then start MindSpore on each with communication between them.

@@ -40,7 +40,8 @@ word; mpirun kills the keepers after a third of a second."""
 CONNECT = 3
 """Seconds to try an address."""
 TICK = 0.1
-MPIRUN = ("mpirun", "mpirun.openmpi", "prterun", "orterun")
+MPIRUN = ("mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.openmpi", "prterun", "orterun",
+          "orterun_wrapper")
 LAUNCHERS = (*MPIRUN, "prted", "orted")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1

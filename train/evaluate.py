@@ -277,10 +277,10 @@ def main():
                         help="the unpacked test set of Sintel or KITTI")
     parser.add_argument("--batch", type=int, default=1, metavar="N",
                         help="pairs at a time, on each rank (default 1)")
-    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
+    cluster.add_options(parser)
     args = parser.parse_args()
 
-    with cluster.joined(lambda: prepare(args), args.device) as (here, plan):
+    with cluster.joined(lambda: prepare(args), args.device, dynamic=args.dynamic_cluster) as (here, plan):
         if args.submission:
             submission.submit(args, here, *plan)
         else:

@@ -142,10 +142,7 @@ def main():
     parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS",
                         help="take each rank's share of the batch in this many parts, to need less "
                         "memory; the result is the same but for rounding")
-    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
-    parser.add_argument("--dynamic-cluster", action="store_true",
-                        help="on GPUs start NCCL by MindSpore's dynamic cluster, as on the CPU and under "
-                        "msrun, and not by MPI")
+    cluster.add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="values that win over the recipe's")
     args = parser.parse_args()
