@@ -46,8 +46,12 @@ def test_slurms_variables_are_a_place(monkeypatch):
              "NODEID": "2"}
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SystemExit):  # rank 0 says it
+        cluster.place.__wrapped__()
+    monkeypatch.setenv("SLURM_PROCID", "0")
     with pytest.raises(UserError, match="srun --mpi=pmix"):
         cluster.place.__wrapped__()
+    monkeypatch.setenv("SLURM_PROCID", "9")
     monkeypatch.setenv("PMIX_RANK", "9")
     place = cluster.place.__wrapped__()
     assert (place.rank, place.ranks, place.local_rank, place.local_ranks) == (9, 11, 1, 3)
@@ -55,11 +59,10 @@ def test_slurms_variables_are_a_place(monkeypatch):
     assert cluster.place.__wrapped__().local_ranks == 4
 
 
-def test_ranks_of_msrun_are_told_to_use_mpirun(monkeypatch):
-    """They, too, would all be rank 0."""
-    monkeypatch.setenv("MS_WORKER_NUM", "2")
+def test_ranks_that_msrun_left_alone(monkeypatch):
+    """Nobody would end them; how many a host has, only msrun's command line tells."""
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
-    with pytest.raises(UserError, match="mpirun"):
+    with pytest.raises(UserError, match="--join=True"):
         cluster.place.__wrapped__()
 
 

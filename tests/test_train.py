@@ -56,20 +56,23 @@ def finish(process):
     return process.returncode, out, err
 
 
-def train(data, out, ranks=1, recipe="example", init=None, accumulate=1, network=None,
-          program=("launch/train.sh",), **overrides):
+def train(data, out, ranks=1, network=None, program=("launch/train.sh",), **options):
     """Start a training run through launch/train.sh on one converted set or several; in a network
     (`hosts.Hosts`) with a rank on each host."""
-    pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
-    sets = [word for folder in (data if isinstance(data, list) else [data])
-            for word in ("--data", folder)]
-    begin = ["--init", init] if init else []
-    command = [*program, "--config", recipe, *sets, "--out", out, *begin,
-               "--accumulate", accumulate, *pairs]
+    command = [*program, *words(data, out, **options)]
     if network:  # which have this machine's cores, of which two ranks on one host have a half each
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         return network.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
     return tiny.mpirun(ranks, *command)
+
+
+def words(data, out, recipe="example", init=None, accumulate=1, **overrides):
+    """The command line of a training run, without the program."""
+    pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
+    sets = [word for folder in (data if isinstance(data, list) else [data])
+            for word in ("--data", folder)]
+    begin = ["--init", init] if init else []
+    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulate", accumulate, *pairs]
 
 
 @pytest.mark.slow
@@ -162,6 +165,22 @@ def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path):
     losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
     assert losses.keys() == before.keys()
     assert losses == pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
+def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_path):
+    """Two ranks that Debian's mpirun, srun or msrun starts take up what mpirun's began, to the same
+    losses."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for number in (3, 4):
+        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
+    status, _, err = finish(tiny.launch(launcher, tmp_path, "train/main.py",
+                                        *words([data, other], run, **MIXED)))
+    assert status == 0 and "after step 2, with 2 rank(s)" in err, err
+    assert read_curves(run, "train/loss") == read_curves(whole, "train/loss")
+    assert read_curves(run, "validation/epe") == read_curves(whole, "validation/epe")
 
 
 def read_curves(run, tag):

@@ -1,12 +1,15 @@
 """Tiny data sets in the layouts of their releases, made for the tests that need one."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from PIL import Image
 
 from prep import reader
@@ -197,6 +200,31 @@ def mpirun(ranks, *command, **keywords):
         [*map(str, command)], env={**os.environ, **root}, text=True, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,
     )  # fmt: skip
+
+
+LAUNCHERS = ("mpirun", "srun", "msrun")
+"""What starts ranks beside this environment's mpirun: Debian's, Slurm's, MindSpore's."""
+
+
+def launch(launcher, folder, *program, **environment):
+    """Start a Python program as two ranks by one of LAUNCHERS, with all that it prints in its stderr; a
+    Popen. Where the launcher is not there, the test is skipped. `folder` is for msrun's own logs."""
+    options = {"mpirun": ["/usr/bin/mpirun", "--oversubscribe", "-n", "2"],
+               "srun": ["srun", "--mpi=pmix", "--overcommit", "-n", "2"]}
+    if launcher == "msrun":
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
+        command = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}",
+                   "--join=True", f"--log_dir={folder}/msrun", *program]
+    else:
+        command = [*options[launcher], sys.executable, *program]
+    if not shutil.which(command[0]) or launcher == "srun" and subprocess.run(
+            ["srun", "--mpi=pmix", "--immediate=5", "true"], capture_output=True).returncode:
+        pytest.skip(f"no {launcher} here beside this environment's mpirun")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.Popen(
+        ["sh", "-c", 'exec "$@" >&2', "sh", *map(str, command)], text=True, cwd=ROOT,
+        env={**os.environ, **root, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def training(folder, **options):
