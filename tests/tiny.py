@@ -219,7 +219,7 @@ def launch(launcher, folder, *program, **environment):
     else:
         command = [*options[launcher], sys.executable, *program]
     if not shutil.which(command[0]) or launcher == "srun" and subprocess.run(
-            ["srun", "--mpi=pmix", "--immediate=5", "true"], capture_output=True).returncode:
+            ["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode:
         pytest.skip(f"no {launcher} here beside this environment's mpirun")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
