@@ -50,7 +50,7 @@ mindspore.communication.init()
 """The scheduler's program; its argument is a descriptor to which it writes its port."""
 
 PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard")
-"""Whose versions must be the same on all ranks."""
+"""Whose versions must be the same on all ranks, and are kept with a run."""
 
 
 everyone = None
@@ -67,6 +67,8 @@ class Place:
     local_ranks: int = 1
     cores: frozenset = dataclasses.field(default_factory=lambda: cores_of(0))
     """Those that the machine gives to the job."""
+    msrun: bool = False
+    """Whether msrun started it, so that there is no MPI."""
 
     @property
     def threads(self):
@@ -95,11 +97,7 @@ def place():
                             "(not pmi2; srun --mpi=list says what is there), or mpirun within the "
                             "allocation")
         return slurm_place()
-    if os.environ.get("MS_ROLE") == "MS_SCHED":
-        sys.exit(0)
-    if os.environ.get("MS_ROLE") == "MS_WORKER":
-        return msrun_place()
-    return Place()
+    return msrun_place() if os.environ.get("MS_ROLE") else Place()
 
 
 def slurm_place():
@@ -116,10 +114,16 @@ def slurm_place():
 def msrun_place():
     """The place that msrun's variables and its command line describe: no variable has how many ranks are
     on this host."""
+    command = keeper.read(os.getppid(), "cmdline").split("\0")
+    if not any(word.endswith(("/msrun", "mindspore.parallel.cluster.run")) for word in command):
+        raise UserError(f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, but msrun did not start "
+                        "this: unset MS_ROLE, or start the ranks by mpirun or msrun")
+    if os.environ["MS_ROLE"] == "MS_SCHED":
+        sys.exit(0)
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--local_worker_num", type=int, default=8)
     options.add_argument("--join", default="False")
-    given, _ = options.parse_known_args(keeper.read(os.getppid(), "cmdline").split("\0")[1:])
+    given, _ = options.parse_known_args(command)
     if given.join != "True":
         raise UserError("msrun leaves its ranks alone, and nobody would end them: give it --join=True")
     if "MS_NODE_ID" not in os.environ:
@@ -127,7 +131,8 @@ def msrun_place():
                         "--master_addr, and 1, 2, ... on the others")
     rank, ranks, local_rank = (int(os.environ[name]) for name in (
         "MS_NODE_ID", "MS_WORKER_NUM", "DEVICE_ID"))
-    return Place(rank, ranks, local_rank, given.local_worker_num, cores_of(os.getppid()))
+    return Place(rank, ranks, local_rank, given.local_worker_num, cores_of(os.getppid()),
+                 msrun=True)
 
 
 def cores_of(process):
@@ -201,7 +206,7 @@ def joined(prepare, device="CPU", logs=None, dynamic=False):
 def enter(here):
     """Meet the other ranks; returns the `launch.world.World`, which is also everybody's in this file."""
     global everyone
-    everyone = (world.Store if os.environ.get("MS_ROLE") else world.MPI)(here)
+    everyone = (world.Store if here.msrun else world.MPI)(here)
     return everyone
 
 

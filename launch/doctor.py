@@ -111,6 +111,15 @@ def run_limited(command, seconds, **variables):
     return Ended(status, out, err, time.monotonic() - start)
 
 
+def git_revision():
+    """The revision of this checkout, "unknown" where it is none or there is no git."""
+    try:
+        done = run_limited(["git", "-C", ROOT, "describe", "--always", "--dirty"], 20)
+    except OSError:
+        return "unknown"
+    return done.out.strip() or "unknown"
+
+
 # --- What the checks look at, also for gpu_check.py -----------------------------------------------
 
 

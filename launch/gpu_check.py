@@ -86,7 +86,7 @@ def environment(options):
     found = {"host": platform.node(), "system": platform.platform(),
              "python": sys.version.split()[0], "cores": allowed, "cores_of_machine": there,
              "memory_free_gb": doctor.free_memory() / 1e9, "packages": versions,
-             "git": git_revision(), "gpus": gpus(),
+             "git": doctor.git_revision(), "gpus": gpus(),
              "variables": {name: os.environ.get(name) for name in (
                  "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "LD_LIBRARY_PATH",
                  "PWCNET_NATIVE", "PWCNET_GPU_OPERATORS")}}
@@ -113,12 +113,6 @@ def gpus():
         return []
     rows = [line.split(", ") for line in done.out.splitlines()] if done.status == 0 else []
     return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
-
-
-def git_revision():
-    """The revision of this checkout."""
-    done = doctor.run_limited(["git", "-C", ROOT, "describe", "--always", "--dirty"], 20)
-    return done.out.strip() or "unknown"
 
 
 def libraries(options):

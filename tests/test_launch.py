@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 
-from launch import cluster, requirements
+from launch import cluster, keeper, requirements
 from prep.errors import UserError
 
 
@@ -62,7 +62,16 @@ def test_slurms_variables_are_a_place(monkeypatch):
 def test_ranks_that_msrun_left_alone(monkeypatch):
     """Nobody would end them; how many a host has, only msrun's command line tells."""
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setattr(keeper, "read", lambda *_: "python\0/venv/bin/msrun\0--worker_num=2\0")
     with pytest.raises(UserError, match="--join=True"):
+        cluster.place.__wrapped__()
+
+
+@pytest.mark.parametrize("role", ["MS_WORKER", "MS_SCHED"])
+def test_a_role_that_is_left_in_the_environment(monkeypatch, role):
+    """A scheduler's would end a run of one rank without a word."""
+    monkeypatch.setenv("MS_ROLE", role)
+    with pytest.raises(UserError, match="unset MS_ROLE"):
         cluster.place.__wrapped__()
 
 

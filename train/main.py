@@ -12,19 +12,17 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import pathlib
-import subprocess
 import time
 
 from launch import cluster
+from launch.doctor import git_revision
 from prep.errors import UserError, run
 from prep.flowio import write_whole
 from prep.shards import write_json
 from train import recipe as recipes
 
-PACKAGES = ("mindspore", "numpy", "mpi4py")
 LOGS = "logs"
 """Folder in that of the run for each rank's log file."""
 
@@ -59,7 +57,7 @@ def prepare(args):
     manifests = {str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
                  for folder in args.data}
     settings = {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
-    about = {**versions(), "MPI": cluster.carrier(), "ranks": ranks,
+    about = {**cluster.software(), "revision": git_revision(), "ranks": ranks,
              "parts of a rank's batch": args.accumulate, "data": manifests}
     return settings, (recipe, data, about)
 
@@ -90,17 +88,6 @@ def check_folder(out, recipe):
         raise UserError(f"{out}: is a file; --out takes a folder")
     elif out.exists() and any(path.name != LOGS for path in out.iterdir()):
         raise UserError(f"{out}: not empty and not a run of this trainer; give another --out")
-
-
-def versions():
-    """What a run is made with: package versions and the revision of this code, a dict of strings."""
-    root = pathlib.Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], text=True,
-                         capture_output=True, check=False)
-    found = {}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return {"python": sys.version.split()[0], **found, "revision": git.stdout.strip() or "unknown"}
 
 
 def enter(out, recipe, about, first):
