@@ -4,6 +4,9 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# mpirun refuses root unless told twice; in containers everybody is root.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+
 fail() {
     echo "error: $*" >&2
     exit 1
@@ -68,6 +71,4 @@ set_up() {
         [ ! -d "$folder" ] || export CUDA_HOME="$root/launch/cuda" \
             LD_LIBRARY_PATH="$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
     done
-    # mpirun refuses root unless told twice; in containers everybody is root.
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 }
