@@ -187,12 +187,12 @@ def joined(prepare, device="CPU", logs=None, dynamic=False):
             yield here, plan
         return
     line = keeper.part(here)
-    everyone = enter(here)
+    enter(here)
     plan = agree(here, prepare, device)
     address = meet(here, line, log)
     with log_to(log, here) as stream:
         try:
-            by_mpi = device == "GPU" and isinstance(everyone, world.MPI) and not dynamic
+            by_mpi = device == "GPU" and not (here.msrun or dynamic)
             start_mindspore(here, device, None if by_mpi else address, line)
             yield here, plan
             everyone.leave()
@@ -204,10 +204,9 @@ def joined(prepare, device="CPU", logs=None, dynamic=False):
 
 
 def enter(here):
-    """Meet the other ranks; returns the `launch.world.World`, which is also everybody's in this file."""
+    """Meet the other ranks."""
     global everyone
     everyone = (world.Store if here.msrun else world.MPI)(here)
-    return everyone
 
 
 def agree(here, prepare, device):
@@ -261,13 +260,15 @@ def meet(here, line, log):
     return common[0], own
 
 
+@functools.cache  # it reads every source file
 def software():
     """What must be the same on all ranks besides a command's own settings, a dict of strings."""
     digest = hashlib.sha256()
     for path in sorted(path for kind in ("*.py", "*.cpp", "*.cu") for folder in (
             "launch", "model", "prep", "train") for path in (ROOT / folder).rglob(kind)):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0], "MPI": carrier()}
+    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0],
+             "MPI": everyone.name if everyone else "none"}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -347,11 +348,6 @@ def leave(status):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def carrier():
-    """What carries the ranks' words, with its version; a text."""
-    return everyone.name if everyone else "none"
 
 
 def barrier():

@@ -13,5 +13,4 @@ elif [ -x "$environment/bin/python" ]; then
 else
     python=$(find_python) || exit 1
 fi
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 exec "$python" "$root/launch/doctor.py" "$@"
