@@ -54,6 +54,17 @@ def test_starting_from_the_coarser_flow():
         np.testing.assert_allclose(flow.asnumpy()[0], expected, rtol=1e-5)
 
 
+def test_upsampling_starts_as_a_bilinear_one():
+    """A learnt upsampling doubles a ramp between pixel centres, away from the edge."""
+    network = PWCNet("nvlabs")
+    start_from_coarser_flow(network)
+    y, x = np.mgrid[:8, :8].astype(np.float32)
+    ramp = np.stack([x + 2 * y, 3 - x])[None]
+    fine = network.upsamplings[0].flow(Tensor(ramp)).asnumpy()[0, :, 1:-1, 1:-1]
+    y, x = (np.mgrid[:16, :16].astype(np.float32)[:, 1:-1, 1:-1] - 0.5) / 2
+    np.testing.assert_allclose(fine, [x + 2 * y, 3 - x], atol=1e-5)
+
+
 def test_flow_of_every_level_and_of_any_size():
     """Five flows coarse to fine in training; a flow of the images' own size in use."""
     mindspore.set_seed(0)
@@ -241,3 +252,17 @@ def test_half_precision(pair):
     assert step(*pair, 3e-4)[2]
     assert any((old != new.asnumpy()).any()
                for old, new in zip(before, network.get_parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_second_variant_learns(pair):
+    """A training step changes every parameter: gradients reach them all."""
+    mindspore.set_seed(0)
+    network = PWCNet("nvlabs", normalize_features=True)
+    before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
+    step = TrainStep(network, MultiScaleLoss())
+    losses, norm, finite = step(*pair, 1e-3)
+    assert bool(finite) and np.isfinite(losses.asnumpy()).all() and float(norm) > 0
+    same = [p.name for p in network.get_parameters()
+            if np.array_equal(before[p.name], p.asnumpy())]
+    assert not same

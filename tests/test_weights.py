@@ -1,6 +1,5 @@
 """Weights of published networks in and out, checked against PyTorch; files that hold none."""
 
-import json
 import os
 import pickle
 import struct
@@ -9,7 +8,6 @@ import sys
 import types
 import zipfile
 
-import mindspore
 import numpy as np
 import pytest
 import tiny
@@ -18,12 +16,9 @@ from mindspore import Tensor
 from model import weights
 from model.export_torch import export_weights
 from model.import_torch import import_weights
-from model.losses import MultiScaleLoss
-from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
+from model.pwcnet import FlowPredictor, PWCNet
 from prep.errors import UserError
 from prep.synthesize import make_pair
-from train import checkpoint
-from train.step import TrainStep
 
 torch = pytest.importorskip("torch", reason="the exchange with PyTorch needs it: install .[torch]")
 
@@ -318,71 +313,3 @@ def test_networks_that_were_never_published(tmp_path):
     with pytest.raises(UserError, match=r"in.ckpt: .*dense: false, normalize_features: true"):
         export_weights(tmp_path / "in.ckpt", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
-
-
-def test_a_network_comes_back_from_its_file(tmp_path):
-    """Options and weights, from a file of the network, of the trainer, and without options."""
-    options = {"variant": "nvlabs", "dense": False, "warp_mode": "nearest"}
-    network = PWCNet(**options)
-    weights.save_network(tmp_path / "network.ckpt", network, options)
-    step = TrainStep(network, MultiScaleLoss())
-    with checkpoint.Checkpoints(tmp_path, options) as checkpoints:
-        checkpoints.save(3, step.state)
-    of_trainer = tmp_path / "step-00000003.ckpt"
-    for path in (tmp_path / "network.ckpt", of_trainer):
-        loaded = weights.load_network(path)
-        assert (loaded.variant, loaded.dense, loaded.warp.mode) == ("nvlabs", False, "nearest")
-        for old, new in zip(network.get_parameters(), loaded.get_parameters(), strict=True):
-            assert old.name == new.name
-            np.testing.assert_array_equal(old.asnumpy(), new.asnumpy())
-    assert checkpoints.restore(step.state) == 3
-
-    before_variants = PWCNet(dense=False)
-    weights.write(tmp_path / "old.ckpt", before_variants, {"model": json.dumps({"dense": False})})
-    assert weights.load_network(tmp_path / "old.ckpt").variant == "irr"
-    mindspore.save_checkpoint(PWCNet(), str(tmp_path / "bare.ckpt"))
-    assert weights.load_network(tmp_path / "bare.ckpt").dense
-    assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt"}
-    assert not list(tmp_path.glob("writing-*"))
-
-
-def test_checkpoints_that_do_not_fit(tmp_path):
-    """Other options than the weights', options of another version, no checkpoint."""
-    path = tmp_path / "in.ckpt"
-    weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
-    with pytest.raises(UserError, match=r"in.ckpt: .* 28 missing \(.*, ...\); .* of another shape"):
-        weights.load_network(path)
-    for options in ({"variant": "other"}, {"depth": 3}):
-        weights.save_network(path, PWCNet(dense=False), options)
-        with pytest.raises(UserError, match=r"options .* are unknown to this version"):
-            weights.load_network(path)
-    path.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"in.ckpt: damaged or no MindSpore checkpoint"):
-        weights.load_network(path)
-
-
-def test_upsampling_starts_as_a_bilinear_one():
-    """A learnt upsampling doubles a ramp between pixel centres, away from the edge."""
-    network = PWCNet("nvlabs")
-    start_from_coarser_flow(network)
-    y, x = np.mgrid[:8, :8].astype(np.float32)
-    ramp = np.stack([x + 2 * y, 3 - x])[None]
-    fine = network.upsamplings[0].flow(Tensor(ramp)).asnumpy()[0, :, 1:-1, 1:-1]
-    y, x = (np.mgrid[:16, :16].astype(np.float32)[:, 1:-1, 1:-1] - 0.5) / 2
-    np.testing.assert_allclose(fine, [x + 2 * y, 3 - x], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_second_variant_learns():
-    """A training step changes every parameter: gradients reach them all."""
-    mindspore.set_seed(0)
-    network = PWCNet("nvlabs", normalize_features=True)
-    before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
-    step = TrainStep(network, MultiScaleLoss())
-    image1, image2, flow, _ = make_pair(3, 64, 64)
-    batch = [array[None] for array in (image1, image2, flow, np.ones((64, 64), np.uint8))]
-    losses, norm, finite = step(*batch, 1e-3)
-    assert bool(finite) and np.isfinite(losses.asnumpy()).all() and float(norm) > 0
-    same = [p.name for p in network.get_parameters()
-            if np.array_equal(before[p.name], p.asnumpy())]
-    assert not same

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+import time
 
 import mindspore
 import numpy as np
@@ -20,10 +21,14 @@ from prep.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
 BEST = "best.ckpt"
+AT_MOST = 60
+"""Seconds of training that a run which ends without notice loses, and a step. mpirun ends its ranks a
+third of a second after SIGTERM or Ctrl-C, which is less than many a step takes."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; the newest few are kept, and the weights that validated best.
+    """The checkpoints of a run: the regular ones, of which the newest few are kept; the newest, if the
+    last regular one is old; and the weights that validated best.
 
     A save costs the training a copy of the state: a thread writes it. Used as a context manager, it
     has written everything when it ends.
@@ -31,16 +36,19 @@ class Checkpoints:
     Args:
         folder: of the files.
         model_options: keyword arguments that build the network, kept in the files.
-        keep: how many to keep.
+        every: how many steps lie between regular ones.
+        keep: how many of these to keep.
         enabled: False on all ranks but one, where nothing is written.
     """
 
-    def __init__(self, folder, model_options, keep=3, enabled=True):
+    def __init__(self, folder, model_options, every, keep=3, enabled=True):
         self.folder = pathlib.Path(folder)
         self.model_options = json.dumps(model_options)
+        self.every = every
         self.keep = keep
         self.enabled = enabled
         self.best = math.inf
+        self.saved = time.monotonic()
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.writing = []
         if enabled:  # what a killed run was about to write
@@ -59,13 +67,18 @@ class Checkpoints:
         while self.writing:
             self.writing.pop(0).result()
 
+    def is_due(self, step):
+        """Whether to save after a step: it is a regular one, or the last is old."""
+        return step % self.every == 0 or time.monotonic() - self.saved > AT_MOST
+
     def save(self, step, state):
-        """Write the checkpoint of a step and delete the oldest beyond the last `keep`.
+        """Write the checkpoint of a step and delete those that are no longer to be kept.
 
         Args:
             step: how many steps lie behind this state.
             state: a Cell whose parameters are to be kept, `train.step.State`.
         """
+        self.saved = time.monotonic()
         if self.enabled:
             extra = {"step": step, "model": self.model_options, "best": self.best}
             self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
@@ -86,13 +99,21 @@ class Checkpoints:
 
     def write_copy(self, path, copy, extra):
         weights.write(path, copy, extra)
-        for old in list_checkpoints(self.folder)[:-self.keep]:
-            old.unlink()
+        if path.name != BEST:
+            self.delete_others(extra["step"])
+
+    def delete_others(self, step):
+        """Delete the checkpoints that are not to be kept beside that of a step, the newest."""
+        saved = {step_of(path): path for path in list_checkpoints(self.folder)}
+        # Those of later steps are damaged: the run has gone on from one before them.
+        regular = sorted(other for other in saved if other <= step and other % self.every == 0)
+        for other in saved.keys() - {step, *regular[-self.keep:]}:
+            saved[other].unlink()
 
     def restore(self, state):
         """Load the newest whole checkpoint into a Cell on every rank.
 
-        A damaged one is passed over with a warning, and deleted when newer ones take its place.
+        A damaged one is passed over with a warning, and deleted with the next save.
 
         Args:
             state: a Cell with exactly the parameters that were saved.
@@ -155,3 +176,8 @@ def list_checkpoints(folder):
     """The checkpoints of a folder that appeared, oldest first."""
     return sorted(path for path in pathlib.Path(folder).glob("step-*.ckpt")
                   if NAME.fullmatch(path.name))
+
+
+def step_of(path):
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(path.name)[1])

@@ -80,7 +80,8 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
                      clip_norm=recipe.clip_norm, loss_scaling=half,
                      weight_decay=recipe.weight_decay, decoupled=recipe.optimizer == "adamw",
                      average=recipe.average)
-    checkpoints = Checkpoints(out / "checkpoints", options, enabled=here.rank == 0)
+    checkpoints = Checkpoints(out / "checkpoints", options, recipe.checkpoint_every,
+                              enabled=here.rank == 0)
     first = checkpoints.restore(step.state)
     if init and not first:
         start_from(init, network)
@@ -133,7 +134,7 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
             if last or not stopping and is_validation_due(recipe, done, pairs):
                 validator.run(done)
                 clock.restart(done)
-            if last or stopping or done % recipe.checkpoint_every == 0:
+            if last or stopping or checkpoints.is_due(done):
                 checkpoints.save(done, step.state)
             if stopping:
                 checkpoints.wait()

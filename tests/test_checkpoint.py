@@ -1,0 +1,85 @@
+"""Checkpoints: what comes back from them, which of them stay, and files that do not fit."""
+
+import json
+
+import mindspore
+import numpy as np
+import pytest
+from mindspore import nn
+
+from model import weights
+from model.losses import MultiScaleLoss
+from model.pwcnet import PWCNet
+from prep.errors import UserError
+from train import checkpoint
+from train.step import TrainStep
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+
+def test_a_network_comes_back_from_its_file(tmp_path):
+    """Options and weights, from a file of the network, of the trainer, and without options."""
+    options = {"variant": "nvlabs", "dense": False, "warp_mode": "nearest"}
+    network = PWCNet(**options)
+    weights.save_network(tmp_path / "network.ckpt", network, options)
+    step = TrainStep(network, MultiScaleLoss())
+    with checkpoint.Checkpoints(tmp_path, options, every=1) as checkpoints:
+        checkpoints.save(3, step.state)
+    of_trainer = tmp_path / "step-00000003.ckpt"
+    for path in (tmp_path / "network.ckpt", of_trainer):
+        loaded = weights.load_network(path)
+        assert (loaded.variant, loaded.dense, loaded.warp.mode) == ("nvlabs", False, "nearest")
+        for old, new in zip(network.get_parameters(), loaded.get_parameters(), strict=True):
+            assert old.name == new.name
+            np.testing.assert_array_equal(old.asnumpy(), new.asnumpy())
+    assert checkpoints.restore(step.state) == 3
+
+    before_variants = PWCNet(dense=False)
+    weights.write(tmp_path / "old.ckpt", before_variants, {"model": json.dumps({"dense": False})})
+    assert weights.load_network(tmp_path / "old.ckpt").variant == "irr"
+    mindspore.save_checkpoint(PWCNet(), str(tmp_path / "bare.ckpt"))
+    assert weights.load_network(tmp_path / "bare.ckpt").dense
+    assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt"}
+    assert not list(tmp_path.glob("writing-*"))
+
+
+def test_which_checkpoints_stay(tmp_path, monkeypatch):
+    """The last regular ones, and the newest when the last regular one is old; damaged ones of later
+    steps go."""
+    cell = nn.Dense(1, 1)
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
+        def steps_after(*saved):
+            for step in saved:
+                checkpoints.save(step, cell)
+            checkpoints.wait()
+            return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)]
+
+        assert checkpoints.is_due(10) and not checkpoints.is_due(11)
+        assert steps_after(10, 20, 30) == [20, 30]
+        checkpoints.save_if_best(cell, 2.0)
+        assert steps_after() == [20, 30] and (tmp_path / checkpoint.BEST).exists()
+        now = checkpoint.AT_MOST + 1
+        assert checkpoints.is_due(33)
+        assert steps_after(33) == [20, 30, 33] and not checkpoints.is_due(34)
+        assert steps_after(36) == [20, 30, 36]
+        (tmp_path / "step-00000040.ckpt").write_bytes(b"damaged")
+        assert checkpoints.restore(cell) == 36
+        assert steps_after(38) == [20, 30, 38]
+        assert steps_after(40) == [30, 40]
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    """Other options than the weights', options of another version, no checkpoint."""
+    path = tmp_path / "in.ckpt"
+    weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
+    with pytest.raises(UserError, match=r"in.ckpt: .* 28 missing \(.*, ...\); .* of another shape"):
+        weights.load_network(path)
+    for options in ({"variant": "other"}, {"depth": 3}):
+        weights.save_network(path, PWCNet(dense=False), options)
+        with pytest.raises(UserError, match=r"options .* are unknown to this version"):
+            weights.load_network(path)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"in.ckpt: damaged or no MindSpore checkpoint"):
+        weights.load_network(path)
