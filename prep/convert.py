@@ -153,9 +153,10 @@ def make_plan(options):
                 f"{len(listed) - 1}; it is not for these files"
             )
         train, val = split.divide(listed, split.held_out(listed) if indices is None else indices)
+        share = -(-options.shards * len(val) // max(1, len(train)))
         for name, chosen, wanted in (
             ("train", train, options.shards),
-            ("val", val, -(-options.shards * len(val) // max(1, len(train)))),
+            ("val", val, min(share, options.shards)),
         ):
             stem = f"{name}-{part}" if part else name
             dealt = deal(stem, chosen, wanted)

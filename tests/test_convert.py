@@ -73,6 +73,13 @@ def test_the_manifest_says_what_is_there(root, tmp_path):
         assert (out / shard.file).stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
+def test_a_set_that_is_all_for_validation(root, tmp_path):
+    """It has as many shards as are asked for, not one for each pair."""
+    every = tiny.split_file(tmp_path / "all.txt", range(12))
+    out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 2, "--split-file", every)
+    assert sorted(Manifest.load(out).shards) == [f"val-0000{i}-of-00002.mindrecord" for i in (0, 1)]
+
+
 def umask():
     mask = os.umask(0)
     os.umask(mask)
