@@ -27,8 +27,8 @@ third of a second after SIGTERM or Ctrl-C, which is less than many a step takes.
 
 
 class Checkpoints:
-    """The checkpoints of a run: the regular ones, of which the newest few are kept; the newest, if the
-    last regular one is old; and the weights that validated best.
+    """The checkpoints of a run: the regular ones, of which the newest few are kept; others between them,
+    when the last is old, of which two; and the weights that validated best.
 
     A save costs the training a copy of the state: a thread writes it. Used as a context manager, it
     has written everything when it ends.
@@ -106,8 +106,9 @@ class Checkpoints:
         """Delete the checkpoints that are not to be kept beside that of a step, the newest."""
         saved = {step_of(path): path for path in list_checkpoints(self.folder)}
         # Those of later steps are damaged: the run has gone on from one before them.
-        regular = sorted(other for other in saved if other <= step and other % self.every == 0)
-        for other in saved.keys() - {step, *regular[-self.keep:]}:
+        whole = sorted(other for other in saved if other <= step)
+        regular = [other for other in whole if other % self.every == 0]
+        for other in saved.keys() - {*whole[-2:], *regular[-self.keep:]}:
             saved[other].unlink()
 
     def restore(self, state):
