@@ -27,8 +27,8 @@ third of a second after SIGTERM or Ctrl-C, which is less than many a step takes.
 
 
 class Checkpoints:
-    """The checkpoints of a run: the regular ones, of which the newest few are kept; others between them,
-    when the last is old, of which two; and the weights that validated best.
+    """The checkpoints of a run: regular ones, and one between them whenever the last is old. The newest
+    few regular ones are kept, the newest two of all, and the weights that validated best.
 
     A save costs the training a copy of the state: a thread writes it. Used as a context manager, it
     has written everything when it ends.
@@ -82,6 +82,7 @@ class Checkpoints:
         if self.enabled:
             extra = {"step": step, "model": self.model_options, "best": self.best}
             self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
+            self.writing.append(self.writer.submit(self.delete_others, step))
 
     def save_if_best(self, network, epe):
         """Write the weights of a network if no earlier one had so small an error."""
@@ -95,12 +96,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         copy = [{"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())}
                 for parameter in cell.get_parameters()]
-        self.writing.append(self.writer.submit(self.write_copy, path, copy, extra))
-
-    def write_copy(self, path, copy, extra):
-        weights.write(path, copy, extra)
-        if path.name != BEST:
-            self.delete_others(extra["step"])
+        self.writing.append(self.writer.submit(weights.write, path, copy, extra))
 
     def delete_others(self, step):
         """Delete the checkpoints that are not to be kept beside that of a step, the newest."""
