@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, float32, nn, ops
 
-from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow
+from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow, make_loss, upsample
 from model.metrics import end_point_error, mean_epe
-from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet, start_from_coarser_flow
+from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet, resize, start_from_coarser_flow
 from prep.synthesize import make_pair
 from train.step import TrainStep, use_float16
 
@@ -128,6 +128,111 @@ def test_unknown_flow_never_counts():
     for row in rows:
         assert mean_epe(np.zeros_like(row), row, valid[0, 0]) == pytest.approx(known, rel=1e-5)
     assert np.isnan(mean_epe(rows[0], rows[0], np.zeros((64, 64))))
+
+
+def sparse_batch(height, width, known=0.2):
+    """Predictions of five levels, flow with rubbish where it is unknown, and where it is known."""
+    rng = np.random.default_rng(height)
+    flows = [rng.normal(0, 1, (2, 2, height >> level, width >> level)).astype(np.float32)
+             for level in (6, 5, 4, 3, 2)]
+    flow = rng.normal(0, 20, (2, 2, height, width)).astype(np.float32)
+    valid = (rng.random((2, 1, height, width)) < known).astype(np.float32)
+    rubbish = rng.choice(np.float32([np.nan, np.inf, -np.inf, 3e38, 7]), flow.shape)
+    return flows, np.where(valid > 0, flow, rubbish), valid
+
+
+def upsample_in_float64(image, height, width, align_corners):
+    """Bilinear interpolation of (N, C, h, w), pixel by pixel, from the definition."""
+    for axis, size in ((2, height), (3, width)):
+        low = image.shape[axis]
+        scale = (low - 1) / (size - 1) if align_corners else low / size
+        lines = []
+        for pixel in range(size):
+            place = pixel * scale if align_corners else (pixel + 0.5) * scale - 0.5
+            place = min(max(place, 0), low - 1)
+            first = int(place)
+            second = min(first + 1, low - 1)
+            lines.append(image.take(first, axis) * (1 - place + first)
+                         + image.take(second, axis) * (place - first))
+        image = np.stack(lines, axis)
+    return image
+
+
+def sparse_loss_in_float64(flows, flow, valid, align_corners):
+    """The five losses from the equation, over a list of the known pixels."""
+    n, y, x = np.nonzero(valid[:, 0])
+    losses = []
+    for weight, prediction in zip(LEVEL_WEIGHTS, flows):
+        full = upsample_in_float64(prediction.astype(np.float64), *flow.shape[2:], align_corners)
+        distance = np.abs(full[n, :, y, x] - 0.05 * flow[n, :, y, x].astype(np.float64)).sum(1)
+        losses.append(weight * ((distance + 0.01) ** 0.4).sum() / len(flow))
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_sparse_loss_and_gradient(align_corners):
+    """Values are the equation's, slopes those of its differences; unknown flow may be anything."""
+    flows, flow, valid = sparse_batch(64, 128)
+    loss = make_loss("sparse", align_corners)
+    losses = loss([Tensor(f) for f in flows], Tensor(flow), Tensor(valid)).asnumpy()
+    np.testing.assert_allclose(losses, sparse_loss_in_float64(flows, flow, valid, align_corners),
+                               rtol=1e-5)
+
+    def total(*inputs):
+        return loss(inputs[:5], inputs[5], inputs[6]).sum()
+
+    gradients = mindspore.grad(total, (0, 1, 2, 3, 4))(
+        *[Tensor(array) for array in (*flows, flow, valid)])
+    rng = np.random.default_rng(0)
+    for level, gradient in enumerate(gradients):
+        assert np.isfinite(gradient.asnumpy()).all()
+        direction = rng.choice([-1.0, 1.0], flows[level].shape)
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = [f.astype(np.float64) for f in flows]
+            moved[level] += step * direction
+            ends.append(sparse_loss_in_float64(moved, flow, valid, align_corners).sum())
+        slope = (ends[0] - ends[1]) / 2e-6
+        size = np.abs(gradient.asnumpy()).sum()
+        assert (gradient.asnumpy() * direction).sum() == pytest.approx(slope, abs=1e-4 * size)
+
+
+def test_sparse_loss_without_any_known_pixel():
+    """A crop of the sky has neither loss nor gradient, and no NaN."""
+    flows, flow, valid = sparse_batch(64, 64, known=0)
+    arguments = [Tensor(array) for array in (*flows, flow, valid)]
+    loss = make_loss("sparse")
+
+    def total(*inputs):
+        return loss(inputs[:5], inputs[5], inputs[6]).sum()
+
+    value, gradients = mindspore.value_and_grad(total, (0, 1, 2, 3, 4))(*arguments)
+    assert float(value) == 0 and all((g.asnumpy() == 0).all() for g in gradients)
+
+
+def test_contributions_of_the_levels():
+    """Equal errors count as the weights do, where block averages of sparse flow turn them round."""
+    rng = np.random.default_rng(0)
+    flow = Tensor(np.full((1, 2, 320, 896), 100, np.float32))
+    valid = Tensor((rng.random((1, 1, 320, 896)) < 0.2).astype(np.float32))
+    flows = [Tensor(np.zeros((1, 2, 320 >> level, 896 >> level), np.float32))
+             for level in (6, 5, 4, 3, 2)]
+    shares = {}
+    for name in ("sparse", "robust"):
+        losses = make_loss(name)(flows, flow, valid).asnumpy()
+        shares[name] = losses / losses.sum()
+    np.testing.assert_allclose(shares["sparse"], np.divide(LEVEL_WEIGHTS, sum(LEVEL_WEIGHTS)),
+                               rtol=1e-4)
+    assert shares["sparse"][0] > 0.73 and shares["sparse"][-1] < 0.012
+    assert shares["robust"][-1] > 0.4
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_upsampling_is_that_of_the_framework(align_corners):
+    """The same bilinear convention that the network's own result is resized with."""
+    flow = Tensor(np.random.default_rng(0).normal(size=(2, 2, 5, 14)).astype(np.float32))
+    expected = resize(flow, (320, 896), align_corners).asnumpy()
+    np.testing.assert_allclose(upsample(flow, 320, 896, align_corners).asnumpy(), expected, atol=1e-5)
 
 
 def test_end_point_error():

@@ -49,7 +49,7 @@ class Recipe:
     normalize_features: bool = False
     warp_mode: str = bounded("bilinear", choices=("bilinear", "nearest"))
     start_from_coarser_flow: bool = False
-    loss: str = bounded("multiscale", choices=("multiscale", "robust"))
+    loss: str = bounded("multiscale", choices=("multiscale", "robust", "sparse"))
     precision: str = bounded("float32", choices=("float32", "float16"))
     # optimisation
     steps: int = bounded(low=1)
