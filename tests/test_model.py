@@ -1,5 +1,7 @@
 """The network, its losses and metrics: sizes, conventions, precision, learning."""
 
+from dataclasses import fields
+
 import mindspore
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow, make_lo
 from model.metrics import end_point_error, mean_epe
 from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet, resize, start_from_coarser_flow
 from prep.synthesize import make_pair
+from train.recipe import Recipe
 from train.step import TrainStep, use_float16
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -208,6 +211,17 @@ def test_sparse_loss_without_any_known_pixel():
 
     value, gradients = mindspore.value_and_grad(total, (0, 1, 2, 3, 4))(*arguments)
     assert float(value) == 0 and all((g.asnumpy() == 0).all() for g in gradients)
+
+
+def test_a_recipe_s_losses():
+    """Each loss that a recipe may name is another one; a wrong name is not taken for any."""
+    choices = {field.name: field.metadata for field in fields(Recipe)}["loss"]["choices"]
+    arguments = [Tensor(array) for array in sparse_batch(64, 64)[1:]]
+    flows = [Tensor(f) for f in sparse_batch(64, 64)[0]]
+    totals = {float(make_loss(name)(flows, *arguments).sum()) for name in choices}
+    assert len(totals) == len(choices) == 3
+    with pytest.raises(ValueError, match="loss is 'Robust', expected multiscale, robust or sparse"):
+        make_loss("Robust")
 
 
 def test_contributions_of_the_levels():

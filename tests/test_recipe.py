@@ -22,7 +22,12 @@ def write(path, **values):
 
 @pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
 def test_the_package_s_own_recipes_load(name):
-    assert recipes.load(name).steps > 0
+    recipe = recipes.load(name)
+    assert [0, *recipe.milestones, recipe.steps] == sorted({0, *recipe.milestones, recipe.steps})
+
+
+def test_sparse_ground_truth_is_trained_on_at_full_resolution():
+    assert recipes.load("kitti-ft").loss == "sparse"
 
 
 def test_written_out_and_read_back(tmp_path):
