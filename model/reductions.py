@@ -8,13 +8,13 @@ from mindspore import Tensor, ops
 def ordered_sum(x: Tensor) -> Tensor:
     """Sum all elements in an order that depends on their number alone.
 
-    On the CPU MindSpore splits the sum over all elements of a large tensor between threads, tries
+    On the CPU MindSpore splits the sum of a vector of 200,000 elements or more between threads, tries
     several splits in its first calls, keeps the fastest and adds the parts in the order in which the
-    threads finish: the result depends on timing and on the number of threads. (CPU kernel
-    ReduceSum, AccelerateLongVector and ParallelLaunchAutoSearch.) A sum along one axis of a matrix
-    has each element computed by one thread from front to back, whatever the split. So this is
-    two of those, over about sqrt(n) rows of sqrt(n) elements, which also keeps the rounding error
-    of float32 small.
+    threads finish: the bits depend on timing and on the number of threads. (ReduceSum's
+    AccelerateLongVector and ParallelLaunchAutoSearch; the context's deterministic="ON" changes
+    nothing.) Along one axis of a matrix, each sum is one thread's, from front to back, however the
+    sums are shared out. So this is two of those, first over about sqrt(n) rows of sqrt(n)
+    elements, which also keeps the rounding error of float32 small.
 
     Args:
         x: of any shape with at least one element; differentiable.

@@ -1,5 +1,6 @@
 """Sums have the same bits in every call, on any number of threads, on an idle and on a busy machine."""
 
+import os
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mindspore import Tensor, grad, nn, ops
+from mindspore import Tensor, grad, nn, ops, value_and_grad
 
+from model.losses import make_loss
+from model.pwcnet import normalize_pair
 from model.reductions import ordered_sum
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -51,27 +54,82 @@ def test_gradient_is_one_everywhere():
     np.testing.assert_array_equal(gradient.asnumpy(), 2 * x.asnumpy())
 
 
+def cancelling(size):
+    """Numbers whose second half takes away nearly all of the first, (size,) float32.
+
+    Any other order of summation shows in the last bits of what is left.
+    """
+    half = np.random.default_rng(0).random(size // 2, np.float32)
+    return np.concatenate((half, -np.float32(0.999) * half))
+
+
+def large_sum():
+    """Of as many numbers as the gradient has."""
+    x, total = Tensor(cancelling(PARAMETERS)), Sum()
+    return lambda: [total(x)]
+
+
+def losses_and_gradients():
+    """Of both multi-scale losses, on maps of more than the 200,000 pixels that MindSpore splits."""
+    n, height, width = 2, 320, 448
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(n, 2, height >> level, width >> level)) for level in (6, 5, 4, 3, 2)]
+    arrays += [cancelling(2 * n * height * width).reshape(n, 2, height, width),
+               rng.random((n, 1, height, width)) < 0.3]
+    arguments = [Tensor(array.astype(np.float32)) for array in arrays]
+    losses = [make_loss(name) for name in ("multiscale", "robust", "sparse")]
+
+    def total(*inputs):
+        return sum(loss(inputs[:5], inputs[5], inputs[6]).sum() for loss in losses)
+
+    step = value_and_grad(total, (0, 1, 2, 3, 4))
+
+    def call():
+        value, gradients = step(*arguments)
+        return [value, *gradients]
+
+    return call
+
+
+def normalized_features():
+    """The statistics that features are normalised by, and their gradient, in a batch of 1 and of 2."""
+    pairs = [[Tensor(cancelling(n * 64 * 48 * 56).reshape(n, 64, 48, 56) * (i + 1))
+              for i in range(2)] for n in (1, 2)]
+
+    def total(features1, features2):
+        normalized1, normalized2 = normalize_pair(features1, features2)
+        return ordered_sum(ops.square(normalized1) * normalized2)
+
+    step = value_and_grad(total, (0, 1))
+
+    def call():
+        return [array for pair in pairs for part in step(*pair)
+                for array in (part if isinstance(part, tuple) else (part,))]
+
+    return call
+
+
 CALLS = """
-import sys
-import numpy as np
+import hashlib, sys
 import mindspore
-from mindspore import Tensor
-sys.path.insert(0, "tests")
-from test_reductions import PARAMETERS, Sum
-mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU",
-                      runtime_num_threads=int(sys.argv[1]))
-# The second half takes away nearly all of the first, so any change of the order shows in the result.
-half = np.random.default_rng(0).random(PARAMETERS // 2, np.float32)
-x, total = Tensor(np.concatenate((half, -np.float32(0.999) * half))), Sum()
-print(*sorted({float(total(x)).hex() for _ in range(110)}))
+sys.path.insert(0, {folder!r})
+import test_reductions
+mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU", runtime_num_threads={threads})
+call = test_reductions.{what}()
+print(*sorted({{hashlib.sha256(b"".join(array.asnumpy().tobytes() for array in call())).hexdigest()
+                for _ in range({calls})}}))
 """
 
 
 @pytest.mark.slow
-def test_bits_do_not_depend_on_calls_threads_or_load():
-    """More calls than MindSpore needs to try all its splits, in processes that disturb each other."""
-    started = [subprocess.Popen([sys.executable, "-c", CALLS, threads], text=True,
-                                stdout=subprocess.PIPE) for threads in "123"]
+@pytest.mark.parametrize("what,calls", [("large_sum", 110), ("losses_and_gradients", 20),
+                                        ("normalized_features", 20)])
+def test_bits_do_not_depend_on_calls_threads_or_load(what, calls):
+    """More calls than the 15 in which MindSpore tries its splits, in processes that disturb each other."""
+    started = [subprocess.Popen(
+        [sys.executable, "-c", CALLS.format(folder=os.path.dirname(__file__), threads=threads,
+                                            what=what, calls=calls)],
+        text=True, stdout=subprocess.PIPE) for threads in (1, 2, 3)]
     seen = {process.communicate()[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(seen) == 1 and len(seen.pop().split()) == 1
