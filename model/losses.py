@@ -126,8 +126,8 @@ def make_loss(name: str, align_corners: bool = True) -> nn.Cell:
 def upsample(flow, height, width, align_corners):
     """Resize a flow (N, 2, h, w) bilinearly to (N, 2, height, width), its values unchanged.
 
-    As two matrix products: on the CPU their gradient takes a third of the time of
-    MindSpore's bilinear resizing, and on GPUs it needs no atomic additions.
+    As two matrix products, which on the CPU take a fifth less time for the whole loss and its gradient
+    than MindSpore's bilinear resizing (416 in place of 523 ms, batch 4 at 320x896 on two cores).
     """
     n, channels, low_height, low_width = flow.shape
     rows = interpolation_matrix(low_height, height, align_corners)
