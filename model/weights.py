@@ -1,14 +1,26 @@
 """Files of network weights: MindSpore checkpoints with the options that build the network."""
 
+import inspect
 import json
 import os
 import pathlib
 
 import mindspore
 
-from model.pwcnet import CONTEXT_LAYERS, ESTIMATOR_CHANNELS, OUTPUT_LEVELS, PYRAMID_CHANNELS, PWCNet
+from model.pwcnet import (
+    CONTEXT_LAYERS,
+    ESTIMATOR_CHANNELS,
+    OUTPUT_LEVELS,
+    PYRAMID_CHANNELS,
+    VARIANTS,
+    PWCNet,
+)
 from prep.errors import UserError
 
+DEFAULT_OPTIONS = {name: parameter.default
+                   for name, parameter in inspect.signature(PWCNet).parameters.items()}
+"""Options of the network in a file that says nothing of them."""
+CHOICES = {"variant": VARIANTS, "warp_mode": ("bilinear", "nearest")}
 LISTED = 10
 """How many names of each kind an error about weights that do not fit shows."""
 
@@ -94,6 +106,35 @@ def save_network(path, network, options):
     write(path, network, {"model": json.dumps(options)})
 
 
+def network_options(path: str | pathlib.Path) -> dict:
+    """The keyword arguments of the `PWCNet` that a checkpoint was made with.
+
+    Args:
+        path: a checkpoint of the trainer, or one of network weights alone.
+
+    Returns:
+        All of them; those of which the file says nothing have their defaults.
+
+    Raises:
+        UserError: the file is damaged, or this version has no such options.
+    """
+    return parse_options(path, str(read(path).get("model", "{}")))
+
+
+def parse_options(path: str | pathlib.Path, text: str) -> dict:
+    """The options in a checkpoint's entry "model", JSON, as `network_options` returns them."""
+    try:
+        options = json.loads(text)
+        for name, value in options.items():
+            default = DEFAULT_OPTIONS.get(name)
+            if type(value) is not type(default) or value not in CHOICES.get(name, (value,)):
+                raise ValueError(f"{name} {value!r}"[:80])
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: its network's options {text[:200]} are unknown to this version "
+                        f"({error}); use the version that wrote it or another file") from None
+    return DEFAULT_OPTIONS | options
+
+
 def load_network(path):
     """Build the network that a checkpoint was made with, and load its weights.
 
@@ -108,12 +149,7 @@ def load_network(path):
         UserError: the file is damaged, or its weights or options are of another network.
     """
     values = read(path)
-    text = str(values.pop("model", "{}"))
-    try:
-        network = PWCNet(**json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its network's options {text} are unknown to this version "
-                        f"({error}); use the version that wrote it or another file") from None
+    network = PWCNet(**parse_options(path, str(values.get("model", "{}"))))
     load_weights(path, values, network)
     return network
 

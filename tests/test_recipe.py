@@ -57,7 +57,7 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4)
-KEYS = st.sampled_from([field.name for field in dataclasses.fields(recipes.Recipe)])
+KEYS = st.sampled_from(list(recipes.KEYS))
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
@@ -71,6 +71,44 @@ def test_any_value_is_taken_or_refused_with_its_key(key, value):
     else:
         kept = getattr(recipe, key)
         assert type(kept) is not bool or type(value) is bool
+
+
+def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_path):
+    """An option that is set, even to its default, must not contradict the weights."""
+    path = write(tmp_path / "a.yaml", dense=True)
+    of_file = {"variant": "nvlabs", "dense": True, "normalize_features": True, "warp_mode": "nearest"}
+    adopted = recipes.adopt_network_options(recipes.load(path), of_file, "w.ckpt")
+    assert {key: getattr(adopted, key) for key in of_file} == of_file
+    assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}
+                               ) == recipes.load(path)
+    with pytest.raises(UserError, match=r"a.yaml: dense is true, but w.ckpt .* dense false"):
+        recipes.adopt_network_options(recipes.load(path), {**of_file, "dense": False}, "w.ckpt")
+    with pytest.raises(UserError, match=r"the command line: normalize_features is false, but w.ckpt"):
+        recipe = recipes.load(path, ["normalize_features=false"])
+        recipes.adopt_network_options(recipe, of_file, "w.ckpt")
+    with pytest.raises(UserError, match="w.ckpt: warp_mode is 'cubic'"):
+        recipes.adopt_network_options(recipes.load(path), {"warp_mode": "cubic"}, "w.ckpt")
+
+
+def test_an_adopted_option_that_does_not_fit(tmp_path):
+    recipe = recipes.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
+    with pytest.raises(UserError, match="start_from_coarser_flow is true and dense false"):
+        recipes.adopt_network_options(recipe, {"dense": False}, "w.ckpt")
+
+
+def test_recipes_are_compared_by_meaning(tmp_path):
+    """Not by text: a key that a stored recipe lacks has its default there."""
+    recipe = recipes.load(write(tmp_path / "a.yaml", milestones=[10, 20]))
+    (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
+    for name in ("a.yaml", "whole.yaml"):
+        assert recipes.differences(tmp_path / name, recipe) == []
+    new = recipes.load(tmp_path / "a.yaml", ["steps=200", "noise=0.5", "milestones=[10]"])
+    assert recipes.differences(tmp_path / "a.yaml", new) == [
+        ("noise", 0.0, 0.5), ("steps", 100, 200), ("milestones", (10, 20), (10,))]
+    assert {"steps", "noise", "milestones"} - {*recipes.CHANGEABLE} == {"noise", "milestones"}
+    (tmp_path / "old.yaml").write_text("crop: [64, 64]\nbatch: 4\nlearning_rate: 0.001\ngone: 3\n")
+    assert recipes.differences(tmp_path / "old.yaml", recipe) == [
+        ("steps", None, 100), ("milestones", (), (10, 20)), ("gone", 3, None)]
 
 
 @pytest.mark.parametrize("key,value,words", [

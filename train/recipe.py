@@ -11,6 +11,10 @@ import yaml
 from prep.errors import UserError
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "recipes"
+NETWORK_OPTIONS = ("variant", "dense", "normalize_features", "warp_mode")
+"""Keys that build the network, `model.pwcnet.PWCNet`; checkpoints hold them too."""
+CHANGEABLE = ("steps", "log_every", "validate_every", "validation_batch", "checkpoint_every")
+"""Keys that may change when a run goes on."""
 
 
 def bounded(default=dataclasses.MISSING, low=None, high=None, above=None, choices=None):
@@ -66,6 +70,8 @@ class Recipe:
     validate_every: int = bounded(0, low=0)  # 0: once an epoch
     validation_batch: int = bounded(1, low=1)  # on each rank
     checkpoint_every: int = bounded(1000, low=1)
+    # no key of a recipe: where each key was set, a file or the command line; the others are defaults
+    sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if any(side % 64 for side in self.crop):
@@ -81,8 +87,12 @@ class Recipe:
     def to_yaml(self):
         """The whole recipe, defaults written out, as YAML text."""
         values = {key: list(value) if isinstance(value, tuple) else value
-                  for key, value in dataclasses.asdict(self).items()}
+                  for key, value in ((key, getattr(self, key)) for key in KEYS)}
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+KEYS = {field.name: field for field in dataclasses.fields(Recipe) if field.name != "sources"}
+"""The keys of a recipe, with their defaults and ranges."""
 
 
 def load(name, overrides=()):
@@ -100,14 +110,10 @@ def load(name, overrides=()):
     if not path.suffix:
         path = FOLDER / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read(path)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise UserError(f"{name}: no such recipe; give a YAML file or one of: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected lines of `key: value`")
     sources = dict.fromkeys(values, str(path))
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -121,23 +127,38 @@ def load(name, overrides=()):
     return check(values, sources, path)
 
 
+def read(path: pathlib.Path) -> dict:
+    """The keys and plain values of a recipe file, unchecked.
+
+    Raises:
+        UserError: not YAML, or no lines of `key: value`.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, expected lines of `key: value`")
+    return values
+
+
 def check(values, sources, path):
     """Build a Recipe from plain values; `sources` says for each key where it was given."""
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
     types = typing.get_type_hints(Recipe)
     checked = {}
     for key, value in values.items():
         where = f"{sources[key]}: {key}"
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1, 0.4)
-            advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(fields)
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, 1, 0.4)
+            advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(KEYS)
             raise UserError(f"{where} is not a key of a recipe; {advice}")
-        checked[key] = check_value(where, value, types[key], fields[key].metadata)
-    missing = [name for name, field in fields.items()
+        checked[key] = check_value(where, value, types[key], KEYS[key].metadata)
+    missing = [name for name, field in KEYS.items()
                if name not in checked and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing; add a line `{missing[0]}: ...`")
-    return Recipe(**checked)
+    return Recipe(**checked, sources=sources)
 
 
 def check_value(where, value, kind, limits):
@@ -168,3 +189,59 @@ def check_value(where, value, kind, limits):
     if above is not None and value <= above:
         raise UserError(f"{where} is {value!r}; expected more than {above}")
     return value
+
+
+def adopt_network_options(recipe: Recipe, options: dict, source: str | pathlib.Path) -> Recipe:
+    """A recipe with the network options of existing weights where it sets none itself.
+
+    Args:
+        recipe: as `load` gives it.
+        options: of the network with these weights, as `model.weights.network_options` or a stored
+            recipe gives them; entries other than NETWORK_OPTIONS are ignored.
+        source: where they come from, for the error.
+
+    Raises:
+        UserError: the recipe sets an option to another value, or does not fit the options.
+    """
+    adopted = {}
+    for key in NETWORK_OPTIONS:
+        value = options.get(key, getattr(recipe, key))
+        if key in recipe.sources and value != getattr(recipe, key):
+            raise UserError(
+                f"{recipe.sources[key]}: {key} is {to_text(getattr(recipe, key))}, but {source} is of "
+                f"a network with {key} {to_text(value)}; remove {key} or use other weights")
+        where = f"{source}: {key}"
+        adopted[key] = check_value(where, value, typing.get_type_hints(Recipe)[key], KEYS[key].metadata)
+    return dataclasses.replace(recipe, **adopted)
+
+
+def differences(path: pathlib.Path, recipe: Recipe) -> list[tuple]:
+    """What a recipe changes against the one that a run has kept, by meaning.
+
+    Args:
+        path: the recipe.yaml of a run, perhaps of another version: a key that it lacks has its
+            default there.
+        recipe: the one to go on with.
+
+    Returns:
+        (key, stored value, new value) of each key that differs, in the order of the keys. The new
+        value of a key that no longer exists is None, as is the stored one of a missing key that has
+        no default. Keys in CHANGEABLE are among them.
+
+    Raises:
+        UserError: the file is no recipe.
+        OSError: it cannot be read.
+    """
+    stored = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in read(path).items()}
+    pairs = {}
+    for key, field in KEYS.items():
+        default = None if field.default is dataclasses.MISSING else field.default
+        pairs[key] = stored.get(key, default), getattr(recipe, key)
+    pairs |= {key: (value, None) for key, value in stored.items() if key not in KEYS}
+    return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
+
+
+def to_text(value: object) -> str:
+    """A value as a recipe has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
