@@ -1,10 +1,11 @@
 """Recipes and schedules: what is accepted, what is refused, what the rate is."""
 
 import dataclasses
+import time
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep.errors import UserError
@@ -12,6 +13,8 @@ from train import recipe as recipes
 from train.schedule import learning_rate
 
 MINIMAL = {"crop": [64, 64], "batch": 4, "steps": 100, "learning_rate": 1e-3}
+
+KEYS = st.sampled_from(list(recipes.KEYS))
 
 
 def write(path, **values):
@@ -38,6 +41,112 @@ def test_written_out_and_read_back(tmp_path):
     assert recipe.weight_decay == 4e-4 and recipe.milestones == (10, 20)
 
 
+WRONG = {
+    "nested aliases": ("a: &a [1, 1]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")), 1, "anchors"),
+    "one alias": ("batch: 4\nsteps: *batch", 2, "anchors and aliases"),
+    "brackets": ("crop: " + "[" * 20_000, 1, "nested too deeply"),
+    "keys in keys": ("? " * 20_000, 1, "nested too deeply"),
+    "lists in lists": ("batch: 4\ncrop: [[[[1]]]]", 2, "nested too deeply"),
+    "a long number": ("batch: 4\nseed: " + "9" * 5000, 2, "5000 characters"),
+    "a long whole number": (f"seed: {10 ** 90}", 1, "seed is 1000.*; expected at most 2147483647"),
+    "a long number for a float": (f"noise: {10 ** 90}", 1, r"noise is 1e\+90; expected at most 1"),
+    "a date": ("batch: 4\n\n# why\nsteps: 2001-99-99", 4, "steps is '2001-99-99'"),
+    "a number without digits": ("batch: 4\nsteps: 0x_", 2, "not YAML .*base 16"),
+    "an escape beyond Unicode": ('batch: "\\UFFFFFFFF"', None, "not YAML"),
+    "a tag": ("batch: !!python/name:os.system x", 1, "tags"),
+    "a merge": ("batch: 4\n<<: {steps: 3}", 2, "<< is not a key"),
+    "no text": ("batch: 4\n\x07", 2, "not YAML .*special characters"),
+    "no UTF-8": (b"batch: 4\n\n\xff", 3, "not UTF-8"),
+    "too long": ("#" * 70_000, None, "more than 65536 bytes"),
+    "a key twice": ("batch: 4\nsteps: 3\nbatch: 8", 3, "batch is already in line 1"),
+    "a list for a key": ("[a, b]: 4", 1, r"the key is \['a', 'b'\]"),
+    "two documents": ("batch: 4\n---\nsteps: 3", 2, "another document"),
+    "an open quote": ('batch: 4\nvariant: "irr', 2, "not YAML .*quoted scalar"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_recipe_is_said_with_its_line(tmp_path, kind):
+    """At once, and whatever YAML makes of it."""
+    content, line, words = WRONG[kind]
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = time.process_time()
+    with pytest.raises(UserError, match=f"a.yaml{f', line {line}' if line else ''}: .*{words}") as error:
+        recipes.load(path)
+    assert time.process_time() - before < 2 and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("overrides,words", [
+    (["batch=8", "steps=1", "batch=9"], "batch is given twice on the command line, as '8' and '9'"),
+    (["batch=" + "[" * 20_000], "nested too deeply"),
+    (["batch=&a 4"], r"'batch=&a 4' on the command line: .*anchors"),
+    (["batch=" + "9" * 5000], "5000 characters"),
+    (["steps=2001-99-99"], "the command line: steps is '2001-99-99'"),
+    (["batch"], "'batch' on the command line: expected key=value"),
+    (["batch="], "the command line: batch is None"),
+])
+def test_wrong_values_on_the_command_line(tmp_path, overrides, words):
+    with pytest.raises(UserError, match=words) as error:
+        recipes.load(write(tmp_path / "a.yaml"), overrides)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("overrides,words", [
+    (["milestones=[20, 10]"], "milestones is .20, 10.; expected steps in rising order"),
+    (["milestones=[20, 20]"], "milestones is .20, 20.; expected steps in rising order"),
+    (["milestones=[20, 100]"], "milestones ends at 100 and steps is 100"),
+    (["warm_up=101"], "warm_up is 101 and steps 100"),
+])
+def test_schedules_that_do_not_fit_the_run(tmp_path, overrides, words):
+    path = write(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=f"a.yaml with the command line: {words}"):
+        recipes.load(path, overrides)
+    recipes.load(path, ["milestones=[20, 99]", "warm_up=100"])
+    recipes.load(path, ["milestones=[100]", "schedule=cosine"])  # which does not look at them
+
+
+def mutated(text):
+    """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
+    pieces = st.sampled_from(["[", "{", "&a ", "*a", "!!", "? ", ": ", "- ", "<<", "|", "\n", "\t", '"', "'",
+                              "%", "#", "---\n", "\0", "\ufeff", "0x_", "1e999", ".inf", "1:30", "~"])
+    edit = st.tuples(st.integers(0, len(text)), st.integers(0, 30), pieces | st.text(max_size=20))
+
+    def apply(edits):
+        changed = text
+        for start, length, piece in edits:
+            changed = changed[:start] + piece + changed[start + length:]
+        return changed
+
+    return st.lists(edit, min_size=1, max_size=4).map(apply)
+
+
+OWN = [path.read_text() for path in sorted(recipes.FOLDER.glob("*.yaml"))]
+
+
+@settings(max_examples=300)
+@given(content=st.binary() | st.text().map(str.encode)
+       | st.sampled_from(OWN).flatmap(mutated).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    try:
+        recipe = recipes.load(path)
+    except UserError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert recipe.sources.keys() <= recipes.KEYS.keys()
+
+
+@given(text=st.text() | st.tuples(KEYS, st.text()).map("=".join))
+def test_any_override_is_taken_or_refused(text):
+    try:
+        recipes.load("example", [text])
+    except UserError as error:
+        assert "command line" in str(error)
+
+
 def test_a_missing_key(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("crop: [64, 64]\n")
@@ -57,7 +166,6 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4)
-KEYS = st.sampled_from(list(recipes.KEYS))
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
@@ -81,7 +189,7 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
     assert {key: getattr(adopted, key) for key in of_file} == of_file
     assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}
                                ) == recipes.load(path)
-    with pytest.raises(UserError, match=r"a.yaml: dense is true, but w.ckpt .* dense false"):
+    with pytest.raises(UserError, match=r"a.yaml, line 5: dense is true, but w.ckpt .* dense false"):
         recipes.adopt_network_options(recipes.load(path), {**of_file, "dense": False}, "w.ckpt")
     with pytest.raises(UserError, match=r"the command line: normalize_features is false, but w.ckpt"):
         recipe = recipes.load(path, ["normalize_features=false"])

@@ -9,12 +9,17 @@ import typing
 import yaml
 
 from prep.errors import UserError
+from train import plain_yaml
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "recipes"
 NETWORK_OPTIONS = ("variant", "dense", "normalize_features", "warp_mode")
 """Keys that build the network, `model.pwcnet.PWCNet`; checkpoints hold them too."""
 CHANGEABLE = ("steps", "log_every", "validate_every", "validation_batch", "checkpoint_every")
 """Keys that may change when a run goes on."""
+LARGEST = 2**31 - 1
+"""Of whole numbers without another limit."""
+SHOWN = 80
+"""Characters of a key or value that an error shows."""
 
 
 def bounded(default=dataclasses.MISSING, low=None, high=None, above=None, choices=None):
@@ -80,6 +85,15 @@ class Recipe:
             smallest, largest = getattr(self, key)
             if smallest > largest:
                 raise UserError(f"{key} is [{smallest}, {largest}]; expected the smaller one first")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"milestones is {shorten(list(self.milestones))}; expected steps in rising "
+                            "order, each once")
+        if self.schedule == "milestones" and self.milestones and self.milestones[-1] >= self.steps:
+            raise UserError(f"milestones ends at {self.milestones[-1]} and steps is {self.steps}, so that "
+                            "it would have no effect; expected milestones below steps")
+        if self.warm_up > self.steps:
+            raise UserError(f"warm_up is {self.warm_up} and steps {self.steps}; expected a warm-up that "
+                            "ends within the run")
         if self.start_from_coarser_flow and not self.dense:
             raise UserError("start_from_coarser_flow is true and dense false; plain estimators do "
                             "not see the coarser flow in their last layer: turn one of them round")
@@ -110,37 +124,24 @@ def load(name, overrides=()):
     if not path.suffix:
         path = FOLDER / f"{name}.yaml"
     try:
-        values = read(path)
+        entries = plain_yaml.read_file(path)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise UserError(f"{name}: no such recipe; give a YAML file or one of: {known}") from None
-    sources = dict.fromkeys(values, str(path))
+    values = {key: entry.value for key, entry in entries.items()}
+    sources = {key: f"{path}, line {entry.line}" for key, entry in entries.items()}
+    given = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"{text!r} on the command line: expected key=value")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{text!r} on the command line: the value is not YAML") from None
+            raise UserError(f"{shorten(text)} on the command line: expected key=value")
+        if key in given:
+            raise UserError(f"{key} is given twice on the command line, as {shorten(given[key])} and "
+                            f"{shorten(value)}; remove one of them")
+        given[key] = value
+        values[key] = plain_yaml.read_value(value, f"{shorten(text)} on the command line")
         sources[key] = "the command line"
     return check(values, sources, path)
-
-
-def read(path: pathlib.Path) -> dict:
-    """The keys and plain values of a recipe file, unchecked.
-
-    Raises:
-        UserError: not YAML, or no lines of `key: value`.
-        OSError: the file cannot be read.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected lines of `key: value`")
-    return values
 
 
 def check(values, sources, path):
@@ -148,7 +149,7 @@ def check(values, sources, path):
     types = typing.get_type_hints(Recipe)
     checked = {}
     for key, value in values.items():
-        where = f"{sources[key]}: {key}"
+        where = f"{sources[key]}: {str(key)[:SHOWN]}"
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, 1, 0.4)
             advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(KEYS)
@@ -158,7 +159,11 @@ def check(values, sources, path):
                if name not in checked and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing; add a line `{missing[0]}: ...`")
-    return Recipe(**checked, sources=sources)
+    try:
+        return Recipe(**checked, sources=sources)
+    except UserError as error:
+        changed = " with the command line" if "the command line" in sources.values() else ""
+        raise UserError(f"{path}{changed}: {error}") from None
 
 
 def check_value(where, value, kind, limits):
@@ -168,18 +173,18 @@ def check_value(where, value, kind, limits):
         open_ended = inner[-1] is Ellipsis
         if not isinstance(value, list) or not (open_ended or len(value) == len(inner)):
             count = "" if open_ended else f"{len(inner)} "
-            raise UserError(f"{where} is {value!r}; expected a list of {count}numbers, as [a, b]")
+            raise UserError(f"{where} is {shorten(value)}; expected a list of {count}numbers, as [a, b]")
         return tuple(check_value(where, item, inner[0], limits) for item in value)
-    if kind is float and isinstance(value, str):  # YAML reads 1e-4 as a text
+    if kind is float and type(value) in (int, str):  # YAML reads 1e-4 as a text
         try:
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
+        raise UserError(f"{where} is {shorten(value)}; expected a value of type {kind.__name__}")
     choices, low, high, above = (limits.get(key) for key in ("choices", "low", "high", "above"))
+    if kind is int and high is None:
+        high = LARGEST
     if choices and value not in choices:
         raise UserError(f"{where} is {value!r}; expected one of: {', '.join(choices)}")
     if low is not None and value < low:
@@ -233,13 +238,19 @@ def differences(path: pathlib.Path, recipe: Recipe) -> list[tuple]:
         OSError: it cannot be read.
     """
     stored = {key: tuple(value) if isinstance(value, list) else value
-              for key, value in read(path).items()}
+              for key, (value, _) in plain_yaml.read_file(path).items()}
     pairs = {}
     for key, field in KEYS.items():
         default = None if field.default is dataclasses.MISSING else field.default
         pairs[key] = stored.get(key, default), getattr(recipe, key)
     pairs |= {key: (value, None) for key, value in stored.items() if key not in KEYS}
     return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
+
+
+def shorten(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN - 3] + "..."
 
 
 def to_text(value: object) -> str:

@@ -1,0 +1,124 @@
+"""The part of YAML that recipes need: keys with numbers, texts, booleans and lists of these.
+
+PyYAML's safe loader with what a recipe has no use for refused: anchors, aliases and tags, dates,
+nested keys, keys given twice, texts and files of any length.
+"""
+
+import pathlib
+import typing
+
+import yaml
+
+from prep.errors import UserError
+
+LARGEST_FILE = 64 * 1024
+"""In bytes; a recipe has about one thousand."""
+LONGEST_SCALAR = 100
+"""Characters of a number or text."""
+DEPTH = 3
+"""A mapping of lists of scalars."""
+TYPES = ("bool", "int", "float", "null")
+"""What a scalar without quotes may be; PyYAML's other ones, such as dates, remain texts."""
+
+
+class Entry(typing.NamedTuple):
+    """The value of a key and the line where the key stands, from 1."""
+
+    value: object
+    line: int
+
+
+class Loader(yaml.SafeLoader):
+    """Makes plain values, without references and of little depth; raises yaml.YAMLError."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in TYPES]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        """As the base class, which calls it for each node within another."""
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            problem = "anchors and aliases (& and *) are not for recipes; write the value out"
+        elif event.tag is not None:
+            problem = "tags (!) are not for recipes; remove it"
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
+            problem = f"a value of {len(event.value)} characters, expected at most {LONGEST_SCALAR}"
+        elif self.depth == DEPTH:
+            problem = "nested too deeply, expected `key: value` or `key: [a, b]`"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct(self, node: yaml.Node) -> object:
+        """The plain value of a node."""
+        try:
+            return self.construct_object(node, deep=True)
+        except ValueError as error:  # a number without digits: 0x_
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+
+
+def read_file(path: pathlib.Path) -> dict[str, Entry]:
+    """The entries of a YAML file of lines `key: value`, in their order.
+
+    Raises:
+        UserError: it is none, with the line.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise UserError(f"{path}: has more than {LARGEST_FILE} bytes, which no recipe has; give another "
+                        "file")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save it as UTF-8 text") from None
+
+    def entries(loader: Loader, root: yaml.Node | None) -> dict[str, Entry]:
+        if not isinstance(root, yaml.MappingNode):
+            found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "one value"}.get(type(root), "nothing")
+            raise UserError(f"{path}: holds {found}, expected lines of `key: value`")
+        found = {}
+        for key_node, value_node in root.value:
+            line = key_node.start_mark.line + 1
+            key = loader.construct(key_node)
+            if not isinstance(key, str):
+                raise UserError(f"{path}, line {line}: the key is {key!r}, expected a word")
+            if key in found:
+                raise UserError(f"{path}, line {line}: {key} is already in line {found[key].line}; "
+                                "remove one of them")
+            found[key] = Entry(loader.construct(value_node), line)
+        return found
+
+    return parse(text, str(path), entries)
+
+
+def read_value(text: str, where: str) -> object:
+    """The value that a YAML text of one line is; UserError, beginning with `where`, if it is none."""
+    if len(text) > LARGEST_FILE:
+        raise UserError(f"{where}: a value of {len(text)} characters; give a shorter one")
+    return parse(text, where, lambda loader, root: root and loader.construct(root))
+
+
+def parse(text: str, where: str, convert: typing.Callable[[Loader, yaml.Node | None], object]) -> object:
+    """Compose a YAML text and convert its root node, None of an empty text."""
+    try:
+        loader = Loader(text)  # finds characters that no text has
+        return convert(loader, loader.get_single_node())
+    except yaml.reader.ReaderError as error:
+        line, problem = text.count("\n", 0, error.position), error.reason
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line
+        problem = f"{error.context}: {error.problem}" if error.context else error.problem
+    except (ValueError, OverflowError) as error:  # an escape beyond Unicode: "\UFFFFFFFF"
+        line, problem = None, str(error)
+    line = "" if line is None or where.endswith("command line") else f", line {line + 1}"
+    raise UserError(f"{where}{line}: not YAML ({problem})") from None
