@@ -27,6 +27,7 @@ import time
 import traceback
 
 from launch import cluster, doctor
+from launch.arguments import Parser
 from prep.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -712,8 +713,8 @@ def check(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog=f"sections: {', '.join(SECTIONS)}")
+    parser = Parser(description=__doc__.splitlines()[0],
+                    epilog=f"sections: {', '.join(SECTIONS)}")
     parser.add_argument("--out", default=str(ROOT / "runs" / "gpu_check"), metavar="DIR",
                         help="default: runs/gpu_check")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION")

@@ -9,6 +9,9 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
+
+    environment.check()
 
 import argparse
 import contextlib
@@ -19,6 +22,7 @@ import tempfile
 import numpy as np
 
 from launch import cluster
+from launch.arguments import Parser
 from prep.errors import UserError, run
 
 SUFFIXES = {"mindir": ".mindir", "onnx": ".onnx"}
@@ -158,7 +162,7 @@ def compare(predictor, path, size, *, batch=1, format="mindir"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
                         help="a checkpoint of a run, or network weights")
     parser.add_argument("--size", required=True, type=int, nargs=2, metavar=("H", "W"),

@@ -9,11 +9,14 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import collections
 import pathlib
 
+from launch.arguments import Parser
 from prep.errors import UserError, run
 
 
@@ -66,7 +69,7 @@ def export_weights(source, target):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=pathlib.Path, metavar="IN.ckpt",
                         help="a checkpoint of a run, or network weights")
     parser.add_argument("target", type=pathlib.Path, metavar="OUT.pth", help="the file to write")

@@ -9,14 +9,17 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import pathlib
 import pickle
 import re
 
 import numpy as np
 
+from launch.arguments import Parser
 from prep.errors import UserError, run
 
 CONTAINERS = ("state_dict", "model")
@@ -180,7 +183,7 @@ def to_array(path, name, tensor):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=pathlib.Path, metavar="IN",
                         help="a checkpoint of PyTorch: .pth, .pth.tar, .pt, IRR's .ckpt")
     parser.add_argument("target", type=pathlib.Path, metavar="OUT.ckpt",

@@ -14,8 +14,10 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import collections
 import concurrent.futures
 import dataclasses
@@ -27,6 +29,7 @@ import signal
 import numpy as np
 
 from launch import cluster
+from launch.arguments import Parser
 from prep.errors import UserError, run
 
 IMAGE_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg", ".bmp")
@@ -259,7 +262,7 @@ def ahead(values, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("input", nargs="+", type=pathlib.Path,
                         help="two images of one size, a folder of frames or a video")
     parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from launch import cluster, keeper, requirements
+from launch.arguments import Parser
 from prep.errors import UserError
 
 
@@ -24,6 +25,66 @@ def test_an_empty_environment_lacks_everything(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-E", tiny.ROOT / "launch" / "requirements.py"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and "mindspore" in done.stdout and "Traceback" not in done.stderr
+
+
+COMMANDS = {
+    "model/export.py": ["--ckpt=a", "--size", "8", "8", "--format=onnx", "--out=b"],
+    "model/export_torch.py": ["a", "b"],
+    "model/import_torch.py": ["--variant=irr", "a", "b"],
+    "model/predict.py": ["--ckpt=a", "--out=b", "--batch=2", "--device=cpu", "c"],
+    "train/evaluate.py": ["--ckpt=a", "--data=b", "--split=c", "--out=d"],
+    "train/main.py": ["--config=a", "--data=b", "--data=c", "--out=d", "--accumulate=2"],
+}
+"""Commands of users, with options that may each be given once, beside --data of train/main.py."""
+
+
+def python(*words, **options):
+    """Run Python with these arguments, at this project's root."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=tiny.ROOT, check=False, timeout=120,
+                          capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_given_twice(command):
+    """The last one does not win in silence."""
+    words = COMMANDS[command]
+    for option in [word for word in words if word.startswith("--") and "data" not in word]:
+        more = ["8", "8"] if "=" not in option else []
+        done = python(command, *words, option, *more)
+        assert done.returncode == 2, done.stderr
+        assert f"argument {option.partition('=')[0]}: given twice" in done.stderr
+    if command == "train/main.py":
+        done = python(command, *words)
+        assert done.returncode == 1 and "a: no such recipe" in done.stderr
+
+
+def test_values_of_an_option(capsys):
+    """Counted for each command line, by option and not by spelling; lists and flags as ever."""
+    parser = Parser()
+    parser.add_argument("--ckpt", default="none")
+    parser.add_argument("--size", nargs=2)
+    parser.add_argument("--data", action="append")
+    parser.add_argument("--warp", action="store_true")
+    parser.add_argument("rest", nargs="*")
+    words = ["--ckpt", "a", "--data", "b", "--data", "c", "--warp", "--warp", "--size", "1", "2", "d", "e"]
+    for _ in range(2):
+        found = vars(parser.parse_args(words))
+        assert found == {"ckpt": "a", "data": ["b", "c"], "warp": True, "size": ["1", "2"],
+                         "rest": ["d", "e"]}
+    assert parser.parse_args([]).ckpt == "none"
+    for again in (["--ck", "a"], ["--ckpt=none"], ["--size", "1", "2"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*words, *again])
+        assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name.startswith("model/")])
+def test_a_command_outside_the_environment(command):
+    """It says in one line which environment to activate or how to make one."""
+    done = python("-S", "-E", command, *COMMANDS[command])
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and not done.stdout
+    assert done.stderr.count("\n") == 1 and "lacks the package " in done.stderr, done.stderr
+    assert ".venv/bin/activate" in done.stderr
 
 
 @pytest.mark.parametrize("outcomes,words", [

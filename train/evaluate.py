@@ -17,7 +17,6 @@ import sys
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import argparse
 import collections
 import hashlib
 import pathlib
@@ -26,6 +25,7 @@ import textwrap
 import numpy as np
 
 from launch import cluster
+from launch.arguments import Parser
 from model import metrics
 from prep.errors import UserError, run
 from train import submission
@@ -259,7 +259,7 @@ def report(args, here, split):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
                         help="a checkpoint of a run, or network weights")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR",

@@ -10,13 +10,13 @@ import sys
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import argparse
 import hashlib
 import json
 import pathlib
 import time
 
 from launch import cluster
+from launch.arguments import Parser
 from launch.doctor import git_revision
 from prep.errors import UserError, run
 from prep.flowio import write_whole
@@ -114,7 +114,7 @@ def enter(out, recipe, about, first):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="With an --out that holds a run of the same recipe, that run goes on.")
     parser.add_argument("--config", required=True, metavar="RECIPE",
