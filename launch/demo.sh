@@ -4,6 +4,7 @@
 # again; removing data/example* and runs/example starts afresh. Arguments are recipe overrides.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked "" "$@"
 set_up tensorboard
 cd "$root"
 

@@ -3,6 +3,7 @@
 # scripts do that.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked launch/doctor.py "$@"
 environment=${VIRTUAL_ENV:-$root/.venv}
 if "$environment/bin/python" "$root/launch/requirements.py" >/dev/null 2>&1; then
     set_up # everything is there: this sets the paths

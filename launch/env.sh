@@ -29,6 +29,27 @@ find_python() {
         "$(python3 --version 2>/dev/null || echo missing)); install one of them"
 }
 
+# help_if_asked COMMAND "$@": where an argument asks for help, print the comment at the top of the script
+# and the help of the Python command, if what it imports is there; and end. Nothing is installed.
+help_if_asked() {
+    local command=$1 argument python text
+    shift
+    for argument; do
+        case $argument in
+        -h | --help)
+            awk 'NR == 1 || /^#SBATCH/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0"
+            [ -n "$command" ] || exit 0
+            python=${VIRTUAL_ENV:-$root/.venv}/bin/python
+            [ -x "$python" ] || python=$(find_python 2>/dev/null) || exit 0
+            text=$("$python" "$root/$command" --help 2>/dev/null) ||
+                text="The options of $command are shown here when the environment has been set up."
+            printf '\n%s\n' "$text"
+            exit 0
+            ;;
+        esac
+    done
+}
+
 make_environment() {
     local python
     python=$(find_python) || exit 1

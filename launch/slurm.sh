@@ -12,8 +12,16 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 # sbatch runs a copy of this file; the checkout is where it was submitted.
-cd "$SLURM_SUBMIT_DIR"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+[ -f launch/env.sh ] || {
+    echo "error: $PWD is not the checkout; submit from there: sbatch launch/slurm.sh ..." >&2
+    exit 1
+}
 source launch/env.sh
+help_if_asked train/main.py "$@"
+[ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_NTASKS:-}" ] ||
+    fail "this is no batch job of Slurm; submit it: sbatch --nodes=2 launch/slurm.sh ..., or start" \
+        "mpirun -n RANKS launch/train.sh ... without Slurm"
 # A cluster has its own mpirun, perhaps; each rank takes the library that belongs to it.
 command -v mpirun >/dev/null || set_up
 exec mpirun -n "$SLURM_NTASKS" launch/train.sh --device gpu "$@"

@@ -1,5 +1,7 @@
 """Starting: what an environment lacks, what keeps ranks from starting together."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -140,3 +142,53 @@ def test_more_ranks_than_gpus_are_refused():
     """In words, on each host, before MindSpore is imported; as is a machine without a driver."""
     with pytest.raises(UserError, match="GPU|driver"):
         cluster.check_device(cluster.Place(0, 100, 0, 100), "GPU")
+
+
+SCRIPTS = sorted(path.name for path in (tiny.ROOT / "launch").glob("*.sh") if path.name != "env.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("words", [["--help"], ["steps=1", "-h"]])
+def test_help_of_a_script(script, words, tmp_path):
+    """Nothing is made, installed or run, be the environment there or not."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(tiny.ROOT / "launch", checkout / "launch")
+    before = sorted(checkout.rglob("*"))
+    variables = {name: value for name, value in os.environ.items()
+                 if name != "VIRTUAL_ENV" and not name.startswith("SLURM")}
+    done = subprocess.run([checkout / "launch" / script, *words], cwd=tmp_path, env=variables, check=False,
+                          capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout[0].isupper() and "set -e" not in done.stdout and "SBATCH" not in done.stdout
+    after = [path for path in sorted(checkout.rglob("*")) if "__pycache__" not in path.parts]
+    assert after == [path for path in before if "__pycache__" not in path.parts]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkout"]
+
+
+def test_help_has_the_command_s_options():
+    """Where the environment has what the command imports."""
+    done = subprocess.run([tiny.ROOT / "launch" / "train.sh", "--help"], check=False, capture_output=True,
+                          text=True, timeout=60, env={**os.environ, "VIRTUAL_ENV": sys.prefix})
+    assert done.returncode == 0 and "mpirun -n RANKS" in done.stdout and "--accumulate" in done.stdout
+
+
+@pytest.mark.parametrize("variables,words", [
+    ({}, "no batch job of Slurm; submit it: sbatch"),
+    ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the checkout; submit from there"),
+    ({"SLURM_SUBMIT_DIR": str(tiny.ROOT)}, "no batch job of Slurm")])
+def test_the_slurm_script_outside_slurm(variables, words, tmp_path):
+    """Wherever it is; sbatch runs a copy of it elsewhere."""
+    script = tiny.ROOT / "launch" / "slurm.sh"
+    if variables:
+        script = shutil.copy(script, tmp_path)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run(["bash", script, "--config", "chairs"], cwd=tmp_path, env={**kept, **variables},
+                          check=False, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_command_line_of_requirements():
+    assert "tensorboard" in python("launch/requirements.py", "--help").stdout
+    done = python("launch/requirements.py", "test", "nope")
+    assert done.returncode == 2 and "no extra nope; expected some of: test" in done.stderr
