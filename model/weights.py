@@ -6,7 +6,10 @@ import os
 import pathlib
 
 import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor
 
+from model import checkpoint_file
 from model.pwcnet import (
     CONTEXT_LAYERS,
     ESTIMATOR_CHANNELS,
@@ -25,21 +28,14 @@ LISTED = 10
 """How many names of each kind an error about weights that do not fit shows."""
 
 
-def read(path):
-    """Read a checkpoint into a dict of name to Parameter or plain value.
+def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
+    """Read a checkpoint into a dict of name to Parameter or text.
 
     Raises:
         UserError: no such file, or none that MindSpore wrote whole.
     """
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        return mindspore.load_checkpoint(str(path), crc_check=True)
-    except Exception as error:  # MindSpore raises whatever its parser meets
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{path}: damaged or no MindSpore checkpoint "
-                        f"({reason[0] if reason else type(error).__name__}); use another one"
-                        ) from None
+    return {name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
+            for name, value in checkpoint_file.read_values(path).items()}
 
 
 def write(path, cell, extra):
@@ -118,19 +114,19 @@ def network_options(path: str | pathlib.Path) -> dict:
     Raises:
         UserError: the file is damaged, or this version has no such options.
     """
-    return parse_options(path, str(read(path).get("model", "{}")))
+    return parse_options(path, checkpoint_file.read_values(path, only="model").get("model", "{}"))
 
 
-def parse_options(path: str | pathlib.Path, text: str) -> dict:
+def parse_options(path: str | pathlib.Path, text: Parameter | np.ndarray | str) -> dict:
     """The options in a checkpoint's entry "model", JSON, as `network_options` returns them."""
     try:
-        options = json.loads(text)
+        options = json.loads(str(text))
         for name, value in options.items():
             default = DEFAULT_OPTIONS.get(name)
             if type(value) is not type(default) or value not in CHOICES.get(name, (value,)):
                 raise ValueError(f"{name} {value!r}"[:80])
     except (AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: its network's options {text[:200]} are unknown to this version "
+        raise UserError(f"{path}: its network's options {str(text)[:200]} are unknown to this version "
                         f"({error}); use the version that wrote it or another file") from None
     return DEFAULT_OPTIONS | options
 
@@ -149,7 +145,7 @@ def load_network(path):
         UserError: the file is damaged, or its weights or options are of another network.
     """
     values = read(path)
-    network = PWCNet(**parse_options(path, str(values.get("model", "{}"))))
+    network = PWCNet(**parse_options(path, values.get("model", "{}")))
     load_weights(path, values, network)
     return network
 

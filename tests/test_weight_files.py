@@ -1,8 +1,16 @@
 """Files of weights without PyTorch: what they say of their network, and files that hold none."""
 
-import pytest
+import tracemalloc
+import zlib
 
-from model import weights
+import mindspore
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Tensor
+
+from model import checkpoint_file, weights
 from model.pwcnet import PWCNet
 from prep.errors import UserError
 
@@ -27,3 +35,135 @@ def test_options_of_another_version(network, tmp_path, options):
     weights.save_network(tmp_path / "in.ckpt", network, options)
     with pytest.raises(UserError, match=r"in.ckpt: .*options .* are unknown to this version"):
         weights.network_options(tmp_path / "in.ckpt")
+
+
+VALUES = {"scalar": np.int32(7), "flag": np.bool_(True),
+          "small": np.arange(6, dtype=np.float32).reshape(2, 3),
+          "wide": np.arange(3, dtype=np.int64),
+          "half": np.ones((1, 2), np.float16)}
+
+
+def small_file(path, crc_check=True):
+    """A small checkpoint as MindSpore writes it; returns its bytes."""
+    values = [{"name": name, "data": Tensor(value)} for name, value in VALUES.items()]
+    mindspore.save_checkpoint(values, str(path), crc_check=crc_check,
+                              append_dict={"text": "näher", "step": 3, "best": 2.5})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("crc_check", [True, False])
+def test_a_file_holds_what_mindspore_reads_in_it(tmp_path, crc_check):
+    """Every type, shape and text, with and without a checksum."""
+    path = tmp_path / "in.ckpt"
+    small_file(path, crc_check)
+    expected, found = mindspore.load_checkpoint(str(path)), weights.read(path)
+    assert found.keys() == expected.keys()
+    assert found["text"] == expected["text"] == "näher" == checkpoint_file.read_values(path, "text")["text"]
+    for name in expected.keys() - {"text"}:
+        assert found[name].dtype == expected[name].dtype and found[name].shape == expected[name].shape
+        np.testing.assert_array_equal(found[name].asnumpy(), expected[name].asnumpy())
+    assert int(found["step"]) == 3 and found["small"].name == "small"
+
+
+def message(*values):
+    """Protobuf's encoding of (field number, integer or bytes)."""
+    def varint(value):
+        return (bytes([value & 127 | 128]) + varint(value >> 7)) if value > 127 else bytes([value])
+
+    return b"".join(varint(number << 3) + varint(value) if isinstance(value, int) else
+                    varint(number << 3 | 2) + varint(len(value)) + value for number, value in values)
+
+
+def entry(name, kind, shape, content):
+    """A value of a checkpoint."""
+    tensor = message(*((1, side) for side in shape), (2, kind.encode()), (3, content))
+    return message((1, message((1, name.encode()), (2, tensor))))
+
+
+def test_a_large_parameter_is_in_parts(tmp_path):
+    """MindSpore cuts at 512 MB."""
+    parts = [entry("a", "Float32", (2, 3), np.arange(6, dtype="<f4").tobytes()[part]) for part in
+             (slice(8), slice(8, 20), slice(20, 24))]
+    (tmp_path / "in.ckpt").write_bytes(b"".join([entry("b", "str", (0,), b""), *parts]))
+    found = checkpoint_file.read_values(tmp_path / "in.ckpt")
+    np.testing.assert_array_equal(found["a"], np.arange(6).reshape(2, 3))
+    assert found["b"] == ""
+
+
+WRONG = {
+    "empty": (b"", "is empty"),
+    "zeros": (b"\0" * 999, "unknown field 0"),
+    "text": (b"no checkpoint", "unknown field"),
+    "an old file of PyTorch": (b"\x80\2\x8a\x0al\xfc", "model/import_torch.py"),
+    "a file of PyTorch": (b"PK\3\4" + b"\0" * 99, "model/import_torch.py"),
+    "more than there is": (entry("a", "Float32", (10**6, 10**6), b"1234"), "4 bytes, expected 4000000000000"),
+    "sides beyond NumPy": (entry("a", "Float32", (0, 2**62), b""), "is of the shape"),
+    "negative sides": (entry("a", "Float32", (2**64 - 1,), b""), "is of the shape"),
+    "less than there is": (entry("a", "Float32", (1,), b"12345678"), "8 bytes, expected 4"),
+    "many sides": (entry("a", "Float32", (1,) * 33, b"1234"), "is of the shape"),
+    "another type": (entry("a", "BFloat16", (1,), b"12"), "type 'BFloat16'"),
+    "twice": (entry("a", "Int8", (1,), b"1") + entry("b", "Int8", (1,), b"1") + entry("a", "Int8", (1,), b"1"),
+              "'a' twice"),
+    "other parts": (entry("a", "Int8", (1,), b"1") + entry("a", "Int8", (2,), b"1"), "several shapes"),
+    "no tensor": (message((1, message((1, b"a")))), "no tensor"),
+    "many": (entry("a", "Int8", (1,), b"") * 10_001, "more than 10000"),
+    "no name": (entry("a", "Int8", (1,), b"1").replace(b"\1a", b"\1\xff"), "a name or text"),
+    "no text": (entry("a", "str", (0,), b"abc"), "a name or text"),
+    "length beyond the end": (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "ends too early"),
+    "an endless number": (b"\xff" * 20, "more than ten bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_file_that_is_no_checkpoint(tmp_path, kind, capfd):
+    """One error with its name, at once, without much memory, and not a word of MindSpore's."""
+    content, words = WRONG[kind]
+    (tmp_path / "in.ckpt").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"in.ckpt: damaged or no MindSpore checkpoint .*{words}") as error:
+        weights.read(tmp_path / "in.ckpt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(error.value)) < 500 and peak < 8 * 2**20 and capfd.readouterr() == ("", "")
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        weights.read(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_checkpoint_cut_short(tmp_path, share):
+    data = small_file(tmp_path / "in.ckpt")
+    (tmp_path / "in.ckpt").chmod(0o600)
+    (tmp_path / "in.ckpt").write_bytes(data[:int(len(data) * share)])
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(tmp_path / "in.ckpt")
+
+
+@pytest.fixture(scope="module")
+def whole(graph_mode, tmp_path_factory):
+    """(a small checkpoint's bytes, a path to write others to)."""
+    folder = tmp_path_factory.mktemp("bytes")
+    return small_file(folder / "in.ckpt", crc_check=False), folder / "changed.ckpt"
+
+
+@settings(max_examples=500)
+@given(data=st.data())
+def test_any_bytes_are_a_checkpoint_or_refused(whole, data):
+    """Without a checksum to protect them; with one, no changed byte passes."""
+    content, path = whole
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, kind = data.draw(st.integers(0, len(changed))), data.draw(st.integers(0, 2))
+        changed[place:place + kind] = data.draw(st.binary(max_size=3))
+    checked = content + b"crc_num" + zlib.crc32(content).to_bytes(10, "big")
+    path.write_bytes(changed)
+    try:
+        for name, value in checkpoint_file.read_values(path).items():
+            assert isinstance(name, str) and isinstance(value, (str, np.ndarray))
+    except UserError as error:
+        assert str(error).startswith(f"{path}: damaged")
+    path.write_bytes(checked)
+    assert checkpoint_file.read_values(path)["text"] == "näher"
+    if bytes(changed) != content:
+        path.write_bytes(changed + checked[len(content):])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint_file.read_values(path)
