@@ -53,7 +53,8 @@ def export_weights(source, target):
     tensors = {}
     for parameter in network.get_parameters():
         tensor = torch.from_numpy(parameter.asnumpy().copy())
-        tensor = weights.swap_red_and_blue(variant, parameter.name, tensor)
+        if variant == "nvlabs":  # its publishers' code gives it BGR
+            tensor = weights.swap_red_and_blue(parameter.name, tensor)
         tensors[names[parameter.name]] = tensor.contiguous()
     if variant == "irr":
         tensors = {"_model." + name: tensor for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Import weights of a published PWC-Net, a file of PyTorch, as a checkpoint of this network.
 
-python model/import_torch.py IN.pth OUT.ckpt [--variant irr|nvlabs]
+python model/import_torch.py IN.pth OUT.ckpt [--variant irr|nvlabs] [--channels rgb|bgr]
 """
 
 import os
@@ -16,6 +16,8 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import pathlib
 import pickle
 import re
+import typing
+import zipfile
 
 import numpy as np
 
@@ -26,6 +28,10 @@ CONTAINERS = ("state_dict", "model")
 PREFIXES = ("_model.", "module.", "model.")
 UNUSED = ("deconv2.weight", "deconv2.bias")
 """NVlabs' network has this layer, in its checkpoints too, and never calls it."""
+LIGHTNING = "pytorch-lightning_version"
+"""What PyTorch Lightning, and so ptlflow, writes into its checkpoints."""
+MOST_ENTRIES = 100_000
+"""In a file of PyTorch in the zip format, one for each tensor."""
 
 
 def load_torch():
@@ -55,6 +61,7 @@ def read_torch(path):
         raise UserError(f"{path}: no such file; give a checkpoint of PyTorch")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty, expected a checkpoint of PyTorch; download it again")
+    check_zip(path)
     torch = load_torch()
     scalar = np.core.multiarray.scalar
     # Statistics beside the weights may be scalars of NumPy, under the name before or after NumPy 2.
@@ -72,6 +79,34 @@ def read_torch(path):
                                 "state_dict() by itself where you trust the file") from None
             raise UserError(f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
                             "expected what torch.save writes: download it again") from None
+
+
+def check_zip(path: pathlib.Path) -> None:
+    """Refuse a file of the zip format whose content is larger than the file.
+
+    torch.save compresses nothing, and torch.load unpacks all that there is: of a compressed
+    megabyte it may make a gigabyte.
+
+    Raises:
+        UserError: compressed or overlapping entries, or a damaged directory of entries.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # the sign by which torch.load knows this format
+            return
+        try:
+            with zipfile.ZipFile(file) as entries:
+                infos = entries.infolist()
+        except Exception as error:  # the module raises whatever its parser meets
+            raise UserError(f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
+                            "expected what torch.save writes: download it again") from None
+    size = path.stat().st_size
+    content = sum(info.file_size for info in infos)
+    if content > size or any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise UserError(f"{path}: holds {content} bytes in {size}, compressed or one over the other; "
+                        "expected what torch.save writes, which does not compress: load and save it "
+                        "again with PyTorch where you trust the file")
+    if len(infos) > MOST_ENTRIES:
+        raise UserError(f"{path}: has {len(infos)} entries, expected some hundred; use another file")
 
 
 def first_line(error):
@@ -130,18 +165,65 @@ def guess_variant(path, names):
     return variant
 
 
-def import_weights(source, target, variant=None):
+def tell_channels(path: pathlib.Path, variant: str, tensors: typing.Collection[str],
+                  others: typing.Collection[str]) -> tuple[str, str]:
+    """In which order the network of a file takes the colours of its images.
+
+    visinf/irr trains with RGB. NVlabs' networks take BGR; ptlflow trains networks with the same
+    names, but for the unused layer, and gives them RGB. Its files are those of PyTorch Lightning.
+
+    Args:
+        path: of the file, for the error.
+        variant: "irr" or "nvlabs".
+        tensors: the names of the weights in the file.
+        others: the names of what else it holds.
+
+    Returns:
+        "rgb" or "bgr", and what says so.
+
+    Raises:
+        UserError: the file does not tell.
+    """
+    if variant == "irr":
+        return "rgb", "as visinf/irr trains this variant"
+    unused, lightning = all(name in tensors for name in UNUSED), LIGHTNING in others
+    if unused == lightning:
+        signs = (f"the layer deconv2, as NVlabs' files, which take BGR, and {LIGHTNING}, as ptlflow's, "
+                 "which take RGB" if unused else
+                 f"neither the layer deconv2, as NVlabs' files, which take BGR, nor {LIGHTNING}, as "
+                 "ptlflow's, which take RGB")
+        raise UserError(f"{path}: has {signs}; say in which order the network was given its colours: "
+                        "--channels bgr or --channels rgb")
+    if unused:
+        return "bgr", "told by the layer deconv2, as in NVlabs' files"
+    return "rgb", f"told by {LIGHTNING} and no layer deconv2, as in ptlflow's files"
+
+
+class Imported(typing.NamedTuple):
+    """What an import made of a file."""
+
+    variant: str
+    channels: str
+    """"rgb" or "bgr", in which order the file's network took its images' colours."""
+    reason: str
+    """What said so."""
+    left_out: list[str]
+    """Names in the file that the network does not use."""
+
+
+def import_weights(source: pathlib.Path, target: pathlib.Path, variant: str | None = None,
+                   channels: str | None = None) -> Imported:
     """Write the weights of a PyTorch file as a checkpoint of our network, whole or not at all.
 
     Args:
         source, target: paths, the latter ending in .ckpt.
         variant: "irr" or "nvlabs"; None: whichever the names are of.
-
-    Returns:
-        The variant, and a list of the names that were left out.
+        channels: "rgb" or "bgr", the order of colours in which the file's network takes images;
+            None: what the file tells.
 
     Raises:
-        UserError: the file is none, or its weights are not exactly those of the network.
+        UserError: the file is none, its weights are not exactly those of the network, or it does
+            not tell its order of colours.
     """
     from mindspore import Parameter
 
@@ -151,6 +233,7 @@ def import_weights(source, target, variant=None):
     weights.check_name(target)
     tensors, left_out = find_tensors(source, read_torch(source))
     variant = variant or guess_variant(source, tensors)
+    present = set(tensors)
     if variant == "nvlabs":
         left_out += [name for name in UNUSED if tensors.pop(name, None) is not None]
     names = weights.published_names(variant)
@@ -158,14 +241,18 @@ def import_weights(source, target, variant=None):
     shapes = {names[p.name]: p.shape for p in network.get_parameters()}
     weights.compare(source, {name: tensor.shape for name, tensor in tensors.items()}, shapes,
                     f"the published network of the variant {variant}")
+    reason = "as --channels says"
+    if channels is None:
+        channels, reason = tell_channels(source, variant, present, left_out)
     values = {}
     for name, published in names.items():
         value = to_array(source, published, tensors[published])
-        value = weights.swap_red_and_blue(variant, name, value)
+        if channels == "bgr":
+            value = weights.swap_red_and_blue(name, value)
         values[name] = Parameter(np.ascontiguousarray(value), name=name)
     weights.load_exactly(source, values, network)
     weights.save_network(target, network, {"variant": variant})
-    return variant, left_out
+    return Imported(variant, channels, reason, left_out)
 
 
 def to_array(path, name, tensor):
@@ -190,11 +277,15 @@ def main():
                         help="the checkpoint to write")
     parser.add_argument("--variant", choices=("irr", "nvlabs"),
                         help="whose network it is; default: told by the names in it")
+    parser.add_argument("--channels", choices=("rgb", "bgr"),
+                        help="the order of colours in which the file's network takes images: rgb of irr "
+                        "and ptlflow, bgr of NVlabs; default: told by what is in the file")
     args = parser.parse_args()
-    variant, left_out = import_weights(args.source, args.target, args.variant)
-    print(f"{args.target}: weights of the variant {variant}")
-    if left_out:
-        print(f"left out, as the network does not use it: {', '.join(left_out)}")
+    done = import_weights(args.source, args.target, args.variant, args.channels)
+    print(f"{args.target}: weights of the variant {done.variant}")
+    print(f"its network took {done.channels.upper()} images, {done.reason}; this one takes RGB")
+    if done.left_out:
+        print(f"left out, as the network does not use it: {', '.join(done.left_out)}")
 
 
 if __name__ == "__main__":

@@ -236,20 +236,19 @@ def published_names(variant):
 FIRST_LAYER = "feature_pyramid_extractor.convs.0.0.0.weight"
 
 
-def swap_red_and_blue(variant, name, value):
-    """Turn a parameter of a published network into one of ours, or back.
+def swap_red_and_blue(name, value):
+    """Turn a parameter of a network that takes BGR images, as NVlabs', into one of ours, or back.
 
-    NVlabs' network takes BGR images. Turning round the input channels of its first convolution
-    once, when the weights are imported, leaves one kind of images to all else, at no cost.
+    Turning round the input channels of its first convolution once, when the weights are imported,
+    leaves one kind of images to all else, at no cost.
 
     Args:
-        variant: of the network.
         name: of the parameter, here.
         value: its weights, an array or a tensor of torch.
 
     Returns:
         The weights, the three input channels reversed if it is that convolution.
     """
-    if variant == "nvlabs" and name == FIRST_LAYER:
+    if name == FIRST_LAYER:
         return value[:, [2, 1, 0]]
     return value

@@ -1,6 +1,7 @@
 """Files of weights without PyTorch: what they say of their network, and files that hold none."""
 
 import tracemalloc
+import zipfile
 import zlib
 
 import mindspore
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 
 from model import checkpoint_file, weights
+from model.import_torch import LIGHTNING, UNUSED, check_zip, import_weights, tell_channels
 from model.pwcnet import PWCNet
 from prep.errors import UserError
 
@@ -167,3 +169,54 @@ def test_any_bytes_are_a_checkpoint_or_refused(whole, data):
         path.write_bytes(changed + checked[len(content):])
         with pytest.raises(UserError, match="damaged"):
             checkpoint_file.read_values(path)
+
+
+@pytest.mark.parametrize("others,tensors,expected", [
+    ([], UNUSED, "bgr"), (["epoch"], UNUSED, "bgr"), ([LIGHTNING, "epoch"], [], "rgb"),
+    ([], [], "neither"), ([], UNUSED[:1], "neither"), ([LIGHTNING], UNUSED, "has the layer")])
+def test_which_order_of_colours_a_file_tells(others, tensors, expected):
+    """NVlabs' files have a layer that ptlflow's lack; anything else needs the user."""
+    tensors = ["conv1a.0.weight", *tensors]
+    assert tell_channels("in.pth", "irr", tensors, others)[0] == "rgb"
+    if len(expected) == 3:
+        assert tell_channels("in.pth", "nvlabs", tensors, others)[0] == expected
+        return
+    with pytest.raises(UserError, match=f"in.pth: .*{expected}.*--channels bgr or --channels rgb"):
+        tell_channels("in.pth", "nvlabs", tensors, others)
+
+
+def zip_file(path, compression=zipfile.ZIP_STORED, size=2**26):
+    """A zip of two entries, zeros of this size together."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name in ("archive/data/0", "archive/data/1"):
+            file.writestr(name, bytes(size // 2))
+    return path
+
+
+def overlap(path):
+    """A zip whose two entries are the same bytes."""
+    data = bytearray(zip_file(path, size=2**20).read_bytes())
+    second = data.rindex(b"PK\1\2")
+    data[second + 42:second + 46] = bytes(4)  # where it begins
+    del data[2**19 + 46:data.index(b"PK\1\2")]
+    begin, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
+    data[end + 16:end + 20] = begin.to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda path: zip_file(path, zipfile.ZIP_DEFLATED), "holds 67108864 bytes in .*compressed"),
+    (lambda path: zip_file(path, zipfile.ZIP_BZIP2), "holds 67108864 bytes in .*compressed"),
+    (overlap, "holds 1048576 bytes in 5.*one over the other"),
+    (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "damaged or no checkpoint of PyTorch"),
+])
+def test_a_zip_with_more_in_it_than_bytes(tmp_path, make, words):
+    """Refused before PyTorch, which would unpack it, sees it; nothing is unpacked here."""
+    make(tmp_path / "in.pth")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"in.pth: {words}"):
+        import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+    check_zip(zip_file(tmp_path / "right.pth", size=2**20))

@@ -59,6 +59,8 @@ def imported(request, tmp_path_factory):
     done = script("import_torch", source, target)
     assert done.returncode == 0, done.stderr
     assert f"variant {variant}" in done.stdout
+    channels = {"irr": "RGB images, as visinf/irr", "nvlabs": "BGR images, told by the layer deconv2"}
+    assert channels[variant] in done.stdout
     left_out = {"irr": "epoch, best_epe", "nvlabs": "deconv2.weight, deconv2.bias"}[variant]
     assert left_out in done.stdout
     return variant, network, source, target
@@ -126,6 +128,56 @@ def test_the_first_network_took_bgr(imported):
     name = weights.published_names(variant)[weights.FIRST_LAYER]
     theirs = network.state_dict()[name].numpy()
     np.testing.assert_array_equal(first, theirs[:, ::-1] if variant == "nvlabs" else theirs)
+
+
+def ptlflow(state):
+    """The kind of file that ptlflow saves, of a network with NVlabs' names."""
+    state = {name: value for name, value in state.items() if not name.startswith("deconv2")}
+    return {"epoch": 3, "pytorch-lightning_version": "1.3.1", "state_dict": state, "hyper_parameters": {}}
+
+
+def test_ptlflow_s_network_took_rgb(tmp_path):
+    """Its files have NVlabs' names, and the channels of their first convolution stay as they are."""
+    network = random_network("nvlabs")
+    torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
+    done = script("import_torch", tmp_path / "in.ckpt", tmp_path / "out.ckpt")
+    assert done.returncode == 0 and "took RGB images, told by pytorch-lightning_version" in done.stdout
+    theirs = network.state_dict()[weights.published_names("nvlabs")[weights.FIRST_LAYER]].numpy()
+    first = weights.read(tmp_path / "out.ckpt")[weights.FIRST_LAYER].asnumpy()
+    np.testing.assert_array_equal(first, theirs)
+
+    assert import_weights(tmp_path / "in.ckpt", tmp_path / "out.ckpt", channels="bgr").channels == "bgr"
+    first = weights.read(tmp_path / "out.ckpt")[weights.FIRST_LAYER].asnumpy()
+    np.testing.assert_array_equal(first, theirs[:, ::-1])
+
+
+@pytest.mark.slow
+def test_an_imported_network_of_ptlflow_computes_its_flow(tmp_path):
+    """Given the same RGB images; with its channels turned round it would be wrong by far more."""
+    network = random_network("nvlabs")
+    torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
+    import_weights(tmp_path / "in.ckpt", tmp_path / "out.ckpt")
+    images = make_pair(5, 64, 128)[:2]
+    swapped = [np.ascontiguousarray(image[..., ::-1]) for image in images]
+    expected = published_flow("nvlabs", network, *swapped)  # which turns them to RGB again
+    predictor = FlowPredictor(weights.load_network(tmp_path / "out.ckpt"))
+    flow = predictor(*(Tensor(image[None]) for image in images)).asnumpy()[0]
+    np.testing.assert_allclose(flow, expected, rtol=0, atol=1e-3)
+    assert np.abs(published_flow("nvlabs", network, *images) - flow).max() > 0.1
+
+
+def test_a_file_that_does_not_tell_its_channels(tmp_path):
+    """Nothing is guessed, and nothing written."""
+    state = random_network("nvlabs").state_dict()
+    alone = ptlflow(state)["state_dict"]
+    both = {**ptlflow(state), "state_dict": state}
+    for content, words in ((alone, "neither the layer deconv2"), (both, "has the layer deconv2")):
+        torch.save(content, tmp_path / "in.pth")
+        with pytest.raises(UserError, match=f"in.pth: .*{words}.*--channels bgr or --channels rgb"):
+            import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt")
+        assert not (tmp_path / "out.ckpt").exists()
+        assert import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt", channels="rgb").channels == "rgb"
+        (tmp_path / "out.ckpt").unlink()
 
 
 def test_parameter_counts(imported):
