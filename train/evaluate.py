@@ -18,9 +18,11 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import collections
+import contextlib
 import hashlib
 import pathlib
 import textwrap
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -120,6 +122,43 @@ def add_over_ranks(sums):
     return parts.astype(np.uint16).view(np.float64)
 
 
+def gather_strips(result: dict, guard: Callable = contextlib.nullcontext) -> dict:
+    """The pictures of the pairs in `samples` of all ranks; all ranks must call this.
+
+    Args:
+        result: of `evaluate`.
+        guard: gives a context manager for the drawing, from what is drawn; it may keep errors, then
+            this rank's pictures are missing.
+
+    Returns:
+        Position to picture, uint8 (H, 4W, 3) RGB, as of `prep.picture.strip`; on every rank.
+    """
+    from prep.picture import strip
+
+    drawn = {}
+    with guard("drawing flow"):
+        drawn = {i: strip(*sample) for i, sample in result["samples"].items()}
+    return dict(collections.ChainMap(*cluster.gather(drawn)))
+
+
+def draw_pairs(split, result: dict, strips: dict, wanted: Iterable[int]) -> np.ndarray:
+    """A picture of the pairs at the positions `wanted`, which may differ in size, with captions.
+
+    Args:
+        split: the opened split, a `prep.reader.Split`.
+        result: of `evaluate` on it.
+        strips: of `gather_strips`.
+
+    Returns:
+        uint8 (H, W, 3) RGB.
+    """
+    from prep.picture import sheet
+
+    captions = [f"{split.names[i]}: EPE {result['epe'][i]:.2f} px, "
+                f"zero flow {result['zero_epe'][i]:.2f} px" for i in wanted]
+    return sheet([strips[i] for i in wanted], captions)
+
+
 def summarize(result):
     """The figures of all pairs, of a result of `evaluate`: see `metrics.figures`.
 
@@ -216,7 +255,7 @@ def report(args, here, split):
     from model.weights import load_network
     from prep import progress, reader
     from prep.flowio import write_whole
-    from prep.picture import save_png, sheet, strip
+    from prep.picture import save_png
     from prep.shards import write_json
 
     names = split.names
@@ -230,8 +269,7 @@ def report(args, here, split):
     with progress.bar(total=mine, unit="pair", disable=here.rank != 0) as bar:
         result = evaluate(predictor, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
                           pictures=spread, worst=args.pictures, on_batch=bar.update)
-    drawn = {i: strip(*sample) for i, sample in result["samples"].items()}
-    strips = dict(collections.ChainMap(*cluster.gather(drawn)))
+    strips = gather_strips(result)
     if here.rank != 0:
         return
     summary, (passes, scenes) = summarize(result), group(split, result)
@@ -249,9 +287,7 @@ def report(args, here, split):
     print(f"\nfigures:  {out / 'evaluation.json'}, {out / 'evaluation.md'}")
     for file, wanted in (("flow.png", spread), ("worst.png", result["worst"])):
         if wanted:
-            captions = [f"{names[i]}: EPE {result['epe'][i]:.2f} px, "
-                        f"zero flow {result['zero_epe'][i]:.2f} px" for i in wanted]
-            save_png(out / file, sheet([strips[i] for i in wanted], captions))
+            save_png(out / file, draw_pairs(split, result, strips, wanted))
             print(f"pictures: {out / file}")
 
 

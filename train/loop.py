@@ -10,11 +10,10 @@ from model.losses import MultiScaleLoss
 from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
 from prep import reader
 from prep.errors import UserError
-from prep.picture import strip
 from train.augment import Augment
 from train.checkpoint import Checkpoints, start_from
-from train.evaluate import evaluate, summarize
-from train.monitor import Clock, Monitor, resident_memory
+from train.evaluate import draw_pairs, evaluate, gather_strips, summarize
+from train.monitor import STOP_SIGNALS, Clock, Monitor, resident_memory, survived
 from train.schedule import learning_rate
 from train.step import TrainStep, use_float16
 
@@ -34,7 +33,7 @@ class StopRequest:
     def __enter__(self):
         self.asked = False
         self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+                       for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -195,8 +194,7 @@ class Validator:
         """Figures with the weights that the network has now; `suffix` is added to the tags."""
         figures = {}
         for number, (name, split) in enumerate(self.sets):
-            # Rank 0 draws the pictures, so they are of pairs that it evaluates.
-            shown = range(0, len(split), self.here.ranks)[:0 if number or suffix else PICTURES]
+            shown = range(len(split))[:0 if number or suffix else PICTURES]
             result = evaluate(self.predictor, split, batch=self.recipe.validation_batch,
                               rank=self.here.rank, ranks=self.here.ranks, pictures=shown)
             summary = summarize(result)
@@ -212,7 +210,16 @@ class Validator:
                 figures["sets"][name] = summary
                 continue
             figures = {**summary, "sets": {}}
-            if rows := [strip(*result["samples"][i]) for i in sorted(result["samples"])]:
-                self.monitor.picture(done, "validation/flow", np.concatenate(rows))
+            if shown:
+                self.draw(done, split, result)
             self.checkpoints.save_if_best(self.network, summary["epe"])
         return figures
+
+    def draw(self, done: int, split: reader.Split, result: dict) -> None:
+        """Show the wanted pairs of a result of `evaluate`, whichever rank had them. All ranks call
+        this; what goes wrong with a picture does not end the run."""
+        strips = gather_strips(result, survived)
+        if strips and self.here.rank == 0:
+            with survived("drawing the validation pairs"):
+                self.monitor.picture(done, "validation/flow",
+                                     draw_pairs(split, result, strips, sorted(strips)))

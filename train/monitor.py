@@ -1,37 +1,157 @@
 """What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress line."""
 
+import contextlib
+import multiprocessing
 import pathlib
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 import mindspore
 import numpy as np
-import tensorboardX
 from mindspore.train.summary import _writer_pool, summary_record
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from launch import keeper
 from prep import progress
+from prep.errors import describe_os_error
 from prep.flowio import write_whole
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals after which a training ends with the step that it is in."""
 
-class PatientWriterPool(_writer_pool.WriterPool):
-    """SummaryRecord's writing process, waiting for work.
 
-    MindSpore 2.8.0's own asks for it in a loop without a pause, and so takes a whole core from the
-    training for as long as it lasts.
+CONTEXT = multiprocessing.get_context("fork")
+
+
+class SummaryProcess(_writer_pool.WriterPool):
+    """The process that writes SummaryRecord's files, in place of MindSpore 2.8.0's own.
+
+    That one asks for work in a loop without a pause, packs events in a pool of further processes, and
+    gets them through a queue at whose end the training waits for ever once nobody reads it. This one is
+    a single process at the end of a pipe, of which the training keeps only the writing end and it only
+    the reading end: each sees when the other is gone. When the training ends, in whatever way, it
+    writes what it was given and ends; when it ends itself, the training goes on without it.
     """
 
+    def __init__(self, base_dir, max_file_size, num_process=1, raise_exception=False, **files):
+        CONTEXT.Process.__init__(self)
+        self._base_dir, self._filedict = base_dir, files
+        self._max_file_size = max_file_size
+        self._raise_exception = raise_exception
+        self._writers_ = None
+        self.lost = False
+        self.reading, self.writing = CONTEXT.Pipe(duplex=False)
+        self.start()
+        self.reading.close()
+
     def run(self):
-        keeper.prctl(keeper.PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive its rank
-        get = self._queue.get
-        self._queue.get = lambda block=True: get(timeout=0.2)  # raises the same queue.Empty
-        super().run()
+        self.writing.close()
+        for number in STOP_SIGNALS:  # they are for the training, and may be sent to all processes
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(EOFError):
+            while (message := self.reading.recv())[0] != "END":
+                action, data = message
+                if action == "WRITE":
+                    for plugin, packed in _writer_pool._pack_data(data, time.time()):
+                        self._write(plugin, packed)
+                self._flush()
+        for writer in self._writers:
+            writer.close()
+
+    def send(self, action, data=None):
+        """Give the process something to do, or find out that it is gone."""
+        if not self.lost:
+            try:
+                self.writing.send((action, data))
+            except BrokenPipeError:
+                self.lose()
+
+    def write(self, data):
+        self.send("WRITE", data)
+
+    def flush(self):
+        self.send("FLUSH")
+
+    def close(self):
+        """Have it end; returns when everything is in the files."""
+        self.send("END")
+        self.writing.close()
+        self.join()
+        if not self.lost and self.exitcode:
+            self.lose()
+
+    def lose(self):
+        """Note that the process is gone, and say so once."""
+        self.lost = True
+        self.join()
+        code = self.exitcode
+        why = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        warn(f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run "
+             "goes on without these curves (TensorBoard's go on)")
 
 
-summary_record.WriterPool = PatientWriterPool
+summary_record.WriterPool = SummaryProcess
+
+
+def warn(text: str) -> None:
+    """Print a warning as one line on stderr."""
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def survived(what: str) -> Iterator[None]:
+    """A context whose errors become a warning: for what only shows how a run goes.
+
+    Args:
+        what: what is done inside, for the warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn(f"{what} failed: {describe_os_error(error)}; the run goes on")
+    except Exception as error:
+        warn(f"{what} failed: {type(error).__name__}: {error}; the run goes on")
+
+
+class EventFile:
+    """A TensorBoard event file, written at once and not by tensorboardX's thread.
+
+    For that thread, once it could not write, everyone else would wait for ever. This one says so, once,
+    and leaves out the rest.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.file = None
+        with self.guarded():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = EventsWriter(str(folder / "events"))
+
+    def add(self, step: int, *summaries: tensorboard.Summary) -> None:
+        """Add summaries of a step."""
+        if self.file:
+            with self.guarded():
+                for value in summaries:
+                    self.file.write_event(Event(summary=value, step=step, wall_time=time.time()))
+                self.file.flush()
+
+    def close(self) -> None:
+        if self.file:
+            with self.guarded():
+                self.file.close()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.file = None
+            warn(f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run goes on "
+                 "without these curves")
 
 
 class Clock:
@@ -112,7 +232,7 @@ class Monitor:
         for kind in ("summary", "tensorboard"):
             forget_after(folder / kind, first_step)
         self.summary = mindspore.SummaryRecord(str(folder / "summary"))
-        self.events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        self.events = EventFile(folder / "tensorboard")
         self.bar = progress.bar(total=steps, initial=first_step, unit="step", smoothing=0.1)
 
     def __enter__(self):
@@ -127,21 +247,20 @@ class Monitor:
     def text(self, tag, text):
         """Show a text in TensorBoard as it stands."""
         if self.enabled:
-            self.events.add_text(tag, f"```\n{text}\n```", 0)
+            self.events.add(0, tensorboard.text(tag, f"```\n{text}\n```"))
 
     def scalars(self, step, values):
         """Add one point to each of several curves, tag to number."""
         if self.enabled:
+            self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in values.items()))
             for tag, value in values.items():
-                self.events.add_scalar(tag, value, step)
                 self.summary.add_value("scalar", tag, mindspore.Tensor(value, mindspore.float32))
             self.summary.record(step)
-            self.events.flush()
 
     def picture(self, step, tag, image):
         """Add a picture, (H, W, 3) uint8."""
         if self.enabled:
-            self.events.add_image(tag, image, step, dataformats="HWC")
+            self.events.add(step, tensorboard.image(tag, image, dataformats="HWC"))
             planar = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
             self.summary.add_value("image", tag, mindspore.Tensor(planar))
             self.summary.record(step)
