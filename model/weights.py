@@ -24,8 +24,21 @@ DEFAULT_OPTIONS = {name: parameter.default
                    for name, parameter in inspect.signature(PWCNet).parameters.items()}
 """Options of the network in a file that says nothing of them."""
 CHOICES = {"variant": VARIANTS, "warp_mode": ("bilinear", "nearest")}
+FORMAT = 1
+"""Version of what a checkpoint's entries mean, kept in its entry "format"; files without one are older."""
 LISTED = 10
 """How many names of each kind an error about weights that do not fit shows."""
+
+
+class NewerFormat(UserError):
+    """A file of a newer version of this package."""
+
+
+def check_format(path: str | pathlib.Path, version: int) -> None:
+    """Raise NewerFormat unless this version reads files of that format."""
+    if version > FORMAT:
+        raise NewerFormat(f"{path}: of format {version}, but this version reads formats up to {FORMAT}; "
+                          "use the version that wrote it, or a newer one")
 
 
 def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
@@ -33,9 +46,12 @@ def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
 
     Raises:
         UserError: no such file, or none that MindSpore wrote whole.
+        NewerFormat: it is of a newer version.
     """
+    values = checkpoint_file.read_values(path)
+    check_format(path, int(values.pop("format", 0)))
     return {name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
-            for name, value in checkpoint_file.read_values(path).items()}
+            for name, value in values.items()}
 
 
 def write(path, cell, extra):
@@ -48,12 +64,13 @@ def write(path, cell, extra):
 
     Raises:
         UserError: the name does not end in .ckpt, without which MindSpore reads no checkpoint.
-        OSError: the file cannot be written; nothing is left of it.
+        OSError: the file, which it names, cannot be written; nothing is left of it.
     """
     path = pathlib.Path(path)
     check_name(path)
     with replacing(path) as partial:
-        mindspore.save_checkpoint(cell, str(partial), append_dict=extra, crc_check=True)
+        mindspore.save_checkpoint(cell, str(partial), append_dict={"format": FORMAT, **extra},
+                                  crc_check=True)
 
 
 def check_name(path):
@@ -86,6 +103,9 @@ class replacing:
                 os.replace(self.partial, self.path)
         finally:
             self.partial.unlink(missing_ok=True)
+            self.partial.with_suffix(".tmp").unlink(missing_ok=True)  # MindSpore writes that first
+        if isinstance(error, OSError):  # of a write, which does not say to what
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def save_network(path, network, options):

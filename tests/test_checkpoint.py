@@ -58,7 +58,7 @@ def test_which_checkpoints_stay(tmp_path, monkeypatch):
 
         assert checkpoints.is_due(10) and not checkpoints.is_due(11)
         assert steps_after(10, 20, 30) == [20, 30]
-        checkpoints.save_if_best(cell, 2.0)
+        checkpoints.save_if_best(30, cell, 2.0)
         assert steps_after() == [20, 30] and (tmp_path / checkpoint.BEST).exists()
         now = checkpoint.AT_MOST + 1
         assert checkpoints.is_due(33)

@@ -5,6 +5,7 @@ share a file system.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import pathlib
@@ -39,15 +40,17 @@ class Checkpoints:
         every: how many steps lie between regular ones.
         keep: how many of these to keep.
         enabled: False on all ranks but one, where nothing is written.
+        validation: name of the dataset whose EPE says which weights are the best.
     """
 
-    def __init__(self, folder, model_options, every, keep=3, enabled=True):
+    def __init__(self, folder, model_options, every, keep=3, enabled=True, validation=""):
         self.folder = pathlib.Path(folder)
         self.model_options = json.dumps(model_options)
         self.every = every
         self.keep = keep
         self.enabled = enabled
         self.best = math.inf
+        self.validation = validation
         self.saved = time.monotonic()
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.writing = []
@@ -58,9 +61,14 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.wait()
-        self.writer.shutdown()
+    def __exit__(self, kind, *_):
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:  # else it is most likely that which is on its way already
+                raise
+        finally:
+            self.writer.shutdown()
 
     def wait(self):
         """Wait until all is on the disk; OSError if it could not be written."""
@@ -68,7 +76,10 @@ class Checkpoints:
             self.writing.pop(0).result()
 
     def is_due(self, step):
-        """Whether to save after a step: it is a regular one, or the last is old."""
+        """Whether to save after a step: it is a regular one, or the last is old. OSError if one could
+        not be written."""
+        while self.writing and self.writing[0].done():
+            self.writing.pop(0).result()
         return step % self.every == 0 or time.monotonic() - self.saved > AT_MOST
 
     def save(self, step, state):
@@ -80,16 +91,19 @@ class Checkpoints:
         """
         self.saved = time.monotonic()
         if self.enabled:
-            extra = {"step": step, "model": self.model_options, "best": self.best}
+            extra = {"step": step, "model": self.model_options, "best": self.best,
+                     "validation": self.validation}
             self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
             self.writing.append(self.writer.submit(self.delete_others, step))
 
-    def save_if_best(self, network, epe):
-        """Write the weights of a network if no earlier one had so small an error."""
+    def save_if_best(self, step, network, epe):
+        """Write the weights of a network after a step if no earlier one had so small an error."""
         if epe < self.best:
             self.best = epe
             if self.enabled:
-                self.write(self.folder / BEST, network, {"model": self.model_options})
+                self.write(self.folder / BEST, network, {
+                    "model": self.model_options, "step": step, "best": epe,
+                    "validation": self.validation})
 
     def write(self, path, cell, extra):
         self.wait()  # never more than one copy
@@ -119,13 +133,15 @@ class Checkpoints:
             The step of the checkpoint, 0 if there is none.
 
         Raises:
-            UserError: all are damaged, or it belongs to another network or optimiser.
+            UserError: all are damaged, or it belongs to another network or optimiser, or to a newer
+                version of this trainer.
         """
         path, values = cluster.broadcast(self.read_newest) or (None, None)
         if not path:
             return 0
         step, self.best = int(values.pop("step")), float(values.pop("best", math.inf))
-        values.pop("model", None)
+        for name in ("model", "validation"):
+            values.pop(name, None)
         weights.load_exactly(path, to_parameters(values), state)
         return step
 
@@ -135,16 +151,29 @@ class Checkpoints:
         for path in reversed(saved):
             try:
                 values = weights.read(path)
+            except weights.NewerFormat:
+                raise
             except UserError as error:
                 print(f"warning: {error}; going on from the one before", flush=True)
                 continue
             if "step" not in values:
                 raise UserError(f"{path}: has no training step; it was not written by this trainer")
-            return str(path), to_arrays(values)
+            return str(path), to_arrays(values | {"best": self.read_best(values)})
         if saved:
             raise UserError(f"{self.folder}: all of its {len(saved)} checkpoints are damaged; restore "
                             "one from a copy, or start again with another --out")
         return None
+
+
+    def read_best(self, values):
+        """The EPE of the weights in best.ckpt, which may be of a step after the newest checkpoint, by the
+        values of that checkpoint; infinite if they were the best on another dataset."""
+        with contextlib.suppress(UserError):
+            best = weights.read(self.folder / BEST)
+            if "best" in best:
+                values = best
+        same = values.get("validation", self.validation) == self.validation
+        return float(values.get("best", math.inf)) if same else math.inf
 
 
 def start_from(path, network):

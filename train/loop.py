@@ -13,7 +13,9 @@ from prep.errors import UserError
 from train.augment import Augment
 from train.checkpoint import Checkpoints, start_from
 from train.evaluate import draw_pairs, evaluate, gather_strips, summarize
+from train.goodput import Goodput
 from train.monitor import STOP_SIGNALS, Clock, Monitor, resident_memory, survived
+from train.recipe import NETWORK_OPTIONS
 from train.schedule import learning_rate
 from train.step import TrainStep, use_float16
 
@@ -46,29 +48,32 @@ class StopRequest:
         self.asked = True
 
 
-def train(recipe, data, out, here, *, parts=1, init=None, enter):
+def train(recipe, training, validation, out, here, *, parts=1, init=None, enter, started):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
         recipe: a `train.recipe.Recipe`.
-        data: list of (name, training split, validation split), opened (`prep.reader.Split`).
+        training: list of opened training splits (`prep.reader.Split`).
+        validation: list of (name, opened split) to validate on; the first decides which weights are the
+            best.
         out: folder of the run; rank 0 writes there.
         here: this rank's `launch.cluster.Place`.
         parts: in how many parts a rank's share of the batch goes through.
         init: a checkpoint whose weights a new run begins with, or None.
         enter: called on rank 0 before anything is written, with the number of steps done; returns
             texts that say what is not as it was at the last start.
+        started: when this process started, by `train.goodput.now`.
 
     Returns:
         The final figures, a dict (the same on every rank).
 
     Raises:
-        UserError: the training diverged, or a file does not fit.
+        UserError: the training diverged, a file does not fit, or the run is past `recipe.steps`.
+        OSError: a checkpoint cannot be written.
         KeyboardInterrupt: SIGTERM or Ctrl-C on any rank; a checkpoint of the last step was written.
     """
     mindspore.set_seed(recipe.seed)  # the same first weights on every rank
-    options = {"variant": recipe.variant, "dense": recipe.dense,
-               "normalize_features": recipe.normalize_features, "warp_mode": recipe.warp_mode}
+    options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
     network = PWCNet(**options)
     if recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)
@@ -80,17 +85,20 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
                      weight_decay=recipe.weight_decay, decoupled=recipe.optimizer == "adamw",
                      average=recipe.average)
     checkpoints = Checkpoints(out / "checkpoints", options, recipe.checkpoint_every,
-                              enabled=here.rank == 0)
+                              enabled=here.rank == 0, validation=validation[0][0])
     first = checkpoints.restore(step.state)
     if init and not first:
         start_from(init, network)
+    if first > recipe.steps:
+        cluster.stop_together(UserError(
+            f"{out}: has done {first} steps, the recipe says {recipe.steps}; give steps={first} or more"))
     changed = enter(first) if here.rank == 0 else []
+    goodput = Goodput(out / "goodput.json" if here.rank == 0 else None, started, first)
 
-    batches, pairs = (), sum(len(training) for _, training, _ in data)
+    batches, pairs = (), sum(map(len, training))
     if first < recipe.steps:
-        shares = recipe.mixture or [len(training) for _, training, _ in data]
         batches = reader.training_batches(
-            [(training, share) for (_, training, _), share in zip(data, shares)],
+            list(zip(training, recipe.mixture or map(len, training))),
             batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks, seed=recipe.seed,
             first_step=first, steps=recipe.steps - first, workers=min(8, here.threads),
             transform=Augment.from_recipe(recipe))
@@ -98,7 +106,7 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
 
     with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,
           StopRequest() as stop):
-        validator = Validator(recipe, data, here, network, step, checkpoints, monitor)
+        validator = Validator(recipe, validation, here, network, step, checkpoints, monitor)
         if not first:
             monitor.text("recipe", recipe.to_yaml())
         else:
@@ -107,13 +115,15 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
         for done, sample in enumerate(clock.waiting(batches), first + 1):
             rate = learning_rate(recipe, done - 1)
             if done == first + 1:
-                step.compile(*sample[:4])
-                cluster.barrier()
+                with goodput.spending("compilation"):
+                    step.compile(*sample[:4])
+                    cluster.barrier()
+                goodput.record(first)
                 clock.restart(first)
             losses, norm, finite = step(*sample[:4], rate)
             # In float16 the next step has a smaller loss scale, until that is 1.
             if not bool(finite) and not (half and step.loss_scale > 1):
-                stop_diverged(done, data, sample[4])
+                stop_diverged(done, training, sample[4])
             if done % recipe.log_every == 0:
                 losses = losses.asnumpy()
                 speed, wait = clock.lap(done, recipe.batch)
@@ -128,27 +138,35 @@ def train(recipe, data, out, here, *, parts=1, init=None, enter):
                        for key, value in values.items()}})
                 monitor.advance(done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
                 speeds.append(speed)
+                goodput.record(done, at_once=False)
             last = done == recipe.steps
             stopping = any(cluster.gather(stop.asked)) and not last
             if last or not stopping and is_validation_due(recipe, done, pairs):
-                validator.run(done)
+                with goodput.spending("validation"):
+                    validator.run(done)
                 clock.restart(done)
             if last or stopping or checkpoints.is_due(done):
-                checkpoints.save(done, step.state)
+                with goodput.spending("checkpoints"):
+                    checkpoints.save(done, step.state)
+                    if last or stopping:
+                        checkpoints.wait()
+                goodput.record(done)
             if stopping:
-                checkpoints.wait()
                 cluster.stop_together(KeyboardInterrupt(
                     f"stopped after step {done}, which is kept; the same command goes on from there"))
         if not validator.history:  # the run was whole already
-            validator.run(first)
+            with goodput.spending("validation"):
+                validator.run(first)
+            goodput.record(first)
     return {**validator.history[-1], "best_epe": checkpoints.best, "ranks": here.ranks,
+            "goodput": goodput.summary(),
             "overflows": step.overflows, "pairs_per_second": float(np.median(speeds)) if speeds else None,
             "validations": validator.history}
 
 
-def stop_diverged(step, data, indices):
+def stop_diverged(step, training, indices):
     """End the run on all ranks with the names of the pairs in the batch of a step."""
-    names = [name for _, training, _ in data for name in training.names]
+    names = [name for split in training for name in split.names]
     names = ", ".join(sum(cluster.gather([names[index] for index in indices]), []))
     cluster.stop_together(UserError(
         f"step {step}: the loss or its gradient is no finite number, with the pairs {names}; the "
@@ -171,9 +189,9 @@ class Validator:
             `evaluate.summarize` gives them, beside them `average_epe`, and `sets` of the others.
     """
 
-    def __init__(self, recipe, data, here, network, step, checkpoints, monitor):
+    def __init__(self, recipe, validation, here, network, step, checkpoints, monitor):
         self.recipe = recipe
-        self.sets = [(name, validation) for name, _, validation in data if len(validation)]
+        self.sets = validation
         self.here = here
         self.network = network
         self.predictor = FlowPredictor(network)
@@ -212,7 +230,7 @@ class Validator:
             figures = {**summary, "sets": {}}
             if shown:
                 self.draw(done, split, result)
-            self.checkpoints.save_if_best(self.network, summary["epe"])
+            self.checkpoints.save_if_best(done, self.network, summary["epe"])
         return figures
 
     def draw(self, done: int, split: reader.Split, result: dict) -> None:
