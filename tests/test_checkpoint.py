@@ -1,6 +1,8 @@
 """Checkpoints: what comes back from them, which of them stay, and files that do not fit."""
 
+import concurrent.futures
 import json
+import resource
 
 import mindspore
 import numpy as np
@@ -83,3 +85,52 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     path.write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=r"in.ckpt: damaged or no MindSpore checkpoint"):
         weights.load_network(path)
+
+
+def test_a_checkpoint_of_a_newer_version(tmp_path):
+    """It is refused, and not passed over for an older one as a damaged file is."""
+    cell = nn.Dense(1, 1)
+    with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        checkpoints.save(1, cell)
+        checkpoints.wait()
+        weights.write(tmp_path / "step-00000002.ckpt", cell, {"step": 2, "format": weights.FORMAT + 1})
+        with pytest.raises(UserError, match=rf"00002.ckpt: of format {weights.FORMAT + 1}, .*a newer one"):
+            checkpoints.restore(cell)
+    mindspore.save_checkpoint(cell, str(tmp_path / "old.ckpt"), append_dict={"step": 3}, crc_check=True)
+    assert weights.read(tmp_path / "old.ckpt")["step"] == 3
+
+
+def test_best_weights_stay_the_best(tmp_path):
+    """The best EPE is that of the file, also when a run goes on from a checkpoint before it; on another
+    dataset there is none yet."""
+    cell = nn.Dense(1, 1)
+    with checkpoint.Checkpoints(tmp_path, {}, every=1, validation="a") as checkpoints:
+        checkpoints.save_if_best(1, cell, 5.0)
+        checkpoints.save(1, cell)
+        checkpoints.save_if_best(2, cell, 3.0)  # and killed before the next checkpoint
+    for name, best in (("a", 3.0), ("b", float("inf"))):
+        with checkpoint.Checkpoints(tmp_path, {}, every=1, validation=name) as checkpoints:
+            assert checkpoints.restore(cell) == 1 and checkpoints.best == best
+
+
+def test_a_full_disk(tmp_path):
+    """A file that cannot be written is named, nothing is left of it, and the one before stays; the error
+    comes with the next step."""
+    cell = nn.Dense(1000, 1000)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match="File too large") as failed:
+        with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+            checkpoints.save(1, cell)
+            checkpoints.wait()
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+                checkpoints.save(2, cell)
+                concurrent.futures.wait(checkpoints.writing)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            checkpoints.is_due(3)
+            raise AssertionError("not noticed")
+    assert failed.value.filename == str(tmp_path / "step-00000002.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.ckpt"]
+    with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        assert checkpoints.restore(cell) == 1

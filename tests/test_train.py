@@ -66,11 +66,12 @@ def train(data, out, ranks=1, network=None, program=("launch/train.sh",), **opti
     return tiny.mpirun(ranks, *command)
 
 
-def words(data, out, recipe="example", init=None, accumulate=1, **overrides):
+def words(data, out, recipe="example", init=None, accumulate=1, validate=(), **overrides):
     """The command line of a training run, without the program."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
     sets = [word for folder in (data if isinstance(data, list) else [data])
             for word in ("--data", folder)]
+    sets += [word for folder in validate for word in ("--validate", folder)]
     begin = ["--init", init] if init else []
     return ["--config", recipe, *sets, "--out", out, *begin, "--accumulate", accumulate, *pairs]
 
@@ -300,6 +301,195 @@ def test_a_run_begins_with_given_weights(data, tmp_path):
     check_refused(train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
                   "first.ckpt", "does not fit")
     check_refused(train(data, tmp_path / "third", init=tmp_path / "none.ckpt"), "none.ckpt")
+
+
+@pytest.fixture(scope="module")
+def kitti(tmp_path_factory):
+    """Converted sets of pairs of five widths: (six for training and four for validation, all ten for
+    validation)."""
+    folder = tmp_path_factory.mktemp("kitti")
+    release = tiny.kitti(folder / "release", 10, height=72, width=72)
+    return [tiny.convert("kitti2015", release, folder / name, "--shards", "2", "--split-file",
+                         tiny.split_file(folder / f"{name}.txt", positions))
+            for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))]
+
+
+@pytest.mark.slow
+def test_pairs_of_different_sizes(kitti, tmp_path):
+    """Training on them, validating on them and on a set that has nothing else, and the evaluation: each
+    with two ranks, each with a picture of pairs that both had."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    mixed, unseen = kitti
+    run = tmp_path / "run"
+    status, _, err = finish(train(mixed, run, 2, validate=[unseen], batch=2, steps=2))
+    assert status == 0 and "warning: " not in err, err
+    result = json.loads((run / "result.json").read_text())
+    assert result["pairs"] == 10 and result["sets"]["mixed"]["pairs"] == 4
+    assert result["best_epe"] == result["epe"] and result["epe"] != result["sets"]["mixed"]["epe"]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"validation/epe", "validation/mixed/epe"} <= set(events.Tags()["scalars"])
+    drawn, = events.Images("validation/flow")
+    assert drawn.height > 4 * 72 and drawn.width >= 4 * (72 + 3 * 8), "four pairs, as wide as the fourth"
+
+    best = run / "checkpoints" / "best.ckpt"
+    status, text, err = finish(tiny.mpirun(2, sys.executable, "train/evaluate.py", "--data", unseen,
+                                           "--ckpt", best, "--out", tmp_path))
+    assert status == 0, err
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["epe"] == pytest.approx(result["epe"], rel=1e-4)
+    assert "72x72, 72x80" in text and (tmp_path / "flow.png").exists()
+
+
+def test_what_can_be_validated_on(data, kitti, tmp_path):
+    """A set without training pairs is refused as --data, and one without validation pairs as the only
+    one to validate on."""
+    mixed, unseen = kitti
+    check_refused(train(unseen, tmp_path / "run"), "no training pairs", "--validate")
+    everything = tiny.convert("kitti2015", mixed.parent / "release", tmp_path / "everything", "--split-file",
+                              tiny.split_file(tmp_path / "none.txt", []))
+    check_refused(train(everything, tmp_path / "run", batch=2), "split val has no pair", "--validate")
+    check_refused(train(data, tmp_path / "run", validate=[everything]), "everything: split val has no pair")
+    twin = shutil.copytree(unseen, tmp_path / "other" / "mixed")
+    check_refused(train(mixed, tmp_path / "run", validate=[twin], batch=2), "several folders mixed")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
+    """A run from weights with normalised features has their error before its first step (one that is too
+    small to change them), keeps the option, and so can be extended without the file."""
+    from model import weights
+    from model.pwcnet import PWCNet
+
+    options = {"dense": False, "normalize_features": True}
+    first, run, recipe = tmp_path / "first.ckpt", tmp_path / "run", tmp_path / "plain.yaml"
+    weights.save_network(first, PWCNet(**options), options)
+    recipe.write_text("crop: [64, 64]\nlearning_rate: 1.0e-30\n")
+    known = {"recipe": recipe, "schedule": "milestones", "clip_norm": 1.0}
+    check_refused(train(data, run, init=first, normalize_features="false", **known),
+                  "normalize_features is false", f"{first} is of a network with normalize_features true")
+    status, _, err = finish(train(data, run, 2, init=first, steps=1, **known))
+    assert status == 0, err
+    status, _, err = finish(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", first,
+                                        "--batch", "2", "--out", tmp_path))
+    assert status == 0, err
+    result = json.loads((run / "result.json").read_text())
+    assert result["epe"] == json.loads((tmp_path / "evaluation.json").read_text())["epe"]
+    assert "normalize_features: true" in (run / "recipe.yaml").read_text()
+
+    first.unlink()
+    changed = {"steps": 3, "log_every": 3, "validate_every": 1, "validation_batch": 1, "checkpoint_every": 2}
+    status, _, err = finish(train(data, run, init=first, **known, **changed))
+    assert status == 0 and "going on after step 1" in err and "steps 3 (was 1)" in err, err
+    longer = json.loads((run / "result.json").read_text())
+    assert [entry["step"] for entry in longer["validations"]] == [2, 3]
+    best = weights.read(run / "checkpoints" / "best.ckpt")
+    assert best["best"] == longer["best_epe"] == result["best_epe"]
+    check_refused(train(data, run, **known, steps=2), "has done 3 steps", "steps=3")
+
+
+def test_what_may_not_change(data, tmp_path):
+    """The key that differs from the run's recipe is named with both values; as is a run folder of a newer
+    version."""
+    from train import recipe as recipes
+
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = [f"{key}={value}" for key, value in RECIPE.items()]
+    (run / "recipe.yaml").write_text(recipes.load("example", settings).to_yaml())
+    check_refused(train(data, run, learning_rate=0.5), "another recipe", "learning_rate is 0.001, here 0.5")
+    check_refused(train(data, run, crop="[64,128]"), "crop is [64, 64], here [64, 128]")
+    check_refused(train(data, run, dense="true"), "dense is false, here true")
+    (run / "starts.json").write_text(json.dumps([{"after_step": 0, "format": 99}]))
+    check_refused(train(data, run), str(run), "format 99", "a newer one")
+
+
+def last_step(run):
+    """The step of a run's newest checkpoint, 0 without one."""
+    return max([int(path.stem[-8:]) for path in (run / "checkpoints").glob("step-*.ckpt")], default=0)
+
+
+def wait_for_step(job, run, step):
+    """Wait until a started run has a checkpoint of a step or a later one."""
+    deadline = time.monotonic() + 240
+    while last_step(run) < step:
+        assert job.poll() is None and time.monotonic() < deadline, finish(job)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_disturbed(data, tmp_path):
+    """Another run in the same folder is refused; without SummaryRecord's writer, killed, it goes on; killed
+    itself, it leaves a lock that holds nobody up, and an account of the steps that were lost."""
+    run = tmp_path / "run"
+    often = {"checkpoint_every": 1, "validate_every": 1000}
+    job = train(data, run, steps=1000, **often)
+    wait_for_step(job, run, 2)
+    check_refused(train(data, run, 2, steps=1000, **often), str(run), f"process {job.pid}", "training run")
+    writer, = psutil.Process(job.pid).children()
+    writer.kill()
+    wait_for_step(job, run, last_step(run) + 3)
+    job.kill()
+    status, _, err = finish(job)
+    assert status == -signal.SIGKILL
+    assert err.count("warning: ") == 1 and f"process {writer.pid}, which writes SummaryRecord" in err, err
+
+    done = json.loads((run / "goodput.json").read_text())[0]["step"]
+    for step in range(done - 1, last_step(run) + 1):  # as if the last minute had not been kept
+        (run / "checkpoints" / f"step-{step:08}.ckpt").unlink(missing_ok=True)
+    kept = last_step(run)
+    assert 0 < kept < done
+    status, out, err = finish(train(data, run, steps=done + 1, **often))
+    assert status == 0 and f"after step {kept}" in err, err
+    account = json.loads((run / "result.json").read_text())["goodput"]
+    assert account["starts"] == 2 and f"goodput {100 * account['goodput']:.0f} %" in out
+    assert all(account["seconds"][name] > 0 for name in (
+        "steps", "lost_steps", "startup", "compilation", "validation", "checkpoints"))
+    assert sum(account["seconds"].values()) == pytest.approx(account["wall"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written(data, tmp_path):
+    """It ends the run with its name, and leaves the one before and nothing half written."""
+    from model import weights
+
+    run = tmp_path / "run"
+    job = train(data, run, steps=1000, checkpoint_every=1, validate_every=1000)
+    wait_for_step(job, run, 2)
+    psutil.Process(job.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    check_refused(job, str(run / "checkpoints" / "step-"), ".ckpt: File too large")
+    assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
+    assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path):
+    """Its files lack what was added since: formats, the dataset that decides what is best, goodput."""
+    import mindspore
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "goodput.json").unlink()
+    (run / "lock").unlink()
+    starts = json.loads((run / "starts.json").read_text())
+    (run / "starts.json").write_text(json.dumps([{key: value for key, value in start.items()
+                                                  if key != "format"} for start in starts]))
+    added = {"format", "validation"}
+    for path in (run / "checkpoints").iterdir():
+        values = mindspore.load_checkpoint(str(path))
+        assert added <= values.keys()
+        names = added | ({"step", "best"} if path.name == "best.ckpt" else set())
+        extra = {name: value for name, value in values.items()
+                 if name not in names and not isinstance(value, mindspore.Parameter)}
+        mindspore.save_checkpoint([{"name": name, "data": value} for name, value in values.items()
+                                   if isinstance(value, mindspore.Parameter)], str(path),
+                                  append_dict=extra, crc_check=True)
+    status, _, err = finish(train([data, other], run, steps=5, **MIXED))
+    assert status == 0 and "going on after step 4" in err, err
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
+    assert after["step"] == 5 and after["best_epe"] <= before["best_epe"]
 
 
 def check_refused(process, *words):
