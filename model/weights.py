@@ -49,7 +49,10 @@ def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
         NewerFormat: it is of a newer version.
     """
     values = checkpoint_file.read_values(path)
-    check_format(path, int(values.pop("format", 0)))
+    version = values.pop("format", np.zeros(()))
+    if not isinstance(version, np.ndarray) or version.size != 1:
+        raise UserError(f"{path}: damaged (its format is no number); use another one")
+    check_format(path, int(version))
     return {name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
             for name, value in values.items()}
 
