@@ -109,8 +109,8 @@ def test_schedules_that_do_not_fit_the_run(tmp_path, overrides, words):
 
 def mutated(text):
     """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
-    pieces = st.sampled_from(["[", "{", "&a ", "*a", "!!", "? ", ": ", "- ", "<<", "|", "\n", "\t", '"', "'",
-                              "%", "#", "---\n", "\0", "\ufeff", "0x_", "1e999", ".inf", "1:30", "~"])
+    pieces = st.sampled_from(["[", "{", "&a ", "*a", "!!", "? ", ": ", "- ", "<<", "|", "\n", "\t", '"',
+                              "'", "%", "#", "---\n", "\0", "\ufeff", "0x_", "1e999", ".inf", "1:30", "~"])
     edit = st.tuples(st.integers(0, len(text)), st.integers(0, 30), pieces | st.text(max_size=20))
 
     def apply(edits):
