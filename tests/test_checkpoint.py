@@ -107,8 +107,8 @@ def test_best_weights_stay_the_best(tmp_path):
     with checkpoint.Checkpoints(tmp_path, {}, every=1, validation="a") as checkpoints:
         checkpoints.save_if_best(1, cell, 5.0)
         checkpoints.save(1, cell)
-        checkpoints.save_if_best(2, cell, 3.0)  # and killed before the next checkpoint
-    for name, best in (("a", 3.0), ("b", float("inf"))):
+        checkpoints.save_if_best(2, cell, 10 / 3)  # and killed before the next checkpoint
+    for name, best in (("a", 10 / 3), ("b", float("inf"))):
         with checkpoint.Checkpoints(tmp_path, {}, every=1, validation=name) as checkpoints:
             assert checkpoints.restore(cell) == 1 and checkpoints.best == best
 

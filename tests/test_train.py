@@ -184,13 +184,21 @@ def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_
     assert read_curves(run, "validation/epe") == read_curves(whole, "validation/epe")
 
 
-def read_curves(run, tag):
-    """A curve as a dict of step to value; both kinds of file hold it, and no step twice."""
-    from mindspore.train.summary_pb2 import Event
+def read_events(run):
+    """TensorBoard's reader of a run's event files."""
+    import mindspore.train.summary_pb2  # noqa: F401 - first, as it chooses the protobuf for both
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
+    return events
+
+
+def read_curves(run, tag):
+    """A curve as a dict of step to value; both kinds of file hold it, and no step twice."""
+    from mindspore.train.summary_pb2 import Event
+
+    events = read_events(run)
     points = [(point.step, point.value) for point in events.Scalars(tag)]
 
     recorded = []
@@ -210,10 +218,7 @@ def read_curves(run, tag):
 @pytest.mark.slow
 def test_what_a_run_leaves(whole, data, tmp_path):
     """Curves of each kind, pictures, figures, what it was made with; the evaluation agrees."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(whole / "tensorboard"))
-    events.Reload()
+    events = read_events(whole)
     tags = {"train/loss", "train/level6", "train/level2", "train/learning_rate", "train/loss_scale",
             "train/gradient_norm", "speed/pairs_per_second", "data_wait/rank-1", "memory_gb/rank-0",
             "validation/epe", "validation/epe_average", "validation/set-72/epe"}
@@ -309,7 +314,7 @@ def kitti(tmp_path_factory):
     validation)."""
     folder = tmp_path_factory.mktemp("kitti")
     release = tiny.kitti(folder / "release", 10, height=72, width=72)
-    return [tiny.convert("kitti2015", release, folder / name, "--shards", "2", "--split-file",
+    return [tiny.convert("kitti2015", release, folder / name, "--shards", "1", "--split-file",
                          tiny.split_file(folder / f"{name}.txt", positions))
             for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))]
 
@@ -318,8 +323,6 @@ def kitti(tmp_path_factory):
 def test_pairs_of_different_sizes(kitti, tmp_path):
     """Training on them, validating on them and on a set that has nothing else, and the evaluation: each
     with two ranks, each with a picture of pairs that both had."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     mixed, unseen = kitti
     run = tmp_path / "run"
     status, _, err = finish(train(mixed, run, 2, validate=[unseen], batch=2, steps=2))
@@ -327,8 +330,7 @@ def test_pairs_of_different_sizes(kitti, tmp_path):
     result = json.loads((run / "result.json").read_text())
     assert result["pairs"] == 10 and result["sets"]["mixed"]["pairs"] == 4
     assert result["best_epe"] == result["epe"] and result["epe"] != result["sets"]["mixed"]["epe"]
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
+    events = read_events(run)
     assert {"validation/epe", "validation/mixed/epe"} <= set(events.Tags()["scalars"])
     drawn, = events.Images("validation/flow")
     assert drawn.height > 4 * 72 and drawn.width >= 4 * (72 + 3 * 8), "four pairs, as wide as the fourth"
@@ -386,7 +388,7 @@ def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
     longer = json.loads((run / "result.json").read_text())
     assert [entry["step"] for entry in longer["validations"]] == [2, 3]
     best = weights.read(run / "checkpoints" / "best.ckpt")
-    assert best["best"] == longer["best_epe"] == result["best_epe"]
+    assert float(best["best"]) == longer["best_epe"] <= result["best_epe"]
     check_refused(train(data, run, **known, steps=2), "has done 3 steps", "steps=3")
 
 

@@ -22,6 +22,8 @@ from prep.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
 BEST = "best.ckpt"
+"""The weights that validated best, with their EPE as a text: MindSpore keeps numbers in float32, and a run
+that goes on must compare with the same number as one that was not interrupted."""
 AT_MOST = 60
 """Seconds of training that a run which ends without notice loses, and a step. mpirun ends its ranks a
 third of a second after SIGTERM or Ctrl-C, which is less than many a step takes."""
@@ -91,7 +93,7 @@ class Checkpoints:
         """
         self.saved = time.monotonic()
         if self.enabled:
-            extra = {"step": step, "model": self.model_options, "best": self.best,
+            extra = {"step": step, "model": self.model_options, "best": repr(self.best),
                      "validation": self.validation}
             self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
             self.writing.append(self.writer.submit(self.delete_others, step))
@@ -102,7 +104,7 @@ class Checkpoints:
             self.best = epe
             if self.enabled:
                 self.write(self.folder / BEST, network, {
-                    "model": self.model_options, "step": step, "best": epe,
+                    "model": self.model_options, "step": step, "best": repr(epe),
                     "validation": self.validation})
 
     def write(self, path, cell, extra):
