@@ -6,6 +6,7 @@ a swapped field and a record in another pair's place are all found. The body's c
 header: the default may change and old sets still read.
 """
 
+import math
 import struct
 import threading
 import zlib
@@ -29,6 +30,9 @@ CODECS = ("zstd", "raw")
 PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1, window_log=16, hash_log=10, chain_log=6, min_match=7
 )
+
+# What zstd may keep beside its output for a frame that is cut short; every decoder takes that much.
+MAX_WINDOW = 1 << 23
 
 # A zstandard (de)compressor must not be used by two threads at once.
 _local = threading.local()
@@ -67,29 +71,47 @@ def check(payload, *, pair, field, source):
         )
 
 
-def decode(payload, *, pair, field, source):
+def decode(payload, *, shape, dtype, pair, field, source):
     """The array in `payload` (bytes or uint8 array), exactly as it was given to `encode`.
 
-    Raises UserError with the name of the file `source` when one bit of it is not what was written.
+    Raises UserError with the name of the file `source` when one bit of it is not what was written,
+    or it does not hold an array of this `shape` and `dtype`. A checksum can be made to match
+    anything, so the header is compared and never believed: nothing larger is allocated.
     """
     payload = memoryview(payload)
     check(payload, pair=pair, field=field, source=source)
     _, number, kind, channels, height, width = HEADER.unpack_from(payload)
-    body, dtype = payload[HEADER.size :], TYPES[kind]
-    shape = (height, width) if channels == 1 else (height, width, channels)
-    if number == CONSTANT:
-        return np.full(shape, np.frombuffer(body, dtype)[0])
-    if number == RAW:
-        return np.frombuffer(body, dtype).reshape(shape)
-    if number not in (GRADIENT_ZSTD, PLANES_ZSTD):
+    found = (height, width) if channels == 1 else (height, width, channels)
+    if found != shape or TYPES.get(kind) != dtype:
+        raise UserError(
+            f"{source}: {field} of pair {pair} is {width}x{height} ({channels} of {kind!r}), but "
+            f"{shape[1]}x{shape[0]} {np.dtype(dtype)} in the manifest; restore both from a copy or "
+            "convert the set again"
+        )
+    body, size = payload[HEADER.size :], math.prod(shape) * np.dtype(dtype).itemsize
+    if number > CONSTANT:
         raise UserError(
             f"{source}: unknown codec {number}; the set needs a newer version of this toolkit"
         )
-    planes = _decompress(body, height * width * channels * np.dtype(dtype).itemsize)
-    planes = np.frombuffer(planes, dtype).reshape(channels, height, width)
-    if number == GRADIENT_ZSTD:
+    try:
+        if number == CONSTANT:
+            (value,) = np.frombuffer(body, dtype)
+            return np.full(shape, value)
+        if number == RAW:
+            return np.frombuffer(body, dtype).reshape(shape)
+        if zstandard.frame_content_size(body) != size:  # else it would get what it asks for
+            raise ValueError("its frame is of another size")
+        planes = np.frombuffer(_decompress(body), dtype).reshape(channels, height, width)
+        if number == PLANES_ZSTD:
+            return planes[0] if channels == 1 else cv2.merge(tuple(planes))
+        if found != (height, width, 3) or dtype != np.uint8:
+            raise ValueError("its codec is for RGB pictures")
         return _from_gradient(planes)
-    return planes[0] if channels == 1 else cv2.merge(tuple(planes))
+    except (ValueError, zstandard.ZstdError) as error:
+        raise UserError(
+            f"{source}: {field} of pair {pair} can't be decoded ({error}); restore the file from a "
+            "copy or convert the set again"
+        ) from None
 
 
 def pack(payloads):
@@ -123,12 +145,10 @@ def _compress(array):
     return _local.compressor.compress(np.ascontiguousarray(array))
 
 
-def _decompress(body, size):
+def _decompress(body):
     if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor()
-    data = _local.decompressor.decompress(body, max_output_size=size)
-    assert len(data) == size  # the checksum has matched, so only a bug can get here
-    return data
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    return _local.decompressor.decompress(body)
 
 
 def _to_gradient(image):

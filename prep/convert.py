@@ -24,7 +24,7 @@ from importlib.metadata import version
 
 
 from launch import cluster
-from prep import codec, memory, progress, shards
+from prep import codec, memory, progress, schema, shards
 from prep.datasets import (
     flyingchairs,
     flyingthings3d,
@@ -56,10 +56,10 @@ def main():
     options = parse_options()
     if options.shards < 1 or options.workers < 1:
         raise UserError("--shards and --workers: expected numbers of at least 1")
-    for path in (options.root, options.out):
+    for path in filter(None, (options.root, options.out, options.split_file)):
         # MindRecord takes text, and so do the manifest's readers.
-        if not is_text(os.path.abspath(path)):
-            raise UserError(f"{path!a}: the path is not UTF-8; rename the folder that is not")
+        if not shards.TEXT.allows(os.path.abspath(path)):
+            raise UserError(f"{path!a}: the path is not UTF-8 or has control characters; rename it")
     out = os.path.normpath(options.out)
     partial = out + ".partial"
     here = cluster.place()
@@ -218,13 +218,10 @@ def check_names(pairs):
     for name, times in collections.Counter(pair.name for pair in pairs).items():
         if times > 1:
             raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
-        if not is_text(name):
-            raise UserError(f"{name!a}: the file name is not UTF-8; rename the files")
-
-
-def is_text(path):
-    """Whether a path's bytes were UTF-8; Python keeps others as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in path)
+        if not shards.TEXT.allows(name):
+            raise UserError(
+                f"{name!a}: the file name is not UTF-8 or has control characters; rename the files"
+            )
 
 
 def is_whole(out, plan):
@@ -267,7 +264,7 @@ def read_plan(partial):
             return json.load(file)
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -300,10 +297,10 @@ def find_shard(partial, file):
     """The whole shard `file` of an earlier run, or None."""
     try:
         with open(os.path.join(partial, file + ".json"), encoding="utf-8") as described:
-            shard = shards.Shard.from_dict(json.load(described))
+            shard = schema.read(shards.Shard, json.load(described))
         shard.check_files(partial)
         return shard
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, RecursionError, UserError):
         return None
 
 

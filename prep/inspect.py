@@ -75,18 +75,21 @@ between BOUNDS), and for the sheet some pairs drawn, with their captions."""
 
 def measure(manifest, folder, pairs):
     """Measure at most `pairs` pairs, evenly spaced over the set; returns a Measured."""
-    places = [(shard, i) for shard in manifest.shards.values() for i in range(len(shard.names))]
+    places = []  # (shard, index in it, its size) of every pair
+    for shard in manifest.shards.values():
+        sizes = [size for number, *size in shard.sizes for _ in range(number)]
+        places += [(shard, i, size) for i, size in enumerate(sizes)]
     if not places:
         raise UserError(f"{folder}: has no pair")
     chosen = evenly(len(places), pairs)
     shown = set(chosen[evenly(len(chosen), SHOWN)].tolist())
 
     def look(index):
-        shard, within = places[index]
+        shard, within, size = places[index]
         ((_, record),) = shard.records(folder, [within])
         name, path = shard.names[within], os.path.join(folder, shard.file)
-        sample = decode_record(record, FIELDS, pair=name, source=path)
-        known = sample["valid"] != 0
+        sample = decode_record(record, FIELDS, size=size, pair=name, source=path)
+        known = (sample["valid"] & flowio.known(sample["flow"])) != 0
         length = np.hypot(*np.moveaxis(sample["flow"], 2, 0))[known]
         strip = caption = None
         if index in shown:

@@ -239,7 +239,8 @@ def _batches(splits, draws, batch, finish, workers, fields=STORED):
                 f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the "
                 "file from a copy or convert the set again"
             )
-        sample = decode_record(record, fields, pair=name, source=file)
+        size = tuple(opened.sizes[index].tolist())
+        sample = decode_record(record, fields, size=size, pair=name, source=file)
         if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(
                 sample["valid"][..., None] != 0, sample["flow"], np.float32(0)

@@ -12,20 +12,60 @@ import json
 import os
 import shutil
 import sqlite3
-import struct
 import urllib.parse
+from typing import Annotated, TypedDict
 
-from prep import codec
+import numpy as np
+
+from prep import codec, schema
 from prep.datasets import pair_size, read_pair
 from prep.errors import UserError
 from prep.flowio import write_whole
 
 SCHEMA_VERSION = 1
-FIELDS = ("image1", "image2", "flow", "valid", "occluded")
+# The payloads of a pair in a record's order: the numpy type and the channels of each.
+FIELDS = {
+    "image1": (np.uint8, 3),
+    "image2": (np.uint8, 3),
+    "flow": (np.float32, 2),
+    "valid": (np.uint8, 1),
+    "occluded": (np.uint8, 1),
+}
+PIXEL_BYTES = 16  # of a pair, no less than all of its fields take uncompressed
 # One column for all: of several, MindRecord stores the lengths among the data and reads them back
 # unchecked, so that one flipped bit there ends the process (segmentation fault).
 SCHEMA = {"name": {"type": "string"}, "pair": {"type": "bytes"}}
 MANIFEST = "manifest.json"
+MAX_PAGE = 1 << 28  # bytes
+
+# What manifest.json may hold (prep/schema.py checks it against these): a set may come from anyone,
+# and its hashes prove only that it is whole. Control characters could rewrite a terminal, and lone
+# surrogates, which Python makes of bytes that are not UTF-8, can't be written.
+Count = Annotated[int, schema.Whole(1, 2**53)]
+Version = Annotated[int, schema.Whole(1, 2**31)]
+TEXT = schema.Text(
+    r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,10000}", "text without control characters"
+)
+Words = Annotated[str, TEXT]
+Sha256 = Annotated[str, schema.Text("[0-9a-f]{64}", "a SHA-256 as 64 hexadecimal digits")]
+ShardFile = Annotated[
+    str, schema.Text(r"[A-Za-z0-9_-]{1,200}\.mindrecord", "a plain file name as train.mindrecord")
+]
+
+
+class Validation(TypedDict):
+    """The split file's name and SHA-256; None if the data set itself holds pairs out."""
+
+    file: Words | None
+    sha256: Sha256 | None
+
+
+class Made(TypedDict):
+    """How a set was made: the command, what it was to write (prep/convert.py), packages."""
+
+    command: Words
+    plan: dict
+    versions: dict[Words, Words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +74,29 @@ class Shard:
     pairs.
 
     names are in the records' order, sizes are runs of it: (number of pairs, height, width).
+    ValueError if they are not as many, or of pairs larger than the file can be of.
     """
 
-    file: str
-    bytes: int
-    sha256: str
-    header_bytes: int
-    header_sha256: str
-    index_bytes: int
-    index_sha256: str
-    names: list
-    sizes: list
+    file: ShardFile
+    bytes: Count
+    sha256: Sha256
+    header_bytes: Count
+    header_sha256: Sha256
+    index_bytes: Count
+    index_sha256: Sha256
+    names: list[Words]
+    sizes: list[tuple[Count, Count, Count]]
 
-    @classmethod
-    def from_dict(cls, fields):
-        """The shard that `dataclasses.asdict` wrote; KeyError or TypeError if it is not one."""
-        return cls(**{**fields, "sizes": [tuple(run) for run in fields["sizes"]]})
+    def __post_init__(self):
+        if sum(number for number, _, _ in self.sizes) != len(self.names):
+            raise ValueError("the numbers of names and sizes differ")
+        if self.header_bytes > self.bytes:
+            raise ValueError("its header is longer than its file")
+        # A shard has one page for records at least, with room for four pairs uncompressed or of
+        # MAX_PAGE bytes (_open_writer), which is a quarter of the largest pair.
+        for _, height, width in self.sizes:
+            if PIXEL_BYTES * height * width > 4 * self.bytes:
+                raise ValueError(f"its {self.bytes} bytes can't hold a pair of {width}x{height}")
 
     def check_files(self, folder):
         """UserError unless the shard and its index are in `folder` with the right sizes."""
@@ -77,6 +124,7 @@ class Shard:
         self.check_files(folder)
         check_hash(os.path.join(folder, self.file), self.header_bytes, self.header_sha256)
         check_hash(os.path.join(folder, self.file + ".db"), self.index_bytes, self.index_sha256)
+        self.locate(folder)
 
     def check_bytes(self, folder):
         """UserError unless every byte of the shard and its index is as written (reads it all)."""
@@ -91,21 +139,64 @@ class Shard:
         in seconds and gives up a whole shard for one wrong byte among the names; this reads all the
         others.
         """
+        rows = self.locate(folder)
+        with open(os.path.join(folder, self.file), "rb") as file:
+            for offset, length in rows if indices is None else [rows[i] for i in indices]:
+                file.seek(offset)
+                yield offset, file.read(length)
+
+    def locate(self, folder) -> list[tuple[int, int]]:
+        """(offset, length) of each record in the shard's file, in order, as its index has them.
+
+        UserError unless header and index are such as MindRecord writes, and all that they point to
+        is inside the file. No more is read than the manifest justifies.
+        """
         path = os.path.join(folder, self.file)
-        with open(path, "rb") as file:
+        try:
             # A MindRecord file: the header's length (uint64), the header as JSON, then from
-            # header_bytes on the pages. The index has each row's page and place in it. A row begins
-            # with its length (uint64), which nobody reads, as the index has it too.
-            (length,) = struct.unpack("<Q", file.read(8))
-            page_size = json.loads(file.read(length))["page_size"]
-            columns = "PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END"
-            uri = f"file:{urllib.parse.quote(os.path.abspath(path))}.db?mode=ro&immutable=1"
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as index:
-                rows = index.execute(f"SELECT {columns} FROM INDEXES ORDER BY ROW_ID").fetchall()
-            for page, start, end in rows if indices is None else [rows[i] for i in indices]:
-                offset = self.header_bytes + page * page_size + start
-                file.seek(offset + 8)
-                yield offset, file.read(end - start - 8)
+            # header_bytes on the pages. The index has each row's page and place in it, for the name
+            # (RAW) and for the record (BLOB), which begins with its length (uint64), which nobody
+            # reads, as the index has it too.
+            with open(path, "rb") as file:
+                start = file.read(self.header_bytes)
+            header = json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])
+            page_size = schema.read(Count, header["page_size"], "page_size")
+            if header["shard_addresses"] != [self.file]:
+                raise ValueError("the header is another shard's")
+            rows, places = self._read_index(path + ".db"), []
+            for row, *values in rows:
+                if row != len(places) or not all(type(v) is int and v >= 0 for v in values):
+                    raise ValueError(f"row {len(places)} of the index is not one")
+                for page, begin, end, shortest in (values[:3] + [0], values[3:] + [8]):
+                    offset = self.header_bytes + page * page_size + begin
+                    if end - begin < shortest or offset + end - begin > self.bytes:
+                        raise ValueError(f"row {row} of the index points beyond the file")
+                places.append((offset + 8, end - begin - 8))
+            if len(places) != len(self.names):
+                raise ValueError(f"the index has {len(places)} rows")
+        except (ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as error:
+            raise UserError(
+                f"{path}: not a shard of {len(self.names)} pairs ({type(error).__name__}: "
+                f"{str(error)[:200]}); restore it from a copy or convert the set again"
+            ) from None
+        return places
+
+    def _read_index(self, path) -> list[tuple]:
+        """The index's rows by number: (row, page, begin and end of the name, the same of the
+        record), at most one more than there are names."""
+        columns = "ROW_ID, " + ", ".join(
+            f"PAGE_ID_{kind}, PAGE_OFFSET_{kind}, PAGE_OFFSET_{kind}_END" for kind in ("RAW", "BLOB")
+        )
+        uri = f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as index:
+            # A view or a computed column could have any amount of work behind it.
+            kinds = index.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
+            hidden = [column[6] for column in index.execute("PRAGMA table_xinfo(INDEXES)")]
+            if kinds != [("table",)] or any(hidden):
+                raise ValueError("its index is not a plain table")
+            index.set_progress_handler(lambda: 1, 10_000 + 100 * len(self.names))  # 1 ends it
+            rows = index.execute(f"SELECT {columns} FROM INDEXES")
+            return sorted(rows.fetchmany(len(self.names) + 1), key=lambda row: row[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +208,17 @@ class Manifest:
     None if the data set itself holds pairs out. The file ends with a SHA-256 of all else in it.
     """
 
-    dataset: str
-    schema_version: int
-    splits: dict
-    shards: dict
-    validation: dict
-    made: dict
+    dataset: Words
+    schema_version: Version
+    splits: dict[Words, list[ShardFile]]
+    shards: dict[ShardFile, Shard]
+    validation: Validation
+    made: Made
+
+    def __post_init__(self):
+        for name, files in self.splits.items():
+            if len(set(files)) != len(files) or not self.shards.keys() >= set(files):
+                raise ValueError(f"split {name} has a shard twice or one that is not there")
 
     @classmethod
     def load(cls, folder):
@@ -136,27 +232,25 @@ class Manifest:
             )
         try:
             with open(path, encoding="utf-8") as file:
-                fields = json.load(file)
-            version = int(fields["schema_version"])
+                fields = schema.read(dict, json.load(file))
+            version = schema.read(Version, fields.get("schema_version"), "schema_version")
             if version > SCHEMA_VERSION:
                 raise UserError(
                     f"{path}: schema version {version}, this toolkit knows up to {SCHEMA_VERSION}; "
                     "update the toolkit or convert the set with this one"
                 )
-            if fields.pop("sha256") != hash_fields(fields):
+            if fields.pop("sha256", None) != hash_fields(fields):
                 raise ValueError("its SHA-256 is not the one in it")
-            shards = {s["file"]: Shard.from_dict(s) for s in fields["shards"]}
-            manifest = cls(**{**fields, "shards": shards})
-            for files in manifest.splits.values():
-                for shard in (shards[file] for file in files):
-                    if sum(run[0] for run in shard.sizes) != len(shard.names):
-                        raise ValueError("the numbers of names and sizes differ")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            shards = schema.read(list[Shard], fields.get("shards"), "shards")
+            by_file = {shard.file: shard for shard in shards}
+            if len(by_file) != len(shards):
+                raise ValueError("two of its shards have one name")
+            return schema.read(cls, {**fields, "shards": by_file})
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or "
                 "convert the set again"
             ) from None
-        return manifest
 
     def save(self, folder):
         """Write the manifest into `folder`; it appears only when it is whole."""
@@ -172,18 +266,22 @@ class Manifest:
         return [self.shards[file] for file in self.splits[name]]
 
 
-def decode_record(record, fields, *, pair, source):
+def decode_record(record, fields, *, size, pair, source):
     """The arrays of `fields` in a record (bytes or uint8 array), as a dict, as `read_pair` gave
-    them.
+    them, for a pair of `size` (H, W).
 
     Raises UserError with the pair and the file `source` if a bit of the record is wrong, whether or
-    not it is decoded.
+    not it is decoded, or if an array is of another size or type. Nothing larger is allocated.
     """
     sample = {}
     payloads = codec.unpack(record, len(FIELDS), pair=pair, source=source)
     for field, payload in zip(FIELDS, payloads):
         if field in fields:
-            sample[field] = codec.decode(payload, pair=pair, field=field, source=source)
+            dtype, channels = FIELDS[field]
+            shape = tuple(size) if channels == 1 else (*size, channels)
+            sample[field] = codec.decode(
+                payload, shape=shape, dtype=dtype, pair=pair, field=field, source=source
+            )
         else:
             codec.check(payload, pair=pair, field=field, source=source)
     return sample
@@ -250,12 +348,12 @@ def _open_writer(FileWriter, path, pairs, pixels):
     # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays
     # small.
     page = 1 << 16
-    while page < 4 * (16 * pixels + 4096):
+    while page < 4 * (PIXEL_BYTES * pixels + 4096):
         page *= 2
     # The header lists the pages, about 200 bytes each, and there is at most one for two pairs.
     header = (1 << 16) * (1 + 128 * pairs // (1 << 16))
     writer = FileWriter(path, 1, overwrite=True)
-    writer.set_page_size(min(page, 1 << 28))
+    writer.set_page_size(min(page, MAX_PAGE))
     writer.set_header_size(header)
     writer.add_schema(SCHEMA, "optical flow pair")
     return writer, header

@@ -11,7 +11,7 @@ import concurrent.futures
 
 from prep import progress
 from prep.errors import UserError, run
-from prep.shards import FIELDS, MANIFEST, Manifest, decode_record
+from prep.shards import FIELDS, Manifest, decode_record
 
 
 def main():
@@ -93,12 +93,7 @@ def check_deeply(shard, folder, bar):
             shard.names, sizes, shard.records(folder), strict=True
         ):
             try:
-                found = decode_record(record, FIELDS, pair=name, source=path)["flow"].shape[:2]
-                if found != tuple(size):
-                    problems.append(
-                        f"{path}: pair {name} is {found[1]}x{found[0]}, but {size[1]}x{size[0]} in "
-                        f"{MANIFEST}; restore both from a copy or convert the set again"
-                    )
+                decode_record(record, FIELDS, size=size, pair=name, source=path)
             except UserError as error:
                 problems.append(str(error))
             bar.update(start - position)

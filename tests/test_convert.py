@@ -153,7 +153,7 @@ def stored_pair(folder, name, pair):
     rows = FileReader(file)
     record = next(iter(rows.get_next()))["pair"]
     rows.close()
-    return decode_record(record, FIELDS, pair=pair, source=file)
+    return decode_record(record, FIELDS, size=(24, 40), pair=pair, source=file)
 
 
 @pytest.mark.parametrize("missing,message", [

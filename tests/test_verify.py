@@ -1,9 +1,13 @@
 """Checking a converted set: whatever is wrong with it is found, all of it, and named."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
+import sqlite3
+import struct
 import subprocess
 import sys
 
@@ -11,8 +15,9 @@ import numpy as np
 import pytest
 import tiny
 
-from prep import verify
+from prep import shards, verify
 from prep.errors import UserError
+from prep.reader import Split
 from prep.shards import Manifest
 
 
@@ -129,9 +134,171 @@ def test_a_manifest_that_is_of_other_pairs(copy):
         ({"names": ["00077", *shard.names[1:]]}, "pair 00077 is damaged"),
         (
             {"sizes": [(number, height, width + 1)]},
-            f"is {width}x{height}, but {width + 1}x{height} in",
+            f"image1 of pair {shard.names[0]} is {width}x{height} (3 of b'B'), but "
+            f"{width + 1}x{height} uint8 in the manifest",
         ),
     ):
         changed = {**manifest.shards, shard.file: dataclasses.replace(shard, **wrong)}
         dataclasses.replace(manifest, shards=changed).save(copy)
         assert message in problems(copy, deep=True)[0]
+
+
+# --- Sets that were made to do harm: their hashes are right ----------------------------------------
+
+
+def forge(folder, change):
+    """Change a set's manifest by `change(fields)` and make its hash right again."""
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    change(fields)
+    path.write_text(json.dumps({**fields, "sha256": shards.hash_fields(fields)}))
+
+
+def forge_file(folder, suffix, change):
+    """Change the first shard's file or index by `change(path)` and make its hashes right again."""
+    shard = shards_of(folder)[0]
+    path = folder / (shard.file + suffix)
+    change(path)
+    kind, size = ("index", path.stat().st_size) if suffix else ("header", shard.header_bytes)
+    hashes = {f"{kind}_bytes": size, f"{kind}_sha256": shards.hash_file(path, size)}
+    if not suffix:
+        hashes |= {"bytes": path.stat().st_size, "sha256": shards.hash_file(path, 1 << 40)}
+    forge(folder, lambda fields: fields["shards"][0].update(hashes))
+
+
+def put(*place):
+    """A change of a manifest: the last of `place` becomes the value at the others."""
+    *keys, last, value = place
+
+    def change(fields):
+        for key in keys:
+            fields = fields[key]
+        fields[last] = value
+
+    return change
+
+
+FIRST = ("shards", 0)
+
+
+@pytest.mark.parametrize("change,message", [
+    (put("schema_version", 0), "schema_version is 0, expected a whole number from 1"),
+    (put("schema_version", -1), "schema_version is -1"),
+    (put("schema_version", "1"), "schema_version is '1'"),
+    (put("schema_version", True), "schema_version is True"),
+    (put("schema_version", 1.0), "schema_version is 1.0"),
+    (put("schema_version", None), "schema_version is None"),
+    (put("dataset", 5), "dataset is 5, expected text"),
+    (put("dataset", "\x1b[2J"), "dataset is '.x1b.2J', expected text without control characters"),
+    (put("splits", []), "splits is .*, expected an object"),
+    (put("splits", "train", "x"), "splits.train is 'x', expected a list"),
+    (put("splits", "train", 0, {}), r"splits.train\[0\] is {}, expected a plain file name"),
+    (put("splits", "train", ["a.mindrecord"]), "split train has a shard .* that is not there"),
+    (lambda fields: fields["splits"]["val"].extend(fields["splits"]["val"]), "a shard twice"),
+    (put("shards", {}), "shards is {}, expected a list"),
+    (put("shards", 0, []), r"shards\[0\] is \[\], expected an object with file, bytes"),
+    (lambda fields: fields["shards"].append(fields["shards"][0]), "two of its shards have one name"),
+    (lambda fields: fields.pop("shards"), "shards is None, expected a list"),
+    (lambda fields: fields.pop("made"), "expected an object with dataset, schema_version"),
+    (put("unheard of", 1), "expected an object with dataset, schema_version"),
+    (put("validation", None), "validation is None, expected an object with file, sha256"),
+    (put("validation", "sha256", "0"), "validation.sha256 is '0', expected a SHA-256"),
+    (put("made", "command", None), "made.command is None"),
+    (put("made", "versions", []), "made.versions is"),
+    (put("made", "plan", 1), "made.plan is 1, expected an object"),
+    (put(*FIRST, "file", "../train-00000-of-00002.mindrecord"), r"shards\[0\].file is '../train"),
+    (put(*FIRST, "file", "/etc/passwd"), r"file is '/etc/passwd', expected a plain file name"),
+    (put(*FIRST, "bytes", "5"), "bytes is '5', expected a whole number"),
+    (put(*FIRST, "bytes", -5), "bytes is -5"),
+    (put(*FIRST, "bytes", 1e9), "bytes is 1000000000.0"),
+    (put(*FIRST, "header_bytes", 10**12), "its header is longer than its file"),
+    (put(*FIRST, "sha256", "F" * 64), "sha256 is 'FFF"),
+    (put(*FIRST, "names", None), "names is None, expected a list"),
+    (put(*FIRST, "names", 0, 1), r"names\[0\] is 1"),
+    (put(*FIRST, "sizes", [[10**12, 24, 40]]), "numbers of names and sizes differ"),
+    (put(*FIRST, "sizes", [[10**12, 24, 40], [3 - 10**12, 24, 40]]), r"sizes\[1\]\[0\] is -"),
+    (put(*FIRST, "sizes", [[4, 24]]), r"sizes\[0\] is \[4, 24\], expected a list of 3"),
+    (put(*FIRST, "sizes", [[4, 24, "40"]]), r"sizes\[0\]\[2\] is '40'"),
+    (put(*FIRST, "sizes", [[3, 60000, 60000]]), "bytes can't hold a pair of 60000x60000"),
+])  # fmt: skip
+def test_a_manifest_of_wrong_types_is_one_line(copy, change, message):
+    forge(copy, lambda fields: None)
+    assert problems(copy, deep=False) == [], "what is forged well is the same set"
+    forge(copy, change)
+    with pytest.raises(UserError, match=f"manifest.json: damaged .*{message}") as raised:
+        Manifest.load(copy)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_shard_outside_the_folder_is_not_opened(copy):
+    """Whoever sends a set could else have any file read, and know whether it is there."""
+    name = shards_of(copy)[0].file
+    for suffix in ("", ".db"):
+        (copy / (name + suffix)).rename(copy.parent / (name + suffix))
+    for path in (f"../{name}", str(copy.parent / name), "./" + name, "..", "a\0.mindrecord"):
+        forge(copy, put(*FIRST, "file", path))
+        done = run_verify(copy)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "expected a plain file name" in done.stderr
+
+
+def change_index(*commands):
+    def change(path):
+        with contextlib.closing(sqlite3.connect(path)) as index:
+            for command in commands:
+                index.execute(command)
+            index.commit()
+
+    return change
+
+
+ENDLESS = (
+    "DROP TABLE INDEXES",
+    "CREATE VIEW INDEXES AS WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n) SELECT "
+    "i ROW_ID, 1 PAGE_ID_RAW, 0 PAGE_OFFSET_RAW, 20 PAGE_OFFSET_RAW_END, 0 PAGE_ID_BLOB, "
+    "0 PAGE_OFFSET_BLOB, 99 PAGE_OFFSET_BLOB_END FROM n",
+)
+COMPUTED = (
+    "ALTER TABLE INDEXES RENAME COLUMN PAGE_ID_RAW TO X",
+    "ALTER TABLE INDEXES ADD COLUMN PAGE_ID_RAW AS (length(zeroblob(900000000)))",
+)
+
+
+@pytest.mark.parametrize("commands,message", [
+    (["UPDATE INDEXES SET PAGE_ID_BLOB = 1000000"], "row 0 of the index points beyond the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = 1 << 62"], "points beyond the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_RAW_END = 1 << 62"], "points beyond the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = PAGE_OFFSET_BLOB"], "points beyond the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB = -8"], "row 0 of the index is not one"),
+    (["UPDATE INDEXES SET PAGE_ID_BLOB = 'x'"], "row 0 of the index is not one"),
+    (["UPDATE INDEXES SET ROW_ID = ROW_ID + 10"], "row 0 of the index is not one"),
+    (["DELETE FROM INDEXES WHERE ROW_ID = 2"], "the index has 2 rows"),
+    (["DROP TABLE INDEXES"], "not a shard of 3 pairs"),
+    (ENDLESS, "its index is not a plain table"),
+    (COMPUTED, "its index is not a plain table"),
+])  # fmt: skip
+def test_an_index_that_leads_astray(copy, commands, message):
+    """Neither this toolkit nor MindSpore, which believes it, may follow it."""
+    forge_file(copy, ".db", change_index(*commands))
+    (line,) = problems(copy, deep=True)
+    assert message in line and shards_of(copy)[0].file in line
+    with pytest.raises(UserError, match=message):
+        Split.open(copy, "train")
+
+
+@pytest.mark.parametrize("header,message", [
+    (b"\xff" * 8, "not a shard"),
+    (struct.pack("<Q", 2) + b"[]", "not a shard"),
+    (struct.pack("<Q", 4) + b"null", "not a shard"),
+    (struct.pack("<Q", 60000) + b"[" * 60000, "not a shard"),
+    (struct.pack("<Q", 16) + b'{"page_size": 0}', "page_size is 0"),
+    (struct.pack("<Q", 49) + b'{"page_size": 131072, "shard_addresses": ["/a"]} ', "another shard's"),
+])  # fmt: skip
+def test_a_header_that_leads_astray(copy, header, message):
+    def change(path):
+        path.write_bytes(header + path.read_bytes()[len(header) :])
+
+    forge_file(copy, "", change)
+    (line,) = problems(copy, deep=True)
+    assert message in line and shards_of(copy)[0].file in line

@@ -68,7 +68,7 @@ def zstd_of(to_bytes, from_bytes, level):
 def ours(name):
     return (
         lambda array: codec.encode(array, name, **NAMES),
-        lambda data, _: codec.decode(data, source="bench", **NAMES),
+        lambda data, a: codec.decode(data, shape=a.shape, dtype=a.dtype, source="bench", **NAMES),
     )
 
 
