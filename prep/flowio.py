@@ -8,6 +8,7 @@ import io
 import os
 import re
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -32,12 +33,19 @@ PFM_HEADER = re.compile(
 # KITTI: a 16-bit RGB PNG of 64 u + 2^15, 64 v + 2^15 and, where these are known, a number that is
 # not 0. Source: the development kit of https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # signature; name, width, height, depth, colour of IHDR
+PNG_IHDR = struct.Struct(">IIBBBBB")  # width, height, depth, colour, compression, filter, interlace
+PNG_HEADER = struct.Struct(f">8sI4s{PNG_IHDR.size}s")  # signature; length, name, data of IHDR
 PNG_RGB = 2
+PNG_FILTERS = 5  # how a row may be predicted, 0 to 4
+PNG_SIDE = 10**6  # the longest that libpng takes
 
 # Deflate packs at most 1,032 bytes into one, so a file that says it holds more is damaged, and must
 # not be given the memory that it asks for.
 MAX_EXPANSION = 1100
+
+# Of one picture or flow: no more than a shard's page has room for (prep/shards.py). Some kilobytes
+# of deflate may claim far more.
+MAX_PIXELS = 1 << 26
 
 
 def read_flow(path):
@@ -168,13 +176,25 @@ def pfm_size(file, length, name):
 
 def parse_kitti_png(data, name):
     """The flow in the bytes of a KITTI flow .png, float32 (H, W, 2); NaN where it has none."""
-    size = kitti_png_size(io.BytesIO(data), len(data), name)
-    # None if a checksum or the amount of data is wrong.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.shape != (*size, 3):
-        raise UserError(f"{name}: a PNG file that can't be decoded; copy or unpack it again")
+    height, width = kitti_png_size(io.BytesIO(data), len(data), name)
+    # libpng allocates what a chunk's length says and prints its errors itself, so it gets rows that
+    # are known to be right, in a file made here.
+    try:
+        rows = inflate(png_data(data), height * (1 + 6 * width))
+    except (ValueError, zlib.error) as error:
+        raise UserError(
+            f"{name}: a PNG file that can't be decoded ({error}); copy or unpack it again"
+        ) from None
+    if np.frombuffer(rows, np.uint8)[:: 1 + 6 * width].max() >= PNG_FILTERS:
+        raise UserError(
+            f"{name}: a PNG file that can't be decoded (a row's filter); copy or unpack it again"
+        )
+    pixels = cv2.imdecode(np.frombuffer(make_png(rows, height, width), np.uint8), cv2.IMREAD_UNCHANGED)
+    del rows
     # OpenCV's order of channels is blue, green, red. The numbers are all exact in float32.
-    flow = (pixels[..., :0:-1].astype(np.float32) - 2**15) / 64
+    flow = pixels[..., :0:-1].astype(np.float32)
+    flow -= 2**15
+    flow /= 64
     flow[pixels[..., 0] == 0] = np.nan
     return flow
 
@@ -184,18 +204,71 @@ def kitti_png_size(file, length, name):
     header = file.read(PNG_HEADER.size)
     if len(header) < PNG_HEADER.size or not header.startswith(PNG_SIGNATURE):
         raise UserError(f"{name}: {length} bytes, the first {header[:8]!r}; expected a PNG file")
-    _, chunk, width, height, depth, colour = PNG_HEADER.unpack(header)
-    if (chunk, depth, colour) != (b"IHDR", 16, PNG_RGB):
+    _, size, chunk, fields = PNG_HEADER.unpack(header)
+    width, height, depth, colour, _, _, interlace = PNG_IHDR.unpack(fields)
+    if (size, chunk, depth, colour) != (PNG_IHDR.size, b"IHDR", 16, PNG_RGB):
         raise UserError(
             f"{name}: a PNG of {depth} bits and colour type {colour}; expected flow as KITTI has "
             f"it, 16-bit RGB (type {PNG_RGB})"
         )
-    if not 0 < 6 * width * height <= MAX_EXPANSION * length:
+    if interlace:
+        raise UserError(f"{name}: an interlaced PNG; expected one without, save it again so")
+    if (
+        not 0 < 6 * width * height <= MAX_EXPANSION * length
+        or width * height > MAX_PIXELS
+        or max(width, height) > PNG_SIDE
+    ):
         raise UserError(
             f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is "
             "damaged"
         )
     return height, width
+
+
+def png_data(data) -> list[memoryview]:
+    """The parts of a PNG file's compressed data, in order; ValueError unless all its chunks are
+    inside the file, with right checksums, to the IEND."""
+    data, start, parts = memoryview(data), len(PNG_SIGNATURE), []
+    while start + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 8 + length
+        if end + 4 > len(data):
+            raise ValueError(f"a chunk says it has {length} bytes, {len(data) - start - 12} are left")
+        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("a chunk's checksum does not match")
+        if kind == b"IDAT":
+            parts.append(data[start + 8 : end])
+        elif kind == b"IEND":
+            return parts
+        start = end + 4
+    raise ValueError("its end is missing")
+
+
+def inflate(parts, size: int) -> bytes:
+    """The `size` bytes that a zlib stream in several `parts` holds; ValueError or zlib.error if it
+    does not, and no more memory than for these."""
+    inflater, found, pieces = zlib.decompressobj(), 0, []
+    for part in parts:
+        # One byte more than is expected would show that there are more. With 0 as the limit all
+        # would come.
+        pieces.append(inflater.decompress(part, size + 1 - found))
+        found += len(pieces[-1])
+        if found > size:
+            raise ValueError("it holds more rows than it should")
+    if found < size or not inflater.eof:
+        raise ValueError("its data is cut short")
+    return b"".join(pieces)
+
+
+def make_png(rows, height: int, width: int) -> bytes:
+    """A 16-bit RGB PNG file of filtered `rows`, which are stored without compression."""
+    fields = PNG_IHDR.pack(width, height, 16, PNG_RGB, 0, 0, 0)
+    chunks = [(b"IHDR", fields), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
+    parts = [PNG_SIGNATURE]
+    for kind, body in chunks:
+        crc = zlib.crc32(body, zlib.crc32(kind))
+        parts += [struct.pack(">I", len(body)), kind, body, struct.pack(">I", crc)]
+    return b"".join(parts)
 
 
 def write_kitti_png(path, flow):
@@ -245,7 +318,12 @@ def use_flo5(file, length, name, use):
             sound = flow.dtype == np.float32 and flow.ndim == 3 and flow.shape[2] == 2 and flow.size
             # A chunk is read as a whole, whatever part of it is in the data set.
             values = max(flow.size, np.prod(flow.chunks or 0, dtype=float))
-            if sound and 4 * values <= MAX_EXPANSION * length:
+            if (
+                sound
+                and 4 * values <= MAX_EXPANSION * length
+                and values <= 2 * MAX_PIXELS
+                and is_contained(opened, flow)
+            ):
                 return use(flow)
     except Exception as error:  # h5py raises a dozen kinds on damaged files
         reason = " ".join(str(error).split())[:100]
@@ -254,6 +332,23 @@ def use_flo5(file, length, name, use):
         ) from None
     raise UserError(
         f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold"
+    )
+
+
+def is_contained(opened, flow) -> bool:
+    """Whether all of an HDF5 file's data set is in that file, packed by deflate or not at all.
+
+    HDF5 would also read it from any other file that this one names.
+    """
+    import h5py
+
+    created = flow.id.get_create_plist()
+    filters = {created.get_filter(i)[0] for i in range(created.get_nfilters())}
+    return (
+        isinstance(opened.get("flow", getlink=True), h5py.HardLink)
+        and not flow.external
+        and not flow.is_virtual
+        and filters <= {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
     )
 
 

@@ -3,23 +3,25 @@
 import io
 import os
 import re
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from prep.errors import UserError
-from prep.flowio import write_whole
+from prep.flowio import MAX_EXPANSION, MAX_PIXELS, write_whole
 
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")
 
-# "P6", width, height, 255, each after white space or comments, then one white space and the pixels.
+# "P6" (binary RGB; P5 is grey, P3 and P2 the same as digits), width, height and the largest value,
+# each after white space or comments, then one white space and the pixels.
 PPM_HEADER = re.compile(
-    rb"P6(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+255\s"
+    rb"P([2356])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,5})\s"
 )
 
-# No format above packs more than this many pixel bytes into one byte of file (deflate: 1,032), so a
-# picture that says it is larger is damaged, and must not be given the memory that it asks for.
-MAX_EXPANSION = 1100
+# Pillow tells of damaged files by warnings too, which are not for the user: what it can't read is an
+# error, and what is too large is one here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path):
@@ -33,7 +35,7 @@ def image_size(path):
     with open(path, "rb") as file:
         header = PPM_HEADER.match(file.read(4096))
         if header:
-            return int(header[2]), int(header[1])
+            return int(header[3]), int(header[2])
         if not os.fstat(file.fileno()).st_size:
             raise unreadable(path, "it is empty")
         try:
@@ -51,8 +53,14 @@ def parse_image(data, name):
     if not data:
         raise unreadable(name, "it is empty")
     header = PPM_HEADER.match(data[:4096])
-    if header:  # FlyingChairs: parsed here, without a copy, as Pillow takes several times longer
-        width, height = int(header[1]), int(header[2])
+    if header and int(header[4]) != 255:  # Pillow would scale it without a word
+        raise UserError(
+            f"{name}: an image of values up to {int(header[4])}, expected 255 (8 bits per channel); "
+            "convert it first"
+        )
+    if header and header[1] == b"6":
+        # FlyingChairs: parsed here, without a copy, as Pillow takes several times longer
+        width, height = int(header[2]), int(header[3])
         expected = header.end() + 3 * width * height
         if len(data) != expected or not width or not height:
             raise UserError(
@@ -63,7 +71,9 @@ def parse_image(data, name):
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         bands, depth = len(image.getbands()), bit_depth(image, data)
-        if image.width * image.height * bands <= MAX_EXPANSION * len(data) and depth <= 8:
+        pixels = image.width * image.height
+        fits = pixels <= MAX_PIXELS and pixels * bands <= MAX_EXPANSION * len(data)
+        if fits and depth <= 8:
             image.load()
             return to_rgb(image, name)
     except UserError:

@@ -2,7 +2,9 @@
 
 import io
 import struct
+import subprocess
 import sys
+import zlib
 
 import cv2
 import numpy as np
@@ -186,6 +188,105 @@ def test_damaged_flo5(tmp_path):
             flowio.read_flow(path)
 
 
+def chunk(kind, body, length=None):
+    """A chunk of a PNG file with the right checksum, of a wrong length if one is given."""
+    crc = zlib.crc32(kind + body)
+    return struct.pack(">I", len(body) if length is None else length) + kind + body + struct.pack(">I", crc)
+
+
+def flow_png(width, height, *chunks, interlace=0):
+    """A PNG file of 16-bit RGB with these chunks after its header."""
+    fields = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, interlace)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", fields) + b"".join(chunks)
+
+
+ROWS = np.zeros((4, 1 + 6 * 5), np.uint8)
+DATA, END = zlib.compress(ROWS.tobytes()), chunk(b"IEND", b"")
+HOSTILE_PNG = [
+    (flow_png(5, 4, chunk(b"IDAT", DATA, 0x7F000000), END), "a chunk says it has 2130706432 bytes"),
+    (flow_png(5, 4, chunk(b"tEXt", b"x", 0x7F000000), chunk(b"IDAT", DATA), END), "a chunk says it has"),
+    (flow_png(5, 4, chunk(b"IDAT", DATA)), "its end is missing"),
+    (flow_png(5, 4, END), "its data is cut short"),
+    (flow_png(5, 4, chunk(b"IDAT", DATA[:-1]), END), "its data is cut short"),
+    (flow_png(5, 4, chunk(b"IDAT", zlib.compress(bytes(1 << 28))), END), "more rows than it should"),
+    (flow_png(5, 4, chunk(b"IDAT", zlib.compress(b"\5" + bytes(123))), END), "a row's filter"),
+    (flow_png(5, 4, chunk(b"IDAT", b"no zlib"), END), "incorrect header check"),
+    (flow_png(5, 4, chunk(b"IDAT", DATA)[:-1] + b"x", END), "a chunk's checksum does not match"),
+    (flow_png(5, 4, chunk(b"IDAT", DATA), END, interlace=1), "an interlaced PNG"),
+    (flow_png(1 << 14, 1 << 13, chunk(b"IDAT", bytes(10**6)), END), "which its .* bytes can't be"),
+    (flow_png(10**6 + 1, 1, chunk(b"IDAT", bytes(10**6)), END), "which its .* bytes can't be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data,message", HOSTILE_PNG)
+def test_a_flow_png_whose_chunks_are_wrong(data, message):
+    with pytest.raises(UserError, match=f"^a.png: .*{message}"):
+        flowio.parse_kitti_png(data, "a.png")
+
+
+def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path):
+    """libpng would allocate what a chunk claims, and has an error output of its own."""
+    grey = encoded(np.zeros((4, 5), np.uint8), format="PNG")
+    broad = struct.pack(">IIBBBBB", 10000, 10000, 8, 0, 0, 0, 0)
+    wide = grey[:8] + chunk(b"IHDR", broad) + chunk(b"IDAT", bytes(10**6)) + END  # Pillow warns of it
+    for number, (data, _) in enumerate([*HOSTILE_PNG, (wide, "")]):
+        (tmp_path / f"{number:02}.png").write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", f"""if True:
+        import pathlib, resource
+        from prep import errors, flowio, images
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        before, refused = peak(), 0
+        for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+            for read in flowio.read_flow, images.read_image, images.image_size:
+                try:
+                    read(path)
+                except errors.UserError:
+                    refused += 1
+        print(refused, peak() - before)
+    """], cwd=tiny.ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    refused, megabytes = done.stdout.split()
+    assert int(refused) >= 2 * len(HOSTILE_PNG) and float(megabytes) < 50
+
+
+@settings(deadline=None)
+@given(flows, st.integers(1, 9), st.integers(1, 400))
+def test_a_flow_png_in_many_parts_with_other_chunks_between(flow, levels, size):
+    """Rows come back whatever the compression, the filters and the parts that IDAT is in."""
+    flow = np.clip(np.nan_to_num(np.rint(64 * flow) / 64), -512, 511).astype(np.float32)
+    pixels = tiny.kitti_pixels(flow, np.ones(flow.shape[:2]))[..., ::-1]
+    whole = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, levels])[1].tobytes()
+    body = b"".join(flowio.png_data(whole))
+    parts = [chunk(b"IDAT", body[i : i + size]) for i in range(0, len(body), size)]
+    data = flow_png(*flow.shape[1::-1], chunk(b"gAMA", bytes(4)), *parts, chunk(b"IEND", b""), b"more")
+    assert np.array_equal(flowio.parse_kitti_png(data, "f"), flow)
+
+
+def test_a_flo5_file_reads_no_other_file(tmp_path):
+    """HDF5 follows links and external storage into any file of the user's."""
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "secret").write_bytes(bytes(160))
+    (tmp_path / "other.flo5").write_bytes(flo5(ZEROS))
+    (tmp_path / "ours.flo5").write_bytes(flo5(ZEROS))
+    assert flowio.read_flow(tmp_path / "ours.flo5")[0].shape == ZEROS.shape
+    layout = h5py.VirtualLayout(ZEROS.shape, np.float32)
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.flo5"), "flow", ZEROS.shape)
+    secret = [(str(tmp_path / "secret"), 0, 160)]
+    kinds = {
+        "external": lambda f: f.create_dataset("flow", ZEROS.shape, np.float32, external=secret),
+        "virtual": lambda f: f.create_virtual_dataset("flow", layout),
+        "link": lambda f: f.__setitem__("flow", h5py.ExternalLink(str(tmp_path / "other.flo5"), "flow")),
+        "lzf": lambda f: f.create_dataset("flow", data=ZEROS, compression="lzf"),
+    }
+    for kind, write in kinds.items():
+        path = tmp_path / f"{kind}.flo5"
+        with h5py.File(path, "w") as file:
+            write(file)
+        with pytest.raises(UserError, match=f"{kind}.flo5: "):
+            flowio.read_flow(path)
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.sampled_from(["pfm", "png", "flo5"]))
 def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind):
@@ -254,7 +355,10 @@ def sixteen_bit_rgb():
     (b"P6\n2 2\n255\n" + bytes(13), "24 bytes, expected 23"),
     (b"P6\n0 2\n255\n", "for a 0x2 PPM"),
     (encoded(np.zeros((64, 64, 3), np.uint8), format="PNG")[:-40], "not a readable image"),
-    (b"P6\n90000 90000\n65535\n12", "not a readable image"),
+    (b"P6\n90000 90000\n255\n12", "21 bytes, expected 24300000019"),
+    (b"P6\n1 1\n65535\n" + bytes(6), "values up to 65535, expected 255"),
+    (b"P6\n1 1\n254\n" + bytes(3), "values up to 254, expected 255"),
+    (b"P3\n1 1\n1023\n1 2 3\n", "values up to 1023, expected 255"),
     (encoded(np.zeros((4, 4), np.uint16), format="PNG"), "16 bits per channel, expected 8"),
     (sixteen_bit_rgb(), "16 bits per channel, expected 8"),
     (encoded(np.zeros((4, 4, 4), np.uint8), format="PNG"), "transparent"),
@@ -268,8 +372,6 @@ def test_pictures_that_cannot_be_taken(data, message):
 def test_a_picture_that_claims_to_be_huge_gets_no_memory():
     data = bytearray(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
     data[16:24] = struct.pack(">II", 9000, 9000)
-    import zlib
-
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(UserError, match="9000x9000, far more than"):
         images.parse_image(bytes(data), "f")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prep.errors import UserError
-from prep.flowio import flow_size, read_flow
+from prep.flowio import MAX_PIXELS, flow_size, read_flow
 from prep.images import image_size, read_image
 
 
@@ -80,6 +80,10 @@ def read_pair(pair):
 def pair_size(pair):
     """(H, W) of a pair from its files' headers; UserError if a header is wrong or they differ."""
     size = tuple(-(-side // pair.flow_step) for side in flow_size(pair.flow))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UserError(
+            f"{pair.flow}: {size[1]}x{size[0]} pixels, expected {MAX_PIXELS} in all at most"
+        )
     for path in (pair.image1, pair.image2, *filter(None, pair.masks())):
         check_size(path, image_size(path), pair.flow, size)
     if pair.visible:
