@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 
 
@@ -43,7 +44,12 @@ def fail(message):
 
 def report(message):
     """Print `error: message` as one line on stderr."""
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
+    print("error: " + one_line(message, None), file=sys.stderr, flush=True)
+
+
+def one_line(text, longest=100) -> str:
+    """The beginning of a text or error as one line that no control character of it rewrites."""
+    return re.sub(r"[\x00-\x20\x7f-\x9f]+", " ", str(text)).strip()[:longest]
 
 
 def describe_os_error(error):

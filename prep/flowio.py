@@ -5,6 +5,8 @@ pixel of the first image to its place in the second.
 """
 
 import io
+import itertools
+import math
 import os
 import re
 import struct
@@ -13,7 +15,7 @@ import zlib
 import cv2
 import numpy as np
 
-from prep.errors import UserError
+from prep.errors import UserError, one_line
 
 # Middlebury .flo: the float 202021.25 as a little-endian tag, int32 width, int32 height, then the
 # rows of (u, v) float32. Source: https://vision.middlebury.edu/flow/code/flow-code/README.txt
@@ -183,7 +185,7 @@ def parse_kitti_png(data, name):
         rows = inflate(png_data(data), height * (1 + 6 * width))
     except (ValueError, zlib.error) as error:
         raise UserError(
-            f"{name}: a PNG file that can't be decoded ({error}); copy or unpack it again"
+            f"{name}: a PNG file that can't be decoded ({one_line(error)}); copy or unpack it again"
         ) from None
     if np.frombuffer(rows, np.uint8)[:: 1 + 6 * width].max() >= PNG_FILTERS:
         raise UserError(
@@ -295,7 +297,7 @@ def parse_flo5(data, name):
 
     HDF5 with one data set, "flow". Source: https://spring-benchmark.org and its flow_IO.
     """
-    return use_flo5(io.BytesIO(data), len(data), name, lambda flow: flow[()])
+    return use_flo5(io.BytesIO(data), len(data), name, lambda flow: read_chunks(flow, data))
 
 
 def flo5_size(file, length, name):
@@ -318,38 +320,58 @@ def use_flo5(file, length, name, use):
             sound = flow.dtype == np.float32 and flow.ndim == 3 and flow.shape[2] == 2 and flow.size
             # A chunk is read as a whole, whatever part of it is in the data set.
             values = max(flow.size, np.prod(flow.chunks or 0, dtype=float))
-            if (
-                sound
-                and 4 * values <= MAX_EXPANSION * length
-                and values <= 2 * MAX_PIXELS
-                and is_contained(opened, flow)
-            ):
+            if sound and 4 * values <= MAX_EXPANSION * length and values <= 2 * MAX_PIXELS:
+                # HDF5 would follow it into any other file that this one names.
+                if not isinstance(opened.get("flow", getlink=True), h5py.HardLink) or flow.is_virtual:
+                    raise ValueError("its data is in another file")
                 return use(flow)
     except Exception as error:  # h5py raises a dozen kinds on damaged files
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{name}: not a readable .flo5 file ({reason}); copy or unpack it again"
+            f"{name}: not a readable .flo5 file ({one_line(error)}); copy or unpack it again"
         ) from None
     raise UserError(
         f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold"
     )
 
 
-def is_contained(opened, flow) -> bool:
-    """Whether all of an HDF5 file's data set is in that file, packed by deflate or not at all.
+def read_chunks(flow, data) -> np.ndarray:
+    """The values of an h5py data set, float32 (H, W, 2), in the bytes `data` of its file.
 
-    HDF5 would also read it from any other file that this one names.
+    HDF5 only says where they are: what it reads by itself may be of other files, packed by any
+    plugin, and in a damaged file its reading can end the process. Raises ValueError or zlib.error.
     """
     import h5py
 
     created = flow.id.get_create_plist()
-    filters = {created.get_filter(i)[0] for i in range(created.get_nfilters())}
-    return (
-        isinstance(opened.get("flow", getlink=True), h5py.HardLink)
-        and not flow.external
-        and not flow.is_virtual
-        and filters <= {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-    )
+    filters = [created.get_filter(i)[0] for i in range(created.get_nfilters())]
+    if flow.external or not set(filters) <= {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}:
+        raise ValueError("its data is in another file or packed otherwise than by deflate")
+    if not flow.chunks:
+        offset = flow.id.get_offset()
+        if offset is None or created.get_layout() != h5py.h5d.CONTIGUOUS:
+            raise ValueError("its data is not there")
+        return np.frombuffer(data, np.float32, flow.size, offset).reshape(flow.shape)
+    values, size = np.zeros(flow.shape, np.float32), 4 * math.prod(flow.chunks)
+    starts = [range(0, side, step) for side, step in zip(flow.shape, flow.chunks)]
+    if math.prod(map(len, starts)) > len(data) // 8:
+        raise ValueError("it has more chunks than its bytes can hold")
+    for start in itertools.product(*starts):
+        found = flow.id.get_chunk_info_by_coord(start)
+        if found.byte_offset is None:
+            raise ValueError("a chunk is not there")
+        chunk = data[found.byte_offset : found.byte_offset + found.size]
+        for i, number in reversed(list(enumerate(filters))):
+            if found.filter_mask >> i & 1:  # it was left out for this chunk
+                continue
+            if number == h5py.h5z.FILTER_DEFLATE:
+                chunk = inflate([chunk], size)
+            elif len(chunk) == size:  # all first bytes of the numbers, all second ones, ...
+                chunk = np.frombuffer(chunk, np.uint8).reshape(4, -1).T.tobytes()
+        block = np.frombuffer(chunk, np.float32).reshape(flow.chunks)
+        place = tuple(slice(at, at + step) for at, step in zip(start, flow.chunks))
+        part = values[place]
+        part[:] = block[tuple(map(slice, part.shape))]
+    return values
 
 
 FORMATS = {

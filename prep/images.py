@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from prep.errors import UserError
+from prep.errors import UserError, one_line
 from prep.flowio import MAX_EXPANSION, MAX_PIXELS, write_whole
 
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")
@@ -94,7 +94,7 @@ def unreadable(name, error):
     """UserError for a file that Pillow can't read."""
     reason = "of no kind that is known here"
     if not isinstance(error, UnidentifiedImageError):
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error)
     return UserError(
         f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, "
         "copy or unpack it again"

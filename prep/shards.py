@@ -19,7 +19,7 @@ import numpy as np
 
 from prep import codec, schema
 from prep.datasets import pair_size, read_pair
-from prep.errors import UserError
+from prep.errors import UserError, one_line
 from prep.flowio import write_whole
 
 SCHEMA_VERSION = 1
@@ -177,7 +177,7 @@ class Shard:
         except (ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as error:
             raise UserError(
                 f"{path}: not a shard of {len(self.names)} pairs ({type(error).__name__}: "
-                f"{str(error)[:200]}); restore it from a copy or convert the set again"
+                f"{one_line(error)}); restore it from a copy or convert the set again"
             ) from None
         return places
 

@@ -126,7 +126,10 @@ def test_kitti_png_is_what_the_development_kit_says(tmp_path):
 def test_flo5(tmp_path):
     flow = np.random.default_rng(0).normal(0, 9, (6, 8, 2)).astype(np.float32)
     flow[0, 0] = np.nan
-    for number, options in enumerate(({}, {"compression": "gzip", "compression_opts": 5})):
+    for number, options in enumerate((
+        {}, {"compression": "gzip", "compression_opts": 5}, {"chunks": (4, 3, 1)},
+        {"chunks": (4, 3, 2), "shuffle": True, "compression": 9}, {"chunks": (9, 9, 2), "maxshape": (9, 9, 2)},
+    )):
         path = tmp_path / f"{number} é.flo5"
         path.write_bytes(flo5(flow, **options))
         found, valid = flowio.read_flow(path)
