@@ -1,5 +1,6 @@
 """Errors that a user can act on, and the one place where a command turns them into a line."""
 
+import contextlib
 import errno
 import os
 import re
@@ -28,12 +29,32 @@ def run(main):
         print(f"\n{stop or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left; the flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # its reader (`| head`) has left
         sys.exit(0)
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            drop_output()
+            error.filename = error.filename or "standard output"
         fail(describe_os_error(error))
     sys.exit(status)
+
+
+def drop_output():
+    """Drop what is left to print, at whose writing the flush at exit would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Give operating-system errors from inside that name no file, as writing's, the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def fail(message):

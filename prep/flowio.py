@@ -15,7 +15,7 @@ import zlib
 import cv2
 import numpy as np
 
-from prep.errors import UserError, one_line
+from prep.errors import UserError, naming, one_line
 
 # Middlebury .flo: the float 202021.25 as a little-endian tag, int32 width, int32 height, then the
 # rows of (u, v) float32. Source: https://vision.middlebury.edu/flow/code/flow-code/README.txt
@@ -386,10 +386,13 @@ FORMATS = {
 
 
 def write_whole(path, data):
-    """Write bytes to a file that appears under its name only when it is whole."""
+    """Write bytes to a file that appears under its name only when it is whole.
+
+    An OSError names the file, and what was written of it is removed.
+    """
     partial = f"{path}.partial-{os.getpid()}"
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

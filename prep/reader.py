@@ -17,7 +17,7 @@ import numpy as np
 
 from prep import memory
 from prep.errors import UserError
-from prep.shards import Manifest, decode_record
+from prep.shards import Manifest, decode_record, reason_of
 
 COLUMNS = ("image1", "image2", "flow", "valid", "index")
 STORED = COLUMNS[:4]  # the columns that are decoded from records
@@ -310,9 +310,8 @@ def _explain(split, error):
             shard.check_bytes(split.folder)
         except UserError as found:
             return found
-    text = " ".join(line for line in str(error).splitlines() if line.startswith("[ERROR]"))
     return UserError(
-        f"{split.folder}: MindSpore cannot read it ({text or str(error)[:200]}); restore the set "
+        f"{split.folder}: MindSpore cannot read it ({reason_of(error)}); restore the set "
         "from a copy or convert it again"
     )
 

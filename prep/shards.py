@@ -19,7 +19,7 @@ import numpy as np
 
 from prep import codec, schema
 from prep.datasets import pair_size, read_pair
-from prep.errors import UserError, one_line
+from prep.errors import UserError, naming, one_line
 from prep.flowio import write_whole
 
 SCHEMA_VERSION = 1
@@ -302,7 +302,7 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
         path = os.path.join(work, file)
         pixels = max(height * width for height, width in map(pair_size, pairs))
         writer, header = _open_writer(FileWriter, path, len(pairs), pixels)
-        runs = []
+        runs, free = [], free_bytes(folder)
         for pair in pairs:
             sample = read_pair(pair)
             size = sample["flow"].shape[:2]
@@ -314,6 +314,7 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
                 for field in FIELDS
             ]
             writer.write_raw_data([{"name": pair.name, "pair": codec.pack(payloads)}])
+            free = min(free, free_bytes(folder))
             progress()
         writer.commit()
         size, index_size = sync(path), sync(path + ".db")
@@ -333,14 +334,27 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
             os.replace(path + suffix, os.path.join(folder, file + suffix))
         write_json(os.path.join(folder, file + ".json"), dataclasses.asdict(shard))
     except RuntimeError as error:  # MindRecord's own errors; reading's are UserError or OSError
-        free = shutil.disk_usage(folder).free / 1e6
+        # MindRecord, or another process at the same moment, may already have removed what filled the
+        # disk, so the least that was free counts.
+        free = min(free, free_bytes(folder))
         raise UserError(
-            f"{os.path.join(folder, file)}: MindRecord could not write it ({free:.0f} MB are free "
-            f"there; {' '.join(str(error).split())[:200]}); make room, then run the command again"
+            f"{os.path.join(folder, file)}: MindRecord could not write it ({free / 1e6:.1f} MB were "
+            f"free there; {reason_of(error)}); make room, then run the command again"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shard
+
+
+def free_bytes(folder) -> int:
+    """What a folder's file system has left for this user."""
+    return shutil.disk_usage(folder).free
+
+
+def reason_of(error) -> str:
+    """What an exception of MindSpore's says, in one line without the report around it."""
+    lines = [line for line in str(error).splitlines() if line.startswith("[ERROR]")]
+    return one_line(" ".join(lines) or error, 200)
 
 
 def _open_writer(FileWriter, path, pairs, pixels):
@@ -388,7 +402,8 @@ def sync(path):
     """See that a file, or the names in a folder, are on the disk; returns the size."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
         return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)

@@ -309,13 +309,12 @@ def write_set(folder, pairs, height, width, seed, workers):
     os.makedirs(partial)
     try:
         write_pairs(partial, pairs, height, width, seed, workers)
-        with open(os.path.join(partial, "validation.txt"), "w") as file:
-            file.write(f"# 0-based index of the validation pairs among the {pairs} pairs of this "
-                       "set in name order (pair 00001 is index 0); every tenth\n")
-            file.writelines(f"{index}\n" for index in validation_indices(pairs))
-        with open(os.path.join(partial, "synthesize.json"), "w") as file:
-            json.dump(recipe, file, indent=2)
-            file.write("\n")
+        lines = [f"# 0-based index of the validation pairs among the {pairs} pairs of this set in name "
+                 "order (pair 00001 is index 0); every tenth", *validation_indices(pairs), ""]
+        flowio.write_whole(os.path.join(partial, "validation.txt"),
+                           "\n".join(map(str, lines)).encode())
+        flowio.write_whole(os.path.join(partial, "synthesize.json"),
+                           json.dumps(recipe, indent=2).encode() + b"\n")
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -329,7 +328,7 @@ def is_finished(folder, recipe):
     try:
         with open(os.path.join(folder, "synthesize.json")) as file:
             found = dict(json.load(file))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise errors.UserError(f"{folder}: already there and not a set of this script's; "
                                "expected a new or empty folder; choose another --out") from None
     if found != recipe:

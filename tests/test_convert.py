@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -428,6 +429,48 @@ def test_a_full_disk(root, tmp_path):
     assert not (tmp_path / "out").exists()
     tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 1)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(tmp_path, small_disk):
+    """Each command's last line names the file, and the space is what was left when it failed."""
+    root = tiny.chairs(tmp_path / "data", 4, 1000, 1500)  # 12 MB each when converted
+    line = stop("flyingchairs", root, small_disk / "out", "--shards", 2, "--workers", 2)
+    found = re.search(r"/out.partial/.*.mindrecord: .*[(]([0-9.]+) MB were free there; ", line)
+    assert found and float(found[1]) < 8, line
+    shutil.rmtree(small_disk / "out.partial")
+    whole = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "few", 2), tmp_path / "whole")
+    with pytest.raises(OSError), open(small_disk / "filling", "wb", 0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+    for command, path in (
+        (["synthesize.py", "--out", small_disk / "made", "--pairs", 1], "made.partial/00001_img1.ppm"),
+        (["inspect.py", whole, "--html", small_disk / "a.html"], "a.html"),
+        (["inspect.py", whole, "--png", small_disk / "a.png"], "a.png"),
+        (["convert.py", "flyingchairs", "--root", root, "--out", small_disk / "o"], "o.partial/plan.json"),
+    ):
+        words = [sys.executable, tiny.ROOT / "prep" / command[0], *command[1:]]
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert last.startswith(f"error: {small_disk / path}: No space left on device; free some"), last
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, tiny.ROOT / "prep/verify.py", whole], stdout=full,
+                              stderr=subprocess.PIPE, text=True, env=buffered)  # fmt: skip
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: standard output: No space left"), last
 
 
 def test_run_as_a_file_from_its_own_folder(root, tmp_path):

@@ -1,6 +1,8 @@
 """Flow and image files: what is written comes back, and no bytes get more than their own error."""
 
 import io
+import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from prep import flowio, images
+from prep import errors, flowio, images, picture, shards
 from prep.errors import UserError
 
 flows = hnp.arrays(
@@ -143,6 +145,29 @@ def test_flo5_says_what_to_install(tmp_path, monkeypatch):
     path.touch()
     with pytest.raises(UserError, match="a.flo5: an HDF5 file; reading it needs h5py"):
         flowio.read_flow(path)
+
+
+WRITERS = {
+    ".flo": lambda path: flowio.write_flo(path, np.zeros((400, 500, 2), np.float32)),
+    ".png": lambda path: picture.save_png(path, np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)),
+    ".ppm": lambda path: images.write_ppm(path, np.zeros((400, 500, 3), np.uint8)),
+    ".json": lambda path: shards.write_json(path, ["x" * 200000]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path, suffix):
+    """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
+    path, before = tmp_path / f"a{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            WRITERS[suffix](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(path) in errors.describe_os_error(raised.value) and not list(tmp_path.iterdir())
 
 
 ZEROS = np.zeros((4, 5, 2), np.float32)
