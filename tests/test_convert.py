@@ -443,6 +443,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path, small_disk):
     """Each command's last line names the file, and the space is what was left when it failed."""
     root = tiny.chairs(tmp_path / "data", 4, 1000, 1500)  # 12 MB each when converted
