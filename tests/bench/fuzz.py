@@ -565,7 +565,7 @@ def child(name, folder, state, failures, inputs, seed, atheris):
                      "-timeout=0", "-rss_limit_mb=0", "-len_control=0", corpus]  # fmt: skip
         atheris.Setup(
             arguments, trial.run,
-            custom_mutator=lambda data, size, seed: make_input(parser, random.Random(seed), [data, *seeds]),
+            custom_mutator=lambda data, size, seed: make_input(parser, random.Random(seed), [*seeds, data]),
         )  # fmt: skip
         atheris.Fuzz()
     rng, corpus, seen = random.Random(seed), list(seeds), {"accepted"}
@@ -648,6 +648,7 @@ def main():
     parser.add_argument("--failures", default=os.path.join(tempfile.gettempdir(), "fuzz"), metavar="DIR",
                         help="where inputs that fail are kept (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's log as the commands have it: errors
     options.work = "/dev/shm" if os.path.isdir("/dev/shm") else None
     options.terminal = os.dup(2)
     if options.file:
