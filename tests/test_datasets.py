@@ -36,6 +36,15 @@ def test_every_data_set_has_the_interface_and_its_list():
             assert 0.02 < len(indices) / dataset.PAIRS < 0.15
 
 
+def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path):
+    """Readers refuse more, so it must not be written."""
+    path = tmp_path / "a.flo"
+    path.write_bytes(b"PIEH" + np.array([8200, 8200], np.int32).tobytes())
+    os.truncate(path, 12 + 8 * 8200 * 8200)  # a hole, which takes no space
+    with pytest.raises(UserError, match="a.flo: 8200x8200 pixels, expected 67108864 in all at most"):
+        datasets.pair_size(datasets.Pair("a", "a.ppm", "b.ppm", str(path)))
+
+
 # --- KITTI ----------------------------------------------------------------------------------------
 
 
