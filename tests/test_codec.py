@@ -116,7 +116,9 @@ RGB = np.zeros((2, 3, 3), np.uint8)
     (codec.GRADIENT_ZSTD, b"B", 1, 2, 3, zstd(bytes(6)), RGB[..., 0]),
     (200, b"f", 2, 2, 3, bytes(48), FLOW),
 ])  # fmt: skip
-def test_a_right_checksum_over_wrong_contents_is_an_error(number, kind, channels, height, width, body, like):
+def test_a_right_checksum_over_wrong_contents_is_an_error(
+    number, kind, channels, height, width, body, like
+):
     """Anyone can compute it, so it must not lead to other exceptions, nor to large memory."""
     payload = forged(number, kind, channels, height, width, body)
     tracemalloc.start()

@@ -130,7 +130,8 @@ def test_flo5(tmp_path):
     flow[0, 0] = np.nan
     for number, options in enumerate((
         {}, {"compression": "gzip", "compression_opts": 5}, {"chunks": (4, 3, 1)},
-        {"chunks": (4, 3, 2), "shuffle": True, "compression": 9}, {"chunks": (9, 9, 2), "maxshape": (9, 9, 2)},
+        {"chunks": (4, 3, 2), "shuffle": True, "compression": 9},
+        {"chunks": (9, 9, 2), "maxshape": (9, 9, 2)},
     )):
         path = tmp_path / f"{number} é.flo5"
         path.write_bytes(flo5(flow, **options))
@@ -147,9 +148,10 @@ def test_flo5_says_what_to_install(tmp_path, monkeypatch):
         flowio.read_flow(path)
 
 
+NOISE = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
 WRITERS = {
     ".flo": lambda path: flowio.write_flo(path, np.zeros((400, 500, 2), np.float32)),
-    ".png": lambda path: picture.save_png(path, np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)),
+    ".png": lambda path: picture.save_png(path, NOISE),
     ".ppm": lambda path: images.write_ppm(path, np.zeros((400, 500, 3), np.uint8)),
     ".json": lambda path: shards.write_json(path, ["x" * 200000]),
 }  # fmt: skip

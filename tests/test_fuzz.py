@@ -68,8 +68,8 @@ def test_what_the_fuzzing_must_find_is_found(tmp_path, what):
         fuzz.main()
     """
     options = ["--inputs", "100", "--parser", "flo", "--failures", tmp_path]
-    done = subprocess.run([sys.executable, "-c", script, *map(str, options)], capture_output=True, text=True,
-                          timeout=60)  # fmt: skip
+    command = [sys.executable, "-c", script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stdout + done.stderr
     (row,) = rows_of(done.stdout)
     assert int(row["failures"]) > 0

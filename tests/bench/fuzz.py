@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import io
 import json
-import math
 import mmap
 import os
 import random
@@ -61,7 +60,8 @@ NUMBERS = [0, 1, 2, 3, 4, 7, 8, 16, 255, 256, 1000, 1 << 15, 1 << 16, 10**6, 1 <
            (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]  # fmt: skip
 WORDS = ["0", "-1", "1", "1e400", "nan", "null", "true", "[]", "{}", '""', "../x", "/etc/passwd",
          "[" * 500, "9" * 300, "9" * 5000, "&a", "*a", "<<: *a", "!!python/object:os.system",
-         "2001-99-99", "\0", "\x1b[2J", "\ud7ff", "- ", ": ", "\n", "#", "'", "12:34:56", "0x1f"]  # fmt: skip
+         "2001-99-99", "\0", "\x1b[2J", "\ud7ff", "- ", ": ", "\n", "#", "'", "12:34:56",
+         "0x1f"]  # fmt: skip
 
 
 def mutate_bytes(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -104,7 +104,8 @@ def mutate_png(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 
 JSON_VALUES = [None, True, False, 0, 1, -1, 2, 1.5, 1e300, float("nan"), 10**12, -(10**12), 1 << 53,
                1 << 64, 10**400, "", "1", "../train.mindrecord", "/etc/passwd", "a\0b", "\x1b[2J",
-               "\ud800", "x" * 20000, [], [[]], [1, 2, 3], [0, 0, 0], {}, {"": 0}, {"file": "x"}]  # fmt: skip
+               "\ud800", "x" * 20000, [], [[]], [1, 2, 3], [0, 0, 0], {},
+               {"": 0}, {"file": "x"}]  # fmt: skip
 
 
 def mutate_json(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -153,7 +154,8 @@ def repair_png(data: bytes, rng: random.Random) -> bytes:
                 if rng.random() < 0.5:
                     packed = bytearray(packed)
                     for _ in range(rng.randrange(4)):
-                        packed[rng.randrange(len(packed))] = rng.choice((0, 1, 2, 3, 4, 5, rng.randrange(256)))
+                        value = rng.choice((0, 1, 2, 3, 4, 5, rng.randrange(256)))
+                        packed[rng.randrange(len(packed))] = value
                 else:
                     packed = mutate_bytes(packed, rng, [packed])
                 body = zlib.compress(packed, 1)
@@ -308,7 +310,7 @@ def record_seeds():
 
     flow, image = arrays()
     ones = np.ones(flow.shape[:2], np.uint8)
-    sample = {"image1": image, "image2": image[::-1], "flow": flow, "valid": ones, "occluded": image[..., 0]}
+    sample = dict(zip(FIELDS, (image, image[::-1], flow, ones, image[..., 0])))
     return [codec.pack([codec.encode(sample[f], name, pair=NAME, field=f) for f in FIELDS])
             for name in codec.CODECS]  # fmt: skip
 
@@ -664,7 +666,8 @@ def main():
         import cv2, h5py, numpy, PIL, prep.reader  # noqa: E401, F401 - once for all the children
     from tests.bench.material import print_table
 
-    header = ["parser", "inputs", "accepted", "rejected", "inputs/s", "slowest, ms CPU", "peak, MB", "failures"]
+    header = ["parser", "inputs", "accepted", "rejected", "inputs/s", "slowest, ms CPU", "peak, MB",
+              "failures"]  # fmt: skip
     rows = []
     for name in options.parser:
         rows.append(fuzz(name, options))
@@ -676,9 +679,10 @@ def main():
         for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if file.endswith(".why"):
                 path = os.path.join(folder, file)
-                with open(path) as why:
-                    print(f"\n{why.read().strip().splitlines()[-1][:300]}\n  again: python tests/bench/fuzz.py "
-                          f"--parser {name} --file {path.removesuffix('.why')}")  # fmt: skip
+                with open(path) as file:
+                    why = file.read().strip().splitlines()[-1][:300]
+                again = f"--parser {name} --file {path.removesuffix('.why')}"
+                print(f"\n{why}\n  again: python tests/bench/fuzz.py {again}")
     sys.exit(bool(failed))
 
 
