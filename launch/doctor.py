@@ -342,11 +342,12 @@ def all_reduce_rank():
     """One of the two ranks of check_all_reduce."""
     import numpy as np
 
-    from launch import cluster
+    from launch import session
 
-    with cluster.joined(lambda: ({}, None)) as (here, _):
-        total = cluster.all_reduce(np.full(1, 1 + here.rank, np.float32))
-        if here.rank == 0:
+    with session.start(lambda: ({}, None)) as (comm, _):
+        total = np.full(1, 1 + comm.rank, np.float32)
+        comm.sum(total)
+        if comm.rank == 0:
             print("sum", total[0], flush=True)
 
 

@@ -26,8 +26,10 @@ import statistics
 import time
 import traceback
 
-from launch import cluster, doctor
+from launch import doctor, session
 from launch.arguments import Parser
+from launch.gpus import count_gpus
+from launch.ranks import Rank
 from prep.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -98,7 +100,7 @@ def environment(options):
                       for gpu in found["gpus"])
     found["line"] = (f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
                      f"{found['python']}, MindSpore {versions['mindspore']}, {allowed} cores")
-    if problem and options.device == "GPU":
+    if problem and options.device == "gpu":
         return {**found, "status": doctor.FAIL, "line": problem}
     return found
 
@@ -125,7 +127,7 @@ def libraries(options):
     result = {"libraries": found.found, "missing": found.missing, "undefined": found.undefined,
               "symbols_left_to_the_driver": found.driver}
     if problem:
-        status = doctor.FAIL if options.device == "GPU" else NOT_RUN
+        status = doctor.FAIL if options.device == "gpu" else NOT_RUN
         return {**result, "status": status, "line": f"{problem} -> {advice}"}
     waiting = f"; {found.driver} symbols wait for the driver" if found.driver else ""
     return {**result, "line": f"{len(found.found)} CUDA libraries, all symbols bound{waiting}"}
@@ -145,7 +147,7 @@ def plugin(options):
 
     lap("import")
     try:
-        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=options.device)
+        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=options.device.upper())
         lap("context")
         ones = Tensor(np.ones((2, 8, 16, 16), np.float32))
         assert ops.add(ones, 1).asnumpy().sum() == 2 * ones.size
@@ -171,7 +173,7 @@ def plugin(options):
 def start_mindspore(options):
     """MindSpore in this process on the device that was asked for."""
     os.environ.setdefault("OMP_NUM_THREADS", str(doctor.cores()[0]))
-    cluster.start_mindspore(cluster.Place(), options.device)
+    session.start_mindspore(Rank(), options.device)
 
 
 def operators(options):
@@ -187,7 +189,7 @@ def operators(options):
     from model.layers import Convolution
     from model.ops import CostVolume, Warp
 
-    library = native.library(options.device)
+    library = native.library(options.device.upper())
     rng, errors = np.random.default_rng(0), {}
 
     def compare(name, found, expected, limit):
@@ -241,7 +243,7 @@ def operators(options):
             found = reference.run_with_gradients(cell, gradient, x)
             compare(f"convolution, float{16 if half else 32}", found, expected,
                     FLOAT16 if half else TF32)
-    if library and options.device == "GPU":  # the CPU's are for float32 alone
+    if library and options.device == "gpu":  # the CPU's are for float32 alone
         half, single = mindspore.float16, mindspore.float32
         forward = native.operator("CostVolume", lambda a, b: [a[0], 81, a[2], a[3]],
                                   lambda *_: half)
@@ -334,14 +336,14 @@ def step(half, own):
 
         if not own:
             os.environ[native.SWITCH] = "0"
-        elif not native.library(options.device):
+        elif not native.library(options.device.upper()):
             raise UserError(NO_OPERATORS)
         network_step, batch = training_step(half), random_batch(options)
         start = time.perf_counter()
         losses = network_step(*batch, RATE)[0].asnumpy()
         first = time.perf_counter() - start
         times = timed(lambda: network_step(*batch, RATE)[0].asnumpy(), options.repeats)
-        on_gpu = options.device == "GPU"
+        on_gpu = options.device == "gpu"
         memory = mindspore.runtime.max_memory_allocated() if on_gpu else resident_bytes()
         return {**describe_times(options, first, times, memory), "first_loss": float(losses.sum())}
 
@@ -351,7 +353,7 @@ def step(half, own):
 def torch_step(half):
     """Section: the same step of PyTorch's stock layers, in its own mixed precision if `half`."""
     def measure(options):
-        if half and options.device == "CPU":
+        if half and options.device == "cpu":
             raise NotHere("for GPUs: PyTorch's float16 on the CPU takes minutes")
         sys.path.insert(0, str(ROOT / "tests"))
         try:
@@ -362,7 +364,7 @@ def torch_step(half):
             raise NotHere(f"{sys.executable} has no PyTorch ({error}); --torch-python names an "
                           "interpreter that has") from None
 
-        device = "cuda" if options.device == "GPU" else "cpu"
+        device = "cuda" if options.device == "gpu" else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise NotHere(f"PyTorch {torch.__version__} sees no GPU")
         torch.set_num_threads(doctor.cores()[0])
@@ -475,7 +477,7 @@ def fed(options):
 def ranks(number):
     """Section: all-reduce over so many ranks (None: all GPUs) under mpirun, NCCL on GPUs."""
     def measure(options):
-        count = number or cluster.count_gpus() or 0
+        count = number or count_gpus() or 0
         if number is None and count < 2:
             raise NotHere(f"{count} GPU here")
         command = ["mpirun", "--oversubscribe", "-n", count, sys.executable, __file__, "--rank",
@@ -487,7 +489,7 @@ def ranks(number):
             raise UserError(f"{count} rank(s) under mpirun: {done.reason}")
         found = json.loads(answers[0])
         found["line"] = (f"{count} rank(s): sum {found['sum']:g} of {found['expected']:g}, 36 MB "
-                         f"in {found['ms']:.1f} ms, started in {found['started_s']:.0f} s")
+                         f"by {'NCCL' if found['nccl'] else 'MPI'} in {found['ms']:.1f} ms, started in {found['started_s']:.0f} s")
         if found["sum"] != found["expected"]:
             found["status"] = doctor.FAIL
         return found
@@ -500,24 +502,35 @@ def rank(options):
     import numpy as np
 
     start = time.perf_counter()
-    with cluster.joined(lambda: ({}, None), options.device) as (here, _):
-        if here.ranks == 1 and options.device == "GPU":
-            # A single rank is not joined to anything; here NCCL is to start all the same.
+    with session.start(lambda: ({}, None), options.device) as (comm, _):
+        if comm.size == 1 and options.device == "gpu":
+            # A single rank has nobody to sum with; NCCL is to start all the same.
             import mindspore.communication
             from mpi4py import MPI  # noqa: F401  MindSpore's part finds its library loaded
 
             mindspore.communication.init("nccl")
-        one = np.full(1, 1 + here.rank, np.float32)
+            comm.nccl = True
+        one = np.full(1, 1 + comm.rank, np.float32)
         gradient = np.ones(9_000_000, np.float32)
-        if here.ranks > 1 or options.device == "GPU":
-            total = float(cluster.all_reduce(one)[0])
-            started = time.perf_counter() - start
-            times = timed(lambda: cluster.all_reduce(gradient), 5)
-        else:  # on the CPU there is nobody to reduce with
-            total, started, times = 1.0, time.perf_counter() - start, [0.0]
-        if here.rank == 0:
-            print(json.dumps({"sum": total, "expected": here.ranks * (here.ranks + 1) / 2,
+        total = float(all_reduce(comm, one)[0])
+        started = time.perf_counter() - start
+        times = timed(lambda: all_reduce(comm, gradient), 5)
+        if comm.rank == 0:
+            print(json.dumps({"sum": total, "expected": comm.size * (comm.size + 1) / 2, "nccl": comm.nccl,
                               "ms": statistics.median(times), "started_s": started}), flush=True)
+
+
+def all_reduce(comm, array):
+    """Sum an array over all ranks as the training does, by NCCL or by MPI; returns a new array."""
+    if comm.nccl:
+        import mindspore
+
+        from launch import collective
+
+        return collective.Sum()(mindspore.Tensor(array)).asnumpy()
+    array = array.copy()
+    comm.sum(array)
+    return array
 
 
 def profile(options):
@@ -645,7 +658,7 @@ def start_section(name, options, seconds):
     result = pathlib.Path(options.out) / f"{name}.json"
     result.unlink(missing_ok=True)
     command = [python, __file__, "--section", name, "--result", result, *forwarded(options)]
-    variables = {"CUDA_HOME": str(doctor.CUDA_HOME)} if options.device == "GPU" else {}
+    variables = {"CUDA_HOME": str(doctor.CUDA_HOME)} if options.device == "gpu" else {}
     if name.startswith("torch"):  # it brings CUDA libraries of its own
         folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
         others = [folder for folder in folders if "/site-packages/nvidia/" not in folder]
@@ -657,7 +670,7 @@ def start_section(name, options, seconds):
         result.unlink()
     else:
         found = {"status": doctor.FAIL, "line": doctor.plugin_error(log) or done.reason}
-        if done.status is None and options.device == "GPU":
+        if done.status is None and options.device == "gpu":
             found["line"] += ("; if the driver was compiling kernels for this GPU (a busy CPU), "
                               "the same command again finds those that were done")
     return {**found, "seconds": round(done.seconds, 1), "log": log}
@@ -665,14 +678,14 @@ def start_section(name, options, seconds):
 
 def forwarded(options):
     """The options that sections want, as words."""
-    return ["--device", options.device.lower(), "--out", options.out, "--batch", options.batch,
+    return ["--device", options.device, "--out", options.out, "--batch", options.batch,
             "--size", *options.size, "--repeats", options.repeats, "--pairs", options.pairs]
 
 
 def describe(results, options, seconds):
     """The table as Markdown."""
     height, width = options.size
-    lines = [f"{options.device}, batch {options.batch}, {height}x{width}, medians of "
+    lines = [f"{options.device.upper()}, batch {options.batch}, {height}x{width}, medians of "
              f"{options.repeats} steps; {seconds:.0f} s in all", "",
              "| section | status | s | result |", "| --- | --- | ---: | --- |"]
     for name, found in results.items():
@@ -704,7 +717,7 @@ def check(options):
         print(f"{found['status']:<8}{section.what}: {found['line']}", file=sys.stderr, flush=True)
         # Written each time: what ends this command early leaves what was found.
         seconds = time.monotonic() - begun
-        whole = {"started": started, "seconds": round(seconds, 1), "device": options.device,
+        whole = {"started": started, "seconds": round(seconds, 1), "device": options.device.upper(),
                  "batch": options.batch, "size": options.size, "sections": results}
         (out / "gpu_check.json").write_text(json.dumps(whole, indent=1) + "\n")
         (out / "gpu_check.md").write_text(describe(results, options, seconds))
@@ -718,7 +731,7 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "runs" / "gpu_check"), metavar="DIR",
                         help="default: runs/gpu_check")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION")
-    parser.add_argument("--device", type=str.upper, choices=("GPU", "CPU"), default="GPU")
+    parser.add_argument("--device", type=str.lower, choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
                         help="an interpreter that has PyTorch (default: this one)")
     parser.add_argument("--batch", type=int, default=8)

@@ -119,15 +119,15 @@ def join(parts: list[Part]) -> np.ndarray | str:
     """What the parts of a value hold together, copied."""
     name, kind, shape, _ = parts[0]
     if any(part[:3] != parts[0][:3] for part in parts):
-        raise Damaged(f"{name[:80]} has parts of several shapes or types")
+        raise Damaged(f"{name[:80]!r} has parts of several shapes or types")
     if kind == "str":
         return to_text(b"".join(part.content for part in parts), "utf-32-le").rstrip("\0")
     if kind not in TYPES:
-        raise Damaged(f"{name[:80]} is of the type {kind[:20]!r}, expected one of {', '.join(TYPES)}")
+        raise Damaged(f"{name[:80]!r} is of the type {kind[:20]!r}, expected one of {', '.join(TYPES)}")
     shape = () if shape == (0,) else shape  # so MindSpore reads it
     size, expected = sum(len(part.content) for part in parts), math.prod(shape) * TYPES[kind].itemsize
     if size != expected:
-        raise Damaged(f"{name[:80]} has {size} bytes, expected {expected} for {kind} {shape}")
+        raise Damaged(f"{name[:80]!r} has {size} bytes, expected {expected} for {kind} {shape}")
     value = np.empty(shape, TYPES[kind])
     rest = value.reshape(-1).view(np.uint8)
     for part in parts:

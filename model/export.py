@@ -21,7 +21,7 @@ import tempfile
 
 import numpy as np
 
-from launch import cluster
+from launch import session
 from launch.arguments import Parser
 from prep.errors import UserError, run
 
@@ -189,7 +189,7 @@ def main():
             need("onnxruntime")
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
-    with cluster.joined(lambda: ({}, None)):
+    with session.start(lambda: ({}, None)):
         report(args)
 
 

@@ -28,7 +28,7 @@ import signal
 
 import numpy as np
 
-from launch import cluster
+from launch import session
 from launch.arguments import Parser
 from prep.errors import UserError, run
 
@@ -280,7 +280,7 @@ def main():
                              "own")
     parser.add_argument("--overwrite", action="store_true",
                         help="compute also what is already there")
-    parser.add_argument("--device", default="CPU", type=str.upper, choices=("CPU", "GPU"))
+    parser.add_argument("--device", default="cpu", type=str.lower, choices=("cpu", "gpu"))
     args = parser.parse_args()
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
@@ -296,7 +296,7 @@ def main():
                         "taken for more of them; choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    with cluster.joined(lambda: ({}, None), args.device):
+    with session.start(lambda: ({}, None), args.device):
         report(args, count, frames)
 
 

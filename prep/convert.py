@@ -5,8 +5,10 @@ import os, sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import collections
 import dataclasses
 import fcntl
@@ -23,7 +25,8 @@ import traceback
 from importlib.metadata import version
 
 
-from launch import cluster
+from launch import ranks
+from launch.arguments import Parser
 from prep import codec, memory, progress, schema, shards
 from prep.datasets import (
     flyingchairs,
@@ -62,7 +65,7 @@ def main():
             raise UserError(f"{path!a}: the path is not UTF-8 or has control characters; rename it")
     out = os.path.normpath(options.out)
     partial = out + ".partial"
-    here = cluster.place()
+    here = ranks.current()
     if here.rank != 0:  # rank 0 says it for all
         sys.stdout = open(os.devnull, "w")
     plan = make_plan(options)
@@ -78,7 +81,7 @@ def main():
         if is_whole(out, plan):
             return
     try:
-        write_shards(partial, plan.tasks[here.rank :: here.ranks], options, here)
+        write_shards(partial, plan.tasks[here.rank :: here.size], options, here)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
     if here.rank == 0:
@@ -87,7 +90,7 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert.py",
         description="Convert an optical-flow data set to MindRecord shards. Work goes to "
         "OUT.partial, which becomes OUT when it is whole; a run that was cut short goes on where "
@@ -104,7 +107,7 @@ def parse_options():
         "several times the number of worker processes is good",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=min(len(os.sched_getaffinity(0)), cluster.place().threads),
+        "--workers", type=int, default=min(len(os.sched_getaffinity(0)), ranks.current().share),
         metavar="W", help="worker processes of each rank, each writing one shard at a time "
         "(default: together one per core)",
     )  # fmt: skip
@@ -321,7 +324,7 @@ def write_shards(partial, tasks, options, here):
         process.start()
         theirs.close()
         workers[ours] = process
-    share = "converting" if here.ranks == 1 else f"converting, rank 0 of {here.ranks}"
+    share = "converting" if here.size == 1 else f"converting, rank 0 of {here.size}"
     bar = progress.bar(
         total=total, initial=total - to_do, desc=share, unit="pair", smoothing=0.1,
         disable=here.rank != 0,

@@ -5,8 +5,10 @@ import os, sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import base64
 import collections
 import concurrent.futures
@@ -17,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from launch.arguments import Parser
 from prep import flowio, picture, progress
 from prep.errors import UserError, run
 from prep.shards import FIELDS, Manifest, decode_record
@@ -49,7 +52,7 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="inspect.py",
         description="Show what is in a converted set: counts, sizes and displacements as text, and "
         "pairs with their flow in colour as a page or a picture.",

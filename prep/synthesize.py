@@ -11,8 +11,10 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import functools
 import json
 import multiprocessing
@@ -25,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 import cv2
 import numpy as np
 
+from launch.arguments import Parser
 from prep import errors, flowio, images, progress
 
 CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384 x 512
@@ -377,7 +380,7 @@ def parse_size(text):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the set")
     parser.add_argument("--pairs", type=int, default=1200, help="default: %(default)s")
     parser.add_argument("--size", default="128x192", metavar="HxW", help="default: %(default)s")

@@ -5,10 +5,13 @@ import os, sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import argparse
+    environment.check()
+
 import concurrent.futures
 
+from launch.arguments import Parser
 from prep import progress
 from prep.errors import UserError, run
 from prep.shards import FIELDS, Manifest, decode_record
@@ -37,7 +40,7 @@ def main():
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="verify.py",
         description="Check a converted set: the manifest, and each shard's presence, size, header "
         "and index. Prints all that is wrong; the exit status is 1 if anything is.",

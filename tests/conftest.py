@@ -23,10 +23,11 @@ def graph_mode():
     """MindSpore as `launch` sets it up for one rank: graphs on the CPU."""
     import mindspore
 
-    from launch import cluster
+    from launch import session
+    from launch.ranks import Rank
 
     before = mindspore.get_context("mode")
-    cluster.start_mindspore(cluster.Place(), "CPU")
+    session.start_mindspore(Rank(), "cpu")
     yield
     mindspore.set_context(mode=before)
 

@@ -24,7 +24,8 @@ def test_an_account_by_hand():
     assert found["seconds"] == {"steps": 35.0 + 25.0, "lost_steps": 15.0 + 10.0, "startup": 5.0,
                                 "compilation": 1.0, "validation": 4.0, "checkpoints": 5.0}
     assert found["wall"] == 100.0 and found["goodput"] == 0.6 and found["starts"] == 3
-    assert goodput.describe(found).startswith("goodput 60 % of 100 s in 3 starts; the rest: lost steps 25 %")
+    assert goodput.describe(found).startswith(
+        "goodput 60 % of 100 s in 3 starts; the rest: lost steps 25 %")
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30)), max_size=8))
@@ -60,7 +61,8 @@ def test_time_is_spent_on_one_thing_at_a_time(tmp_path):
     assert json.loads(path.read_text())[0]["step"] == 7
 
     later = goodput.Goodput(path, goodput.now(), 6)
-    assert [(record["first"], record["step"]) for record in json.loads(path.read_text())] == [(5, 7), (6, 6)]
+    records = json.loads(path.read_text())
+    assert [(record["first"], record["step"]) for record in records] == [(5, 7), (6, 6)]
     assert later.summary()["starts"] == 2
 
 

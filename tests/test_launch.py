@@ -1,4 +1,4 @@
-"""Starting: what an environment lacks, what keeps ranks from starting together."""
+"""Starting: what an environment lacks, what the command lines of scripts and commands have in common."""
 
 import os
 import shutil
@@ -8,9 +8,8 @@ import sys
 import pytest
 import tiny
 
-from launch import cluster, keeper, requirements
+from launch import requirements
 from launch.arguments import Parser
-from prep.errors import UserError
 
 
 def test_this_environment_has_what_setup_cfg_asks_for():
@@ -34,6 +33,10 @@ COMMANDS = {
     "model/export_torch.py": ["a", "b"],
     "model/import_torch.py": ["--variant=irr", "a", "b"],
     "model/predict.py": ["--ckpt=a", "--out=b", "--batch=2", "--device=cpu", "c"],
+    "prep/convert.py": ["flyingchairs", "--root=a", "--out=b", "--shards=2", "--split-file=c"],
+    "prep/inspect.py": ["a", "--html=b", "--pairs=3"],
+    "prep/synthesize.py": ["--out=a", "--pairs=3", "--seed=1"],
+    "prep/verify.py": ["a", "--workers=1"],
     "train/evaluate.py": ["--ckpt=a", "--data=b", "--split=c", "--out=d"],
     "train/main.py": ["--config=a", "--data=b", "--data=c", "--out=d", "--accumulate=2"],
 }
@@ -80,7 +83,7 @@ def test_values_of_an_option(capsys):
         assert "given twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name.startswith("model/")])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_outside_the_environment(command):
     """It says in one line which environment to activate or how to make one."""
     done = python("-S", "-E", command, *COMMANDS[command])
@@ -89,66 +92,12 @@ def test_a_command_outside_the_environment(command):
     assert ".venv/bin/activate" in done.stderr
 
 
-@pytest.mark.parametrize("outcomes,words", [
-    ([("a", {"x": "1"}, None), ("b", {"x": "1"}, None)], None),
-    ([("a", {"x": "1"}, None), ("b", {"x": "2"}, None)], ["rank 1 on b", "x 2", "rank 0 on a"]),
-    ([("a", {}, None), ("b", {}, "f.flo: cut short")], ["rank 1 on b: f.flo: cut short"]),
-    ([("a", {}, "no recipe"), ("a", {}, "no recipe")], ["no recipe"]),
-])
-def test_ranks_that_disagree(outcomes, words):
-    """The line names the rank and host that differs, unless all failed alike."""
-    found = cluster.find_disagreement(outcomes)
-    assert (found is None) == (words is None)
-    for word in words or []:
-        assert word in found
-
-
-def test_slurms_variables_are_a_place(monkeypatch):
-    """Ranks of srun --mpi=pmix; without PMIx they would all be rank 0 and write to the same run."""
-    given = {"STEP_NUM_TASKS": "11", "STEP_TASKS_PER_NODE": "4(x2),3", "PROCID": "9", "LOCALID": "1",
-             "NODEID": "2"}
-    for name, value in given.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(SystemExit):  # rank 0 says it
-        cluster.place.__wrapped__()
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    with pytest.raises(UserError, match="srun --mpi=pmix"):
-        cluster.place.__wrapped__()
-    monkeypatch.setenv("SLURM_PROCID", "9")
-    monkeypatch.setenv("PMIX_RANK", "9")
-    place = cluster.place.__wrapped__()
-    assert (place.rank, place.ranks, place.local_rank, place.local_ranks) == (9, 11, 1, 3)
-    monkeypatch.setenv("SLURM_NODEID", "1")
-    assert cluster.place.__wrapped__().local_ranks == 4
-
-
-def test_ranks_that_msrun_left_alone(monkeypatch):
-    """Nobody would end them; how many a host has, only msrun's command line tells."""
-    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
-    monkeypatch.setattr(keeper, "read", lambda *_: "python\0/venv/bin/msrun\0--worker_num=2\0")
-    with pytest.raises(UserError, match="--join=True"):
-        cluster.place.__wrapped__()
-
-
-@pytest.mark.parametrize("role", ["MS_WORKER", "MS_SCHED"])
-def test_a_role_that_is_left_in_the_environment(monkeypatch, role):
-    """A scheduler's would end a run of one rank without a word."""
-    monkeypatch.setenv("MS_ROLE", role)
-    with pytest.raises(UserError, match="unset MS_ROLE"):
-        cluster.place.__wrapped__()
-
-
-def test_more_ranks_than_gpus_are_refused():
-    """In words, on each host, before MindSpore is imported; as is a machine without a driver."""
-    with pytest.raises(UserError, match="GPU|driver"):
-        cluster.check_device(cluster.Place(0, 100, 0, 100), "GPU")
-
-
 SCRIPTS = sorted(path.name for path in (tiny.ROOT / "launch").glob("*.sh") if path.name != "env.sh")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("words", [["--help"], ["steps=1", "-h"]])
+@pytest.mark.parametrize("script,words", [(script, words) for script in SCRIPTS
+                                          for words in (["--help"], ["steps=1", "-h"])
+                                          if (script, words[0]) != ("retry.sh", "steps=1")])
 def test_help_of_a_script(script, words, tmp_path):
     """Nothing is made, installed or run, be the environment there or not."""
     checkout = tmp_path / "checkout"

@@ -1,10 +1,10 @@
-"""Jobs under what starts ranks beside this environment's mpirun: Debian's, Slurm's srun, msrun."""
+"""Jobs under what starts ranks beside this environment's mpirun: Debian's mpirun and Slurm's srun."""
 
 import uuid
 
 import pytest
 import tiny
-from test_cluster import PROGRAM, Job
+from test_jobs import PROGRAM, Job
 
 
 class Launched(Job):
@@ -13,14 +13,14 @@ class Launched(Job):
     def __init__(self, launcher, folder):
         mark = str(uuid.uuid4())
         self.mark = f"TEST_MARK={mark}"
-        self.mpirun = tiny.launch(launcher, folder, PROGRAM, folder / "logs", 100, TEST_MARK=mark)
+        self.mpirun = tiny.launch(launcher, PROGRAM, folder / "logs", 100, TEST_MARK=mark)
 
     def rank(self, number):
         """Process of a rank: the child of one with the same command."""
         ranks = []
         for process in self.processes():
             variables = process.environ()
-            named = [variables[name] for name in ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "MS_NODE_ID")
+            named = [variables[name] for name in ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
                      if name in variables]
             if named[:1] == [str(number)] and process.cmdline() == process.parent().cmdline():
                 ranks.append(process)

@@ -11,8 +11,9 @@ from model import native
 LOAD = "from model import native; found = native.library('CPU'); print(found and found._name)"
 MODEL = """
 import numpy as np, mindspore
-from launch import cluster
-cluster.start_mindspore(cluster.Place(), "CPU")
+from launch import session
+from launch.ranks import Rank
+session.start_mindspore(Rank(), "cpu")
 from model.ops import CostVolume
 one = mindspore.Tensor(np.ones((1, 2, 3, 4), np.float32))
 print(CostVolume()(one, one).asnumpy()[0, 40].tolist())

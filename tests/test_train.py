@@ -1,261 +1,16 @@
-"""Training as a user starts it: ranks under mpirun, interruption, resumption, curves, evaluation."""
+"""Training as a user starts it: what disturbs a run, what it begins with, what is refused."""
 
-import functools
 import json
-import os
 import shutil
 import signal
 import sys
 import time
 
-import hosts
 import numpy as np
 import psutil
 import pytest
 import tiny
-
-from prep import synthesize
-
-RECIPE = {"crop": "[64,64]", "batch": 4, "steps": 4, "dense": "false",
-          "start_from_coarser_flow": "false", "log_every": 1,
-          "validate_every": 2, "checkpoint_every": 1, "validation_batch": 2}
-MIXED = {"mixture": "[3,1]", "average": 0.5}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A converted set of 14 pairs of 64x128, 3 of them for validation."""
-    return make_set(tmp_path_factory.mktemp("data"), 64, 128, [2, 5, 9])
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A second set, of other sizes, 2 of its 14 pairs for validation."""
-    return make_set(tmp_path_factory.mktemp("other"), 72, 96, [3, 4])
-
-
-def make_set(folder, height, width, validation):
-    """Synthetic pairs, converted to a set that is named as its folder."""
-    synthesize.write_set(str(folder / "raw"), 14, height, width, 1, 2)
-    return tiny.convert("flyingchairs", folder / "raw", folder / f"set-{height}", "--shards", "2",
-                        "--split-file", tiny.split_file(folder / "val.txt", validation))
-
-
-@pytest.fixture(scope="module")
-def whole(data, other, tmp_path_factory):
-    """The folder of a run that two ranks made without an interruption, on a mixture of both sets."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    status, _, err = finish(train([data, other], out, ranks=2, **MIXED))
-    assert status == 0, err
-    return out
-
-
-def finish(process):
-    """(exit status, stdout, stderr) of a started command; it must end within five minutes."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def train(data, out, ranks=1, network=None, program=("launch/train.sh",), **options):
-    """Start a training run through launch/train.sh on one converted set or several; in a network
-    (`hosts.Hosts`) with a rank on each host."""
-    command = [*program, *words(data, out, **options)]
-    if network:  # which have this machine's cores, of which two ranks on one host have a half each
-        threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        return network.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
-    return tiny.mpirun(ranks, *command)
-
-
-def words(data, out, recipe="example", init=None, accumulate=1, validate=(), **overrides):
-    """The command line of a training run, without the program."""
-    pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
-    sets = [word for folder in (data if isinstance(data, list) else [data])
-            for word in ("--data", folder)]
-    sets += [word for folder in validate for word in ("--validate", folder)]
-    begin = ["--init", init] if init else []
-    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulate", accumulate, *pairs]
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path):
-    """Equal weights on both ranks after several steps; the gradient is that of one rank with the
-    whole batch, at once or in parts."""
-    program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
-    for ranks, parts in ((2, 1), (1, 1), (1, 4)):
-        status, _, err = finish(tiny.mpirun(ranks, *program, data, tmp_path, 2, parts))
-        assert status == 0, err
-    first, second, alone, slowly = (
-        dict(np.load(tmp_path / f"rank-{name}.npz"))
-        for name in ("0-of-2-1", "1-of-2-1", "0-of-1-1", "0-of-1-4"))
-    for name, weights in first.items():
-        np.testing.assert_array_equal(weights, second[name], err_msg=name)
-    # Not the weights: Adam divides gradients that are rounding errors by themselves.
-    for other in (alone, slowly):
-        np.testing.assert_allclose(first["gradient"], other["gradient"], rtol=1e-3,
-                                   atol=1e-4 * np.abs(first["gradient"]).max())
-
-
-@pytest.fixture
-def network(tmp_path):
-    """Two hosts, each with its own disk; None where this machine does not let us make them."""
-    if not hosts.are_possible():
-        yield None
-        return
-    with hosts.Hosts(tmp_path, 2) as two:
-        yield two
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, network, tmp_path):
-    """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been, on two
-    hosts that share nothing with the weights of two ranks on one."""
-    disks = [tmp_path / f"host{number}" for number in network.numbers] if network else [tmp_path]
-    for disk in disks:
-        for folder in (data, other):
-            shutil.copytree(folder, disk / folder.name)
-    broken, seen = disks[0] / "broken", tmp_path / "local" if network else tmp_path
-    start = functools.partial(train, [seen / data.name, seen / other.name], seen / "broken", ranks=2,
-                              network=network, **MIXED)
-    job = start()
-    deadline = time.monotonic() + 240
-    while not (broken / "checkpoints" / "step-00000002.ckpt").exists():
-        assert job.poll() is None and time.monotonic() < deadline, finish(job)
-        time.sleep(0.02)
-    processes = network.processes() if network else psutil.Process(job.pid).children(recursive=True)
-    second = [process for process in processes
-              if process.environ().get("OMPI_COMM_WORLD_RANK") == "1"]
-    keeper, = (process for process in second if process.parent() not in second)
-    keeper.children()[0].kill()
-    status, _, err = finish(job)
-    assert status == 137 and "error: rank 1 on " + ("host2" if network else "") in err, err
-    assert not network or not network.processes()
-    assert not (broken / "result.json").exists()
-    # The newest checkpoint is damaged, too: the run goes on from the one before.
-    newest = sorted((broken / "checkpoints").glob("step-*.ckpt"))[-1]
-    newest.write_bytes(newest.read_bytes()[:-100])
-    (newest.parent / "writing-step-00000009.tmp").touch()  # killed while it wrote
-
-    status, out, err = finish(start())
-    assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
-    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in out
-    for disk in disks[1:]:
-        assert [path.name for path in (disk / "broken").iterdir()] == ["logs"]
-    assert not list(newest.parent.glob("writing-*"))
-    from model import weights
-
-    first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt")
-                     for run in (whole, broken))
-    assert first.keys() == second.keys() and "average_offset" in first
-    for name in first.keys() - {"model", "best"}:
-        np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
-    assert first["best"] == second["best"]
-    assert read_curves(broken, "train/loss") == read_curves(whole, "train/loss")
-    assert read_curves(broken, "validation/epe") == read_curves(whole, "validation/epe")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path):
-    """One rank takes up what two began, with the same pairs in each step, and says what changed."""
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for number in (3, 4):
-        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(train([data, other], run, accumulate=2, **MIXED))
-    assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
-    assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
-    losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
-    assert losses.keys() == before.keys()
-    assert losses == pytest.approx(before, rel=1e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
-def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_path):
-    """Two ranks that Debian's mpirun, srun or msrun starts take up what mpirun's began, to the same
-    losses."""
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for number in (3, 4):
-        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(tiny.launch(launcher, tmp_path, "train/main.py",
-                                        *words([data, other], run, **MIXED)))
-    assert status == 0 and "after step 2, with 2 rank(s)" in err, err
-    assert read_curves(run, "train/loss") == read_curves(whole, "train/loss")
-    assert read_curves(run, "validation/epe") == read_curves(whole, "validation/epe")
-
-
-def read_events(run):
-    """TensorBoard's reader of a run's event files."""
-    import mindspore.train.summary_pb2  # noqa: F401 - first, as it chooses the protobuf for both
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return events
-
-
-def read_curves(run, tag):
-    """A curve as a dict of step to value; both kinds of file hold it, and no step twice."""
-    from mindspore.train.summary_pb2 import Event
-
-    events = read_events(run)
-    points = [(point.step, point.value) for point in events.Scalars(tag)]
-
-    recorded = []
-    for path in (run / "summary").glob("events.out.*"):
-        data, position = path.read_bytes(), 0
-        while position < len(data):  # length, its checksum, the message, its checksum
-            length = int.from_bytes(data[position:position + 8], "little")
-            event = Event.FromString(data[position + 12:position + 12 + length])
-            recorded += [(event.step, value.scalar_value) for value in event.summary.value
-                         if value.tag.startswith(f"{tag}/") or value.tag == tag]
-            position += 16 + length
-    assert sorted(points) == sorted(recorded)
-    assert len(dict(points)) == len(points)
-    return dict(points)
-
-
-@pytest.mark.slow
-def test_what_a_run_leaves(whole, data, tmp_path):
-    """Curves of each kind, pictures, figures, what it was made with; the evaluation agrees."""
-    events = read_events(whole)
-    tags = {"train/loss", "train/level6", "train/level2", "train/learning_rate", "train/loss_scale",
-            "train/gradient_norm", "speed/pairs_per_second", "data_wait/rank-1", "memory_gb/rank-0",
-            "validation/epe", "validation/epe_average", "validation/set-72/epe"}
-    assert tags <= set(events.Tags()["scalars"])
-    for tag in tags:
-        steps = [2, 4] if tag.startswith("validation") else [1, 2, 3, 4]
-        assert list(read_curves(whole, tag)) == steps
-    assert [image.step for image in events.Images("validation/flow")] == [2, 4]
-    assert "mixture" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
-    check_result(whole)
-    check_evaluation(data, whole, tmp_path / "evaluation")
-
-
-def check_result(run):
-    """The final figures are those of the last validation, and say what they were made with."""
-    result = json.loads((run / "result.json").read_text())
-    assert result["pairs"] == 3 and result["ranks"] == 2
-    assert result["step"] == 4 and 0 < result["epe"] < 1000
-    assert 0 < result["average_epe"] < 1000 and result["sets"]["set-72"]["pairs"] == 2
-    assert result["best_epe"] == min(entry[key] for entry in result["validations"]
-                                     for key in ("epe", "average_epe"))
-    assert result["made_with"]["mindspore"] and len(result["made_with"]["data"]) == 2
-
-
-def check_evaluation(data, run, out):
-    """train/evaluate.py sees the EPE that the two ranks saw, and leaves table, JSON and picture."""
-    ckpt = run / "checkpoints" / "step-00000004.ckpt"
-    status, text, err = finish(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--split", "val",
-                                           "--ckpt", ckpt, "--out", out))
-    assert status == 0, err
-    figures = json.loads((out / "evaluation.json").read_text())
-    seen = json.loads((run / "result.json").read_text())
-    assert figures["epe"] == pytest.approx(seen["epe"], rel=1e-4)
-    assert figures["zero_epe"] == pytest.approx(seen["zero_epe"], rel=1e-6)
-    assert f"{figures['epe']:.3f}" in text and "zero flow" in text
-    assert [pair["pair"] for pair in figures["by_pair"]] == ["00003", "00006", "00010"]
-    assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
+from runs import RECIPE, check_refused, data, finish, last_step, network, read_events, train, wait_for_step
 
 
 @pytest.mark.slow
@@ -304,7 +59,7 @@ def test_a_run_begins_with_given_weights(data, tmp_path):
         np.testing.assert_allclose(kept[parameter.name].asnumpy(), parameter.asnumpy(), atol=1e-7)
 
     check_refused(train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
-                  "first.ckpt", "does not fit")
+                  "variant is nvlabs, but ", "first.ckpt is of a network with variant irr")
     check_refused(train(data, tmp_path / "third", init=tmp_path / "none.ckpt"), "none.ckpt")
 
 
@@ -314,7 +69,7 @@ def kitti(tmp_path_factory):
     validation)."""
     folder = tmp_path_factory.mktemp("kitti")
     release = tiny.kitti(folder / "release", 10, height=72, width=72)
-    return [tiny.convert("kitti2015", release, folder / name, "--shards", "1", "--split-file",
+    return [tiny.convert("kitti2015", release, folder / name, "--shards", "2", "--split-file",
                          tiny.split_file(folder / f"{name}.txt", positions))
             for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))]
 
@@ -349,10 +104,11 @@ def test_what_can_be_validated_on(data, kitti, tmp_path):
     one to validate on."""
     mixed, unseen = kitti
     check_refused(train(unseen, tmp_path / "run"), "no training pairs", "--validate")
-    everything = tiny.convert("kitti2015", mixed.parent / "release", tmp_path / "everything", "--split-file",
-                              tiny.split_file(tmp_path / "none.txt", []))
+    everything = tiny.convert("kitti2015", mixed.parent / "release", tmp_path / "everything",
+                              "--split-file", tiny.split_file(tmp_path / "none.txt", []))
     check_refused(train(everything, tmp_path / "run", batch=2), "split val has no pair", "--validate")
-    check_refused(train(data, tmp_path / "run", validate=[everything]), "everything: split val has no pair")
+    job = train(data, tmp_path / "run", validate=[everything])
+    check_refused(job, "everything: split val has no pair")
     twin = shutil.copytree(unseen, tmp_path / "other" / "mixed")
     check_refused(train(mixed, tmp_path / "run", validate=[twin], batch=2), "several folders mixed")
     assert not (tmp_path / "run").exists()
@@ -382,7 +138,8 @@ def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
     assert "normalize_features: true" in (run / "recipe.yaml").read_text()
 
     first.unlink()
-    changed = {"steps": 3, "log_every": 3, "validate_every": 1, "validation_batch": 1, "checkpoint_every": 2}
+    changed = {"steps": 3, "log_every": 3, "validate_every": 1, "validation_batch": 1,
+               "checkpoint_every": 2}
     status, _, err = finish(train(data, run, init=first, **known, **changed))
     assert status == 0 and "going on after step 1" in err and "steps 3 (was 1)" in err, err
     longer = json.loads((run / "result.json").read_text())
@@ -406,19 +163,6 @@ def test_what_may_not_change(data, tmp_path):
     check_refused(train(data, run, dense="true"), "dense is false, here true")
     (run / "starts.json").write_text(json.dumps([{"after_step": 0, "format": 99}]))
     check_refused(train(data, run), str(run), "format 99", "a newer one")
-
-
-def last_step(run):
-    """The step of a run's newest checkpoint, 0 without one."""
-    return max([int(path.stem[-8:]) for path in (run / "checkpoints").glob("step-*.ckpt")], default=0)
-
-
-def wait_for_step(job, run, step):
-    """Wait until a started run has a checkpoint of a step or a later one."""
-    deadline = time.monotonic() + 240
-    while last_step(run) < step:
-        assert job.poll() is None and time.monotonic() < deadline, finish(job)
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -464,43 +208,6 @@ def test_a_checkpoint_that_cannot_be_written(data, tmp_path):
     check_refused(job, str(run / "checkpoints" / "step-"), ".ckpt: File too large")
     assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
     assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
-
-
-@pytest.mark.slow
-def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path):
-    """Its files lack what was added since: formats, the dataset that decides what is best, goodput."""
-    import mindspore
-
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    (run / "goodput.json").unlink()
-    (run / "lock").unlink()
-    starts = json.loads((run / "starts.json").read_text())
-    (run / "starts.json").write_text(json.dumps([{key: value for key, value in start.items()
-                                                  if key != "format"} for start in starts]))
-    added = {"format", "validation"}
-    for path in (run / "checkpoints").iterdir():
-        values = mindspore.load_checkpoint(str(path))
-        assert added <= values.keys()
-        names = added | ({"step", "best"} if path.name == "best.ckpt" else set())
-        extra = {name: value for name, value in values.items()
-                 if name not in names and not isinstance(value, mindspore.Parameter)}
-        mindspore.save_checkpoint([{"name": name, "data": value} for name, value in values.items()
-                                   if isinstance(value, mindspore.Parameter)], str(path),
-                                  append_dict=extra, crc_check=True)
-    status, _, err = finish(train([data, other], run, steps=5, **MIXED))
-    assert status == 0 and "going on after step 4" in err, err
-    before, after = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
-    assert after["step"] == 5 and after["best_epe"] <= before["best_epe"]
-
-
-def check_refused(process, *words):
-    """The command ends with a status and one line that holds the words."""
-    status, out, err = finish(process)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.mark.parametrize("overrides,words", [

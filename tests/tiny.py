@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -202,22 +201,15 @@ def mpirun(ranks, *command, **keywords):
     )  # fmt: skip
 
 
-LAUNCHERS = ("mpirun", "srun", "msrun")
-"""What starts ranks beside this environment's mpirun: Debian's, Slurm's, MindSpore's."""
+LAUNCHERS = {"mpirun": ["/usr/bin/mpirun", "--oversubscribe", "-n", "2"],
+             "srun": ["srun", "--mpi=pmix", "--overcommit", "-n", "2"]}
+"""What starts two ranks beside this environment's mpirun: Debian's, and Slurm's."""
 
 
-def launch(launcher, folder, *program, **environment):
+def launch(launcher, *program, **environment):
     """Start a Python program as two ranks by one of LAUNCHERS, with all that it prints in its stderr; a
-    Popen. Where the launcher is not there, the test is skipped. `folder` is for msrun's own logs."""
-    options = {"mpirun": ["/usr/bin/mpirun", "--oversubscribe", "-n", "2"],
-               "srun": ["srun", "--mpi=pmix", "--overcommit", "-n", "2"]}
-    if launcher == "msrun":
-        with socket.create_server(("", 0)) as free:
-            port = free.getsockname()[1]
-        command = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}",
-                   "--join=True", f"--log_dir={folder}/msrun", *program]
-    else:
-        command = [*options[launcher], sys.executable, *program]
+    Popen. Where the launcher is not there, the test is skipped."""
+    command = [*LAUNCHERS[launcher], sys.executable, *program]
     if not shutil.which(command[0]) or launcher == "srun" and subprocess.run(
             ["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode:
         pytest.skip(f"no {launcher} here beside this environment's mpirun")

@@ -16,7 +16,7 @@ import mindspore
 import numpy as np
 from mindspore import Tensor
 
-from launch import cluster
+from launch.communicator import ALONE
 from model import weights
 from prep.errors import UserError
 
@@ -123,13 +123,14 @@ class Checkpoints:
         for other in saved.keys() - {*whole[-2:], *regular[-self.keep:]}:
             saved[other].unlink()
 
-    def restore(self, state):
+    def restore(self, state, comm=ALONE):
         """Load the newest whole checkpoint into a Cell on every rank.
 
         A damaged one is passed over with a warning, and deleted with the next save.
 
         Args:
             state: a Cell with exactly the parameters that were saved.
+            comm: the ranks, a `launch.communicator.Communicator`.
 
         Returns:
             The step of the checkpoint, 0 if there is none.
@@ -138,7 +139,7 @@ class Checkpoints:
             UserError: all are damaged, or it belongs to another network or optimiser, or to a newer
                 version of this trainer.
         """
-        path, values = cluster.broadcast(self.read_newest) or (None, None)
+        path, values = comm.from_rank_0(self.read_newest) or (None, None)
         if not path:
             return 0
         step, self.best = int(values.pop("step")), float(values.pop("best", math.inf))
@@ -178,13 +179,13 @@ class Checkpoints:
         return float(values.get("best", math.inf)) if same else math.inf
 
 
-def start_from(path, network):
+def start_from(path, network, comm):
     """Load the weights of a checkpoint that rank 0 has into a network on every rank.
 
     Raises:
         UserError: the file is damaged, or of another network.
     """
-    values = cluster.broadcast(lambda: to_arrays(weights.read(path)))
+    values = comm.from_rank_0(lambda: to_arrays(weights.read(path)))
     weights.load_weights(path, to_parameters(values), network)
 
 

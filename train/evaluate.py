@@ -16,17 +16,22 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
 
-import collections
+    environment.check()
+
 import contextlib
 import hashlib
+import itertools
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from launch import cluster
+from launch import session
+from launch.communicator import ALONE, Communicator
+from launch.watchdog import Phase
 from launch.arguments import Parser
 from model import metrics
 from prep.errors import UserError, run
@@ -56,14 +61,14 @@ NOTE = ("The EPE of zero flow is a mean over pairs, too; shares, and the EPE of 
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(predictor, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batch=None, worst=0):
+def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=None, worst=0):
     """Evaluate a network on every pair of a split, shared by all ranks.
 
     Args:
         predictor: a `model.pwcnet.FlowPredictor`; it compiles a graph for each size of pairs, once.
         split: an opened split, a `prep.reader.Split`.
+        comm: the ranks that call this together, a `launch.communicator.Communicator`.
         batch: pairs at a time, on each rank.
-        rank, ranks: this process and how many call this together.
         pictures: positions in the split whose flow is wanted.
         on_batch: called with the number of pairs after each batch.
         worst: of how many pairs with the largest EPE the flow is wanted.
@@ -81,8 +86,10 @@ def evaluate(predictor, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batc
 
     sums = np.zeros((len(split), len(metrics.SUMS)))
     samples = {}
-    batches = reader.evaluation_batches(split, batch=batch, rank=rank, ranks=ranks, occluded=True)
+    batches = reader.evaluation_batches(split, batch=batch, rank=comm.rank, ranks=comm.size,
+                                        occluded=True)
     for image1, image2, flow, valid, occluded, index in batches:
+        comm.progress(Phase.VALIDATING)
         predicted = predictor(mindspore.Tensor(image1), mindspore.Tensor(image2)).asnumpy()
         # Others fill up the last batch.
         places = {position: i for i, position in enumerate(index.tolist()) if position >= 0}
@@ -97,8 +104,7 @@ def evaluate(predictor, split, *, batch=1, rank=0, ranks=1, pictures=(), on_batc
             samples[position] = (image1[i].copy(), known, predicted[i].copy())
         if on_batch:
             on_batch(len(places))
-    if ranks > 1:
-        sums = add_over_ranks(sums)
+    comm.sum(sums)  # exact: each element is zero on all ranks but one
     epe, zero_epe = metrics.pair_means(sums)
     wanted = find_worst(sums, range(len(split)), worst)
     samples = {position: samples[position] for position in samples.keys() & {*pictures, *wanted}}
@@ -112,21 +118,12 @@ def find_worst(sums, positions, count):
     return sorted(known, key=lambda position: (-epe[position], position))[:count]
 
 
-def add_over_ranks(sums):
-    """Sum a float64 array over all ranks, each element being zero on all ranks but one; exactly.
-
-    MindSpore's sum carries float32, which holds all whole numbers below 2^24: the four 16-bit parts
-    of each float64 come through it bit for bit, also nan and infinity, and zero has four of zero.
-    """
-    parts = cluster.all_reduce(np.ascontiguousarray(sums).view(np.uint16).astype(np.float32))
-    return parts.astype(np.uint16).view(np.float64)
-
-
-def gather_strips(result: dict, guard: Callable = contextlib.nullcontext) -> dict:
+def gather_strips(result: dict, comm: Communicator, guard: Callable = contextlib.nullcontext) -> dict:
     """The pictures of the pairs in `samples` of all ranks; all ranks must call this.
 
     Args:
         result: of `evaluate`.
+        comm: the ranks.
         guard: gives a context manager for the drawing, from what is drawn; it may keep errors, then
             this rank's pictures are missing.
 
@@ -135,10 +132,10 @@ def gather_strips(result: dict, guard: Callable = contextlib.nullcontext) -> dic
     """
     from prep.picture import strip
 
-    drawn = {}
+    drawn = []
     with guard("drawing flow"):
-        drawn = {i: strip(*sample) for i, sample in result["samples"].items()}
-    return dict(collections.ChainMap(*cluster.gather(drawn)))
+        drawn = [[i, strip(*sample)] for i, sample in result["samples"].items()]
+    return dict(itertools.chain(*comm.gather(drawn)))
 
 
 def draw_pairs(split, result: dict, strips: dict, wanted: Iterable[int]) -> np.ndarray:
@@ -249,7 +246,7 @@ def json_ready(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def report(args, here, split):
+def report(args, comm, split):
     """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
     from model.pwcnet import FlowPredictor
     from model.weights import load_network
@@ -261,16 +258,16 @@ def report(args, here, split):
     names = split.names
     predictor = FlowPredictor(load_network(args.ckpt))
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
-    if here.rank == 0:
+    if comm.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     spread = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()
-    order = reader.evaluation_order(split.sizes, args.batch * here.ranks)
-    mine = sum(real for pairs in order for _, real in pairs[here.rank::here.ranks])
-    with progress.bar(total=mine, unit="pair", disable=here.rank != 0) as bar:
-        result = evaluate(predictor, split, batch=args.batch, rank=here.rank, ranks=here.ranks,
+    order = reader.evaluation_order(split.sizes, args.batch * comm.size)
+    mine = sum(real for pairs in order for _, real in pairs[comm.rank::comm.size])
+    with progress.bar(total=mine, unit="pair", disable=comm.rank != 0) as bar:
+        result = evaluate(predictor, split, comm=comm, batch=args.batch,
                           pictures=spread, worst=args.pictures, on_batch=bar.update)
-    strips = gather_strips(result)
-    if here.rank != 0:
+    strips = gather_strips(result, comm)
+    if comm.rank != 0:
         return
     summary, (passes, scenes) = summarize(result), group(split, result)
     columns = zip(names, *(result[key].tolist() for key in ("epe", "zero_epe", "sums")))
@@ -313,14 +310,14 @@ def main():
                         help="the unpacked test set of Sintel or KITTI")
     parser.add_argument("--batch", type=int, default=1, metavar="N",
                         help="pairs at a time, on each rank (default 1)")
-    cluster.add_options(parser)
+    session.add_options(parser)
     args = parser.parse_args()
 
-    with cluster.joined(lambda: prepare(args), args.device, dynamic=args.dynamic_cluster) as (here, plan):
+    with session.start(lambda: prepare(args), args.device, args.collective) as (comm, plan):
         if args.submission:
-            submission.submit(args, here, *plan)
+            submission.submit(args, comm, *plan)
         else:
-            report(args, here, plan)
+            report(args, comm, plan)
 
 
 def prepare(args):

@@ -1,15 +1,18 @@
 """The training loop: the same on every rank, with rank 0 writing what is kept and shown."""
 
+import collections
+import hashlib
 import signal
+import socket
 
 import mindspore
 import numpy as np
 
-from launch import cluster
-from model.losses import MultiScaleLoss
+from launch import session
+from launch.watchdog import Phase
+from model.losses import make_loss
 from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
 from prep import reader
-from prep.errors import UserError
 from train.augment import Augment
 from train.checkpoint import Checkpoints, start_from
 from train.evaluate import draw_pairs, evaluate, gather_strips, summarize
@@ -48,7 +51,7 @@ class StopRequest:
         self.asked = True
 
 
-def train(recipe, training, validation, out, here, *, parts=1, init=None, enter, started):
+def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter, started):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
@@ -57,7 +60,7 @@ def train(recipe, training, validation, out, here, *, parts=1, init=None, enter,
         validation: list of (name, opened split) to validate on; the first decides which weights are the
             best.
         out: folder of the run; rank 0 writes there.
-        here: this rank's `launch.cluster.Place`.
+        comm: the ranks, a `launch.communicator.Communicator`.
         parts: in how many parts a rank's share of the batch goes through.
         init: a checkpoint whose weights a new run begins with, or None.
         enter: called on rank 0 before anything is written, with the number of steps done; returns
@@ -80,54 +83,57 @@ def train(recipe, training, validation, out, here, *, parts=1, init=None, enter,
     half = recipe.precision == "float16"
     if half:
         use_float16(network)
-    step = TrainStep(network, MultiScaleLoss(recipe.loss == "robust"), ranks=here.ranks, parts=parts,
+    step = TrainStep(network, make_loss(recipe.loss, network.align_corners), comm=comm, parts=parts,
                      clip_norm=recipe.clip_norm, loss_scaling=half,
                      weight_decay=recipe.weight_decay, decoupled=recipe.optimizer == "adamw",
                      average=recipe.average)
     checkpoints = Checkpoints(out / "checkpoints", options, recipe.checkpoint_every,
-                              enabled=here.rank == 0, validation=validation[0][0])
-    first = checkpoints.restore(step.state)
+                              enabled=comm.rank == 0, validation=validation[0][0])
+    first = checkpoints.restore(step.state, comm)
     if init and not first:
-        start_from(init, network)
+        start_from(init, network, comm)
     if first > recipe.steps:
-        cluster.stop_together(UserError(
-            f"{out}: has done {first} steps, the recipe says {recipe.steps}; give steps={first} or more"))
-    changed = enter(first) if here.rank == 0 else []
-    goodput = Goodput(out / "goodput.json" if here.rank == 0 else None, started, first)
+        raise session.JobError(
+            f"{out}: has done {first} steps, the recipe says {recipe.steps}; give steps={first} or more")
+    changed = enter(first) if comm.rank == 0 else []
+    goodput = Goodput(out / "goodput.json" if comm.rank == 0 else None, started, first)
 
     batches, pairs = (), sum(map(len, training))
     if first < recipe.steps:
         batches = reader.training_batches(
             list(zip(training, recipe.mixture or map(len, training))),
-            batch=recipe.batch // here.ranks, rank=here.rank, ranks=here.ranks, seed=recipe.seed,
-            first_step=first, steps=recipe.steps - first, workers=min(8, here.threads),
+            batch=recipe.batch // comm.size, rank=comm.rank, ranks=comm.size, seed=recipe.seed,
+            first_step=first, steps=recipe.steps - first, workers=min(8, comm.threads),
             transform=Augment.from_recipe(recipe))
     clock, speeds = Clock(first), []
 
-    with (Monitor(out, first, recipe.steps, enabled=here.rank == 0) as monitor, checkpoints,
+    with (Monitor(out, first, recipe.steps, enabled=comm.rank == 0) as monitor, checkpoints,
           StopRequest() as stop):
-        validator = Validator(recipe, validation, here, network, step, checkpoints, monitor)
+        validator = Validator(recipe, validation, comm, network, step, checkpoints, monitor)
         if not first:
             monitor.text("recipe", recipe.to_yaml())
         else:
-            monitor.say("; ".join([f"going on after step {first}, with {here.ranks} rank(s)",
+            monitor.say("; ".join([f"going on after step {first}, with {comm.size} rank(s)",
                                    *changed]))
+        comm.progress(Phase.COMPILING, first)  # the first step, too, may take long
         for done, sample in enumerate(clock.waiting(batches), first + 1):
             rate = learning_rate(recipe, done - 1)
             if done == first + 1:
                 with goodput.spending("compilation"):
                     step.compile(*sample[:4])
-                    cluster.barrier()
+                    comm.barrier()
                 goodput.record(first)
                 clock.restart(first)
+            if done > first + 1:
+                comm.progress(Phase.TRAINING, done - 1)
             losses, norm, finite = step(*sample[:4], rate)
             # In float16 the next step has a smaller loss scale, until that is 1.
             if not bool(finite) and not (half and step.loss_scale > 1):
-                stop_diverged(done, training, sample[4])
+                stop_diverged(comm, done, training, sample[4])
             if done % recipe.log_every == 0:
                 losses = losses.asnumpy()
                 speed, wait = clock.lap(done, recipe.batch)
-                by_rank = cluster.gather({"data_wait": wait, "memory_gb": resident_memory() / 1e9})
+                by_rank = comm.gather({"data_wait": wait, "memory_gb": resident_memory() / 1e9})
                 monitor.scalars(done, {
                     "train/loss": float(losses.sum()),
                     **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses)},
@@ -140,38 +146,71 @@ def train(recipe, training, validation, out, here, *, parts=1, init=None, enter,
                 speeds.append(speed)
                 goodput.record(done, at_once=False)
             last = done == recipe.steps
-            stopping = any(cluster.gather(stop.asked)) and not last
-            if last or not stopping and is_validation_due(recipe, done, pairs):
+            # One of each for all ranks: whether a checkpoint is due depends on rank 0's clock.
+            signals = comm.gather([stop.asked, checkpoints.is_due(done)])
+            stopping = any(asked for asked, _ in signals) and not last
+            saving = last or stopping or signals[0][1]
+            validating = last or not stopping and is_validation_due(recipe, done, pairs)
+            if validating or saving:
+                check_weights(comm, done, step.weights)
+            if validating:
+                comm.progress(Phase.VALIDATING, done)
                 with goodput.spending("validation"):
                     validator.run(done)
                 clock.restart(done)
-            if last or stopping or checkpoints.is_due(done):
+            if saving:
+                comm.progress(Phase.SAVING, done)
                 with goodput.spending("checkpoints"):
                     checkpoints.save(done, step.state)
                     if last or stopping:
                         checkpoints.wait()
                 goodput.record(done)
             if stopping:
-                cluster.stop_together(KeyboardInterrupt(
-                    f"stopped after step {done}, which is kept; the same command goes on from there"))
+                raise session.JobInterrupt(
+                    f"stopped after step {done}, which is kept; the same command goes on from there")
+            comm.progress(Phase.LOADING, done)
+        comm.progress(Phase.RUNNING, max(first, recipe.steps))
         if not validator.history:  # the run was whole already
+            comm.progress(Phase.VALIDATING, first)
             with goodput.spending("validation"):
                 validator.run(first)
             goodput.record(first)
-    return {**validator.history[-1], "best_epe": checkpoints.best, "ranks": here.ranks,
+    return {**validator.history[-1], "best_epe": checkpoints.best, "ranks": comm.size,
             "goodput": goodput.summary(),
             "overflows": step.overflows, "pairs_per_second": float(np.median(speeds)) if speeds else None,
             "validations": validator.history}
 
 
-def stop_diverged(step, training, indices):
+def stop_diverged(comm, step, training, indices):
     """End the run on all ranks with the names of the pairs in the batch of a step."""
     names = [name for split in training for name in split.names]
-    names = ", ".join(sum(cluster.gather([names[index] for index in indices]), []))
-    cluster.stop_together(UserError(
+    names = ", ".join(sum(comm.gather([names[index] for index in indices]), []))
+    raise session.JobError(
         f"step {step}: the loss or its gradient is no finite number, with the pairs {names}; the "
         "checkpoints are of the steps before. Look at these pairs (prep/inspect.py), or take a "
-        "smaller learning_rate or a clip_norm"))
+        "smaller learning_rate or a clip_norm")
+
+
+def check_weights(comm, step, weights):
+    """Raise JobError unless all ranks have bit for bit the same weights after a step.
+
+    Ranks that drift apart train different networks without anything to show for it.
+    """
+    digest = hashlib.blake2b()
+    for weight in weights:
+        digest.update(weight.asnumpy())
+    by_rank = comm.gather([socket.gethostname(), digest.hexdigest()])
+    most, count = collections.Counter(digest for _, digest in by_rank).most_common(1)[0]
+    if count == comm.size:
+        return
+    different = [f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most]
+    if count <= comm.size / 2:  # no majority to be right
+        different = [f"{rank} on {host}" for rank, (host, _) in enumerate(by_rank)]
+    raise session.JobError(
+        f"after step {step} the weights of ranks differ: rank {', rank '.join(different)}"
+        f"{'' if count <= comm.size / 2 else f' against {count} others'}; the last checkpoint is of a step at which "
+        "all were equal, and the same command resumes from it. If it happens again on that host, check its memory "
+        "and GPU")
 
 
 def is_validation_due(recipe, done, pairs):
@@ -189,10 +228,10 @@ class Validator:
             `evaluate.summarize` gives them, beside them `average_epe`, and `sets` of the others.
     """
 
-    def __init__(self, recipe, validation, here, network, step, checkpoints, monitor):
+    def __init__(self, recipe, validation, comm, network, step, checkpoints, monitor):
         self.recipe = recipe
         self.sets = validation
-        self.here = here
+        self.comm = comm
         self.network = network
         self.predictor = FlowPredictor(network)
         self.step = step
@@ -213,8 +252,7 @@ class Validator:
         figures = {}
         for number, (name, split) in enumerate(self.sets):
             shown = range(len(split))[:0 if number or suffix else PICTURES]
-            result = evaluate(self.predictor, split, batch=self.recipe.validation_batch,
-                              rank=self.here.rank, ranks=self.here.ranks, pictures=shown)
+            result = evaluate(self.predictor, split, self.comm, batch=self.recipe.validation_batch, pictures=shown)
             summary = summarize(result)
             tag = f"validation/{name}/" if number else "validation/"
             self.monitor.scalars(done, {f"{tag}epe{suffix}": summary["epe"]})
@@ -236,8 +274,8 @@ class Validator:
     def draw(self, done: int, split: reader.Split, result: dict) -> None:
         """Show the wanted pairs of a result of `evaluate`, whichever rank had them. All ranks call
         this; what goes wrong with a picture does not end the run."""
-        strips = gather_strips(result, survived)
-        if strips and self.here.rank == 0:
+        strips = gather_strips(result, self.comm, survived)
+        if strips and self.comm.rank == 0:
             with survived("drawing the validation pairs"):
                 self.monitor.picture(done, "validation/flow",
                                      draw_pairs(split, result, strips, sorted(strips)))

@@ -9,20 +9,23 @@ import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from launch import environment
+
+    environment.check()
 
 import hashlib
 import json
 import pathlib
 import time
 
-from launch import cluster
+from launch import ranks, session, versions
 from launch.arguments import Parser
 from launch.doctor import git_revision
 from prep.errors import UserError, run
 from prep.flowio import write_whole
 from prep.lock import Lock
 from prep.shards import write_json
-from train import goodput
+from train import goodput, plain_yaml
 from train import recipe as recipes
 
 LOGS = "logs"
@@ -41,12 +44,12 @@ def prepare(args):
         ranks, as a dict of strings; training are opened splits, validation (name, opened split), the
         first being the one that decides what is best; about is what the run is made with, as a dict.
     """
-    ranks = cluster.place().ranks
+    count = ranks.current().size
     recipe = recipes.load(args.config, args.overrides)
-    passes = ranks * args.accumulate
+    passes = count * args.accumulate
     if recipe.batch % passes:
         parts = f" in {args.accumulate} parts each" if args.accumulate > 1 else ""
-        raise UserError(f"batch is {recipe.batch}, over {ranks} ranks{parts}: take a multiple of "
+        raise UserError(f"batch is {recipe.batch}, over {count} ranks{parts}: take a multiple of "
                         f"{passes} (batch={-(-recipe.batch // passes) * passes}) or another mpirun -n")
     if recipe.mixture and len(recipe.mixture) != len(args.data):
         raise UserError(f"mixture has {len(recipe.mixture)} shares, --data names {len(args.data)} "
@@ -55,14 +58,14 @@ def prepare(args):
     validation = open_validation(args.data, args.validate)
     check_folder(args.out, recipe)
     new = not (args.out / "recipe.yaml").exists()
-    if new and args.init and not args.init.is_file() and cluster.place().rank == 0:
+    if new and args.init and not args.init.is_file() and ranks.current().rank == 0:
         raise UserError(f"{args.init}: no such checkpoint file")
     manifests = {str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
                  for folder in [*args.data, *args.validate]}
     settings = {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
-    about = {**cluster.software(), "revision": git_revision(), "ranks": ranks,
+    about = {**versions.software(), "revision": git_revision(), "ranks": count,
              "parts of a rank's batch": args.accumulate, "data": manifests}
-    if cluster.place().rank == 0 and args.out.exists():  # another run may be there: look now
+    if ranks.current().rank == 0 and args.out.exists():  # another run may be there: look now
         lock(args)
     return settings, (recipe, training, validation, about)
 
@@ -156,8 +159,8 @@ def network_options(out: pathlib.Path, init: pathlib.Path | None) -> tuple[dict,
     """
     saved = out / "recipe.yaml"
     if saved.exists():
-        stored = recipes.read(saved)
-        return {key: stored[key] for key in recipes.NETWORK_OPTIONS if key in stored}, str(saved)
+        stored = plain_yaml.read_file(saved)
+        return {key: stored[key].value for key in recipes.NETWORK_OPTIONS if key in stored}, str(saved)
     if init:
         from model import weights
 
@@ -223,7 +226,7 @@ def main():
     parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS",
                         help="take each rank's share of the batch in this many parts, to need less "
                         "memory; the result is the same but for rounding")
-    cluster.add_options(parser)
+    session.add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="values that win over the recipe's")
     args = parser.parse_args()
@@ -231,9 +234,8 @@ def main():
         parser.error(f"--accumulate is {args.accumulate}, expected at least 1")
 
     started = goodput.process_start()
-    joined = cluster.joined(lambda: prepare(args), args.device, args.out / LOGS,
-                            args.dynamic_cluster)
-    with joined as (here, (recipe, training, validation, about)):
+    session_of_ranks = session.start(lambda: prepare(args), args.device, args.collective, args.out / LOGS)
+    with session_of_ranks as (comm, (recipe, training, validation, about)):
         from train.loop import train
 
         start = time.monotonic()
@@ -243,10 +245,10 @@ def main():
             return network_options(args.out, args.init)
 
         # Those of the file where the recipe says nothing; the other ranks may not have the file.
-        recipe = recipes.adopt_network_options(recipe, *cluster.broadcast(claim))
-        result = train(recipe, training, validation, args.out, here, parts=args.accumulate, init=args.init,
+        recipe = recipes.adopt_network_options(recipe, *comm.from_rank_0(claim))
+        result = train(recipe, training, validation, args.out, comm, parts=args.accumulate, init=args.init,
                        enter=lambda first: enter(args.out, recipe, about, first), started=started)
-        if here.rank == 0:
+        if comm.rank == 0:
             result |= {"made_with": about, "seconds": round(time.monotonic() - start, 1)}
             write_json(args.out / "result.json", result)
             print(f"validation EPE {result['epe']:.3f} px, {result['ratio']:.3f} of a flow of zero; "

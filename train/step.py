@@ -1,8 +1,8 @@
-"""One data-parallel training step: gradients of this rank's pairs, all-reduce, update.
+"""One data-parallel training step: gradients of this rank's pairs, their sum over ranks, update.
 
-Two graphs, so that a batch may go through in several parts. Between them all gradients are one vector:
-one all-reduce, one norm and one update where each of the 118 weights would have its own, which takes
-as long to compile as the network does.
+Two graphs, so that a batch may go through in several parts and MPI can sum between them. There all gradients
+are one vector: one sum over ranks, one norm and one update where each of the 118 weights would have its own,
+which takes as long to compile as the network does.
 """
 
 import contextlib
@@ -12,8 +12,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, float32, nn, ops
 from mindspore.ops.auto_generate import SplitWithSize
 
+from launch import collective
+from launch.communicator import ALONE
 from model.layers import Convolution
 from model.pwcnet import to_network
+from model.reductions import ordered_sum
 
 LOSS_SCALE = {"start": 2.0 ** 16, "factor": 2.0, "every": 1000}
 """Dynamic loss scaling: first scale, factor of change, steps without overflow before it grows."""
@@ -38,7 +41,7 @@ class TrainStep:
     Args:
         network: images to flows, a Cell.
         loss: (flows, flow, valid) to a vector whose sum is minimised, a Cell; the mean over a batch.
-        ranks: how many ranks share the batch; gradients and losses are their mean.
+        comm: the ranks that share the batch; gradients and losses are their mean.
         parts: in how many equal parts this rank's share goes through, to need less memory; the
             result is the same but for rounding.
         clip_norm: largest global gradient norm, larger ones are scaled down to it; 0: never.
@@ -52,16 +55,17 @@ class TrainStep:
         state: a Cell with all that a run must keep: network, moments, loss scale, average.
     """
 
-    def __init__(self, network, loss, *, ranks=1, parts=1, clip_norm=0.0, loss_scaling=False,
+    def __init__(self, network, loss, *, comm=ALONE, parts=1, clip_norm=0.0, loss_scaling=False,
                  weight_decay=0.0, decoupled=False, average=0.0):
         self.parts = parts
         self.weights = tuple(network.trainable_params())
+        self.sum_over_ranks = collective.create(comm)
         numbers = sum(weight.size for weight in self.weights)
         self.state = State(network, numbers, loss_scaling, bool(average))
-        sums = hidden("losses", loss.length), hidden("gradient", numbers)
-        self.add = AddGradients(network, loss, self.state, *sums)
-        self.update = Update(self.weights, self.state, *sums, passes=ranks * parts,
-                             all_reduce=ranks > 1, clip_norm=clip_norm, loss_scaling=loss_scaling,
+        self.sums = hidden("losses", loss.length), hidden("gradient", numbers)
+        self.add = AddGradients(network, loss, self.state, *self.sums)
+        self.update = Update(self.weights, self.state, *self.sums, passes=comm.size * parts,
+                             all_reduce=self.sum_over_ranks.in_graph, clip_norm=clip_norm, loss_scaling=loss_scaling,
                              weight_decay=weight_decay, decoupled=decoupled, average=average)
         self.put = PutWeights(self.weights)
 
@@ -81,6 +85,7 @@ class TrainStep:
         """
         for part in self.split(image1, image2, flow, valid):
             self.add(*part)
+        self.sum_over_ranks(*self.sums)
         return self.update(Tensor(learning_rate, float32))
 
     def compile(self, *batch):
@@ -181,7 +186,7 @@ class Update(nn.Cell):
         self.decay = 0.0 if decoupled else weight_decay
         self.decoupled_decay = weight_decay if decoupled else 0.0
         self.average = average
-        self.all_reduce = ops.AllReduce() if all_reduce else None
+        self.all_reduce = all_reduce
         self.adam = ops.Adam()
         self.split = SplitWithSize()
         self.each = ops.HyperMap()
@@ -194,7 +199,7 @@ class Update(nn.Cell):
             # An overflow on one rank is one in the sum, so all ranks decide alike.
             losses, gradient = self.all_reduce(losses), self.all_reduce(gradient)
         factor = 1.0 / (scale * self.passes)
-        norm = ops.square(gradient).sum().sqrt() * factor
+        norm = ordered_sum(ops.square(gradient)).sqrt() * factor
         finite = ops.isfinite(norm)
         if self.clip_norm > 0:
             factor = factor * ops.minimum(self.clip_norm / (norm + 1e-6), 1.0)

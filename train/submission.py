@@ -3,7 +3,6 @@
 import re
 import sys
 
-from launch import cluster
 from prep.errors import UserError
 
 PASSES = ("clean", "final")
@@ -142,7 +141,7 @@ class Submission:
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
-def submit(args, here, name, groups):
+def submit(args, comm, name, groups):
     """Predict this rank's share of a test set and write it."""
     from model.predict import Pair, predict
     from model.pwcnet import FlowPredictor
@@ -152,14 +151,14 @@ def submit(args, here, name, groups):
 
     predictor = FlowPredictor(load_network(args.ckpt))
     predictor.set_train(False)
-    shares = [pairs[here.rank::here.ranks] for pairs in groups.values()]
-    with progress.bar(total=sum(map(len, shares)), unit="pair", disable=here.rank != 0) as bar:
+    shares = [pairs[comm.rank::comm.size] for pairs in groups.values()]
+    with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # a graph for each size
             pairs = (Pair(file, read_image(first), read_image(second))
                      for file, first, second in share)
             predict(predictor, pairs, Submission(args.submission), batch=args.batch,
                     overwrite=True, on_pairs=bar.update)
-    cluster.barrier()
-    if here.rank == 0:
+    comm.barrier()
+    if comm.rank == 0:
         count = sum(map(len, groups.values()))
         print(f"{args.submission}: flow of {count} pairs for {name}")

@@ -18,12 +18,13 @@ RATE = 1e-4
 def in_mindspore(images, flow, floor):
     """Functions that infer and train once; with `floor`, without cost volume and warping."""
     sys.path.insert(0, ROOT)
-    from launch import cluster
+    from launch import session
+    from launch.ranks import Rank
 
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     os.environ.setdefault("GLOG_v", "3")
-    cluster.start_mindspore(cluster.Place(), "CPU")
+    session.start_mindspore(Rank(), "cpu")
     from mindspore import Tensor, nn, ops
 
     from model import pwcnet

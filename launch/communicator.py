@@ -1,0 +1,199 @@
+"""How ranks exchange data: Open MPI through mpi4py, or nothing at all in a job of one rank.
+
+All ranks must call the same methods in the same order. No method uses pickle: what comes from another
+rank is decoded from JSON, so it cannot run code.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+
+from launch import launcher, watchdog
+from launch.ranks import Rank
+from prep.errors import UserError
+
+
+class Communicator:
+    """The ranks of a job. This class serves a job of one rank, `MPICommunicator` serves more."""
+
+    library = "none"
+    """Name and version of the MPI library."""
+
+    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None):
+        self.rank = rank.rank
+        self.size = rank.size
+        self.local_rank = rank.local_rank
+        self.threads = rank.threads
+        self.nccl = False
+        """Whether MindSpore sums gradients by NCCL inside its graphs."""
+        self._report = report
+        self._step: int | None = None
+
+    def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
+        """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step."""
+        self._step = self._step if step is None else step
+        if self._report:
+            self._report.progress(phase, self._step)
+
+    def barrier(self) -> None:
+        """Wait for all ranks, without a time limit and without using a core."""
+
+    def gather(self, value: Any) -> list:
+        """Values of all ranks in rank order, on every rank; `encode` lists what a value may hold."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; `encode` lists what a value may hold."""
+        return value
+
+    def sum(self, array: np.ndarray) -> None:
+        """Replace a contiguous array by its elementwise sum over all ranks, in the array's own dtype."""
+
+    def from_rank_0(self, read: Callable[[], Any]) -> Any:
+        """What `read()` returns on rank 0, on every rank.
+
+        Raises:
+            UserError: `read` raised it on rank 0; every rank raises it.
+        """
+        value = error = None
+        if self.rank == 0:
+            try:
+                value = read()
+            except UserError as failure:
+                error = str(failure)
+        value, error = self.broadcast([value, error])
+        if error:
+            raise UserError(error)
+        return value
+
+    def leave(self) -> None:
+        """Wait for all ranks a last time and finalise MPI."""
+
+
+ALONE = Communicator(Rank())
+"""That of a process by itself."""
+
+
+class MPICommunicator(Communicator):
+    """Ranks started by Open MPI's mpirun, or by Slurm's srun with PMIx."""
+
+    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None):
+        super().__init__(rank, report)
+        configure_open_mpi()
+        import mpi4py
+
+        # At exit it would wait for ranks that may have failed.
+        mpi4py.rc(initialize=True, finalize=False, threads=False)
+        from mpi4py import MPI
+
+        MPI.pickle.__init__(encode, decode)
+        self._mpi = MPI
+        self._world = MPI.COMM_WORLD
+        self.library = MPI.Get_library_version().partition(",")[0]
+        if (self._world.rank, self._world.size) != (rank.rank, rank.size):
+            raise UserError(
+                f"the launcher started rank {rank.rank} of {rank.size}, but the MPI library ({self.library}) says "
+                f"rank {self._world.rank} of {self._world.size}: mpirun and library do not match; use the mpirun of "
+                "this environment, or set MPI4PY_LIBMPI to the launcher's libmpi.so.40")
+
+    def barrier(self) -> None:
+        with self._together():
+            pass
+
+    def gather(self, value: Any) -> list:
+        with self._together():
+            return self._world.allgather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        with self._together():
+            return self._world.bcast(value)
+
+    def sum(self, array: np.ndarray) -> None:
+        with self._together():
+            self._world.Allreduce(self._mpi.IN_PLACE, array)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Wait for all ranks; inside, use a collective."""
+        if self._report:
+            self._report.waiting(True)
+        request, pause = self._world.Ibarrier(), 1e-5
+        while not request.Test():  # MPI's own waiting keeps a core busy that another rank may need
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
+        yield
+        if self._report:
+            self._report.waiting(False)
+
+    def leave(self) -> None:
+        self.barrier()
+        self._mpi.Finalize()
+
+
+def encode(value: Any, _protocol: Any = None) -> bytes:
+    """A value as JSON: None, bool, int, float, str, list, dict with text keys, and NumPy arrays of numbers.
+
+    Tuples come back as lists.
+    """
+    def pack(array: Any) -> dict[str, Any]:
+        if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.kind not in "biuf":
+            raise TypeError(f"{type(array).__name__} cannot be sent to other ranks")
+        return {"array": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
+
+    return json.dumps(value, default=pack).encode()
+
+
+def decode(data: Any) -> Any:
+    """The inverse of `encode`; the arrays can be written to."""
+    def unpack(item: dict[str, Any]) -> Any:
+        if item.keys() != {"array", "dtype", "shape"}:
+            return item
+        return np.frombuffer(bytearray(base64.b64decode(item["array"])), item["dtype"]).reshape(item["shape"])
+
+    return json.loads(bytes(data), object_hook=unpack)
+
+
+def configure_open_mpi() -> None:
+    """Set what Open MPI and PMIx read when they start, as far as the user has not set it."""
+    # Docker and similar tools give a bridge the same address on every host. Open MPI would take these hosts
+    # for one.
+    if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
+        os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
+    # When a rank is gone, Open MPI aborts the ranks connected to it. Its watchdog knows the reason, so wait for that.
+    os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "50")
+    os.environ.setdefault("OMPI_MCA_opal_signal", "")  # a rank that crashes would be delayed too
+    # mpi4py would load the environment's Open MPI even if another one's mpirun started this process.
+    if library := find_library():
+        os.environ.setdefault("MPI4PY_LIBMPI", library)
+    # Slurm also offers munge, which the environment's PMIx may lack and then complains about.
+    if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
+        os.environ["PMIX_SECURITY_MODE"] = "native"
+
+
+def find_library() -> str | None:
+    """Path of the libmpi that belongs to the mpirun that started this process, if it can be found."""
+    with contextlib.suppress(psutil.Error):
+        process = launcher.find_launcher()
+        prefix = pathlib.Path(process.exe() if process else "/").resolve().parent.parent
+        for folder in ("lib", "lib64", f"lib/{sysconfig.get_config_var('MULTIARCH')}"):
+            library = prefix / folder / "libmpi.so.40"
+            if library.exists():
+                return str(library)
+    return None
+
+
+def private_bridges() -> list[str]:
+    """Names of this host's network bridges without a default route: those of containers and machines."""
+    routes = [line.split() for line in pathlib.Path("/proc/net/route").read_text().splitlines()[1:]]
+    default = {name for name, destination, *_ in routes if destination == "00000000"}
+    return sorted(path.parent.name for path in pathlib.Path("/sys/class/net").glob("*/bridge")
+                  if path.parent.name not in default)

@@ -1,0 +1,95 @@
+"""Which rank this process is, on which cores it runs and how many threads it may use."""
+
+import dataclasses
+import functools
+import os
+import sys
+
+from prep.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """One process of a job, as mpirun or srun numbered it."""
+
+    rank: int = 0
+    size: int = 1
+    """Ranks in the job."""
+    local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this host."""
+    cores: frozenset[int] = dataclasses.field(default_factory=lambda: usable_cores(0))
+    """Cores that the job may use on this host."""
+
+    @property
+    def threads(self) -> int:
+        """Threads for this rank: OMP_NUM_THREADS, else its share of the host's cores."""
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        if given.isdecimal() and int(given):
+            return int(given)
+        return self.share
+
+    @property
+    def share(self) -> int:
+        """This rank's share of the host's cores."""
+        given = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+        return given or max(1, len(self.cores) // self.local_size)
+
+    @property
+    def single_host(self) -> bool:
+        """Whether all ranks of the job are on this host."""
+        return self.local_size == self.size
+
+    def claim_cores(self) -> None:
+        """Let this process use its whole share of the cores and size the thread pools accordingly.
+
+        mpirun binds each of two ranks to one core, and each of more ranks to a socket. The libraries read
+        the variables when they are loaded, so call this before importing them. OMP_NUM_THREADS takes
+        precedence if it is set.
+        """
+        if "OMP_NUM_THREADS" not in os.environ and len(usable_cores(0)) < self.share:
+            os.sched_setaffinity(0, self.cores)
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.share))
+        os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
+
+
+@functools.cache  # MindSpore must not see these variables, so they are removed later
+def current() -> Rank:
+    """The rank of this process; the only rank if no launcher started it.
+
+    Raises:
+        UserError: a launcher started several processes in a way that they cannot find each other.
+    """
+    variables = (f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    values = [os.environ.get(name) for name in variables]
+    if None not in values:
+        # mpirun binds the ranks, but not itself.
+        return Rank(*map(int, values), cores=usable_cores(os.getppid()))
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "PMIX_RANK" not in os.environ:
+            if os.environ.get("SLURM_PROCID") != "0":
+                sys.exit(1)  # one of them reports it
+            raise UserError("srun started several ranks without PMIx, so they cannot find each other: use "
+                            "srun --mpi=pmix (srun --mpi=list shows what is available; pmi2 is not "
+                            "supported), or mpirun inside the allocation")
+        return from_slurm()
+    if int(os.environ.get("PMI_SIZE", 1)) > 1:  # MPICH, Intel MPI
+        raise UserError("an mpirun that is not Open MPI's started this process, and mpi4py here uses Open MPI: "
+                        "use the mpirun of this environment, or put Open MPI's mpirun first on the PATH")
+    return Rank()
+
+
+def from_slurm() -> Rank:
+    """The rank that the variables of a Slurm job step describe."""
+    by_host: list[int] = []
+    for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as "4(x2),3"
+        tasks, _, times = part.partition("(x")
+        by_host += [int(tasks)] * int(times.rstrip(")") or 1)
+    rank, size, local_rank, host = (int(os.environ[f"SLURM_{name}"])
+                                    for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID"))
+    return Rank(rank, size, local_rank, by_host[host])
+
+
+def usable_cores(process: int) -> frozenset[int]:
+    """Cores that a process may run on; process 0 is the calling one."""
+    return frozenset(os.sched_getaffinity(process))

@@ -1,0 +1,26 @@
+"""What a run is made with: versions of the code and of the packages."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard")
+"""Packages whose versions must be the same on all ranks, and are recorded with a run."""
+
+
+@functools.cache  # it reads every source file
+def software() -> dict[str, str]:
+    """Versions that must be the same on all ranks: of the code, of Python and of some packages."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("launch", "prep", "model", "train")
+                       for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu")):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
