@@ -72,7 +72,7 @@ def main():
     if is_whole(out, plan):
         print(f"{out}: this set is already whole, nothing to do")
         return
-    check_inputs(plan)
+    layout = shards.Layout.fitting(largest_image(plan), max(len(pairs) for _, pairs in plan.tasks))
     if here.rank == 0:
         lock = open_partial(partial, out, plan)  # noqa: F841 - held until this process ends
     else:
@@ -81,7 +81,7 @@ def main():
         if is_whole(out, plan):
             return
     try:
-        write_shards(partial, plan.tasks[here.rank :: here.size], options, here)
+        write_shards(partial, plan.tasks[here.rank :: here.size], options, layout, here)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
     if here.rank == 0:
@@ -246,12 +246,13 @@ def is_whole(out, plan):
     return True
 
 
-def check_inputs(plan):
-    """Check every file's header before the work begins; UserError for the first that is wrong."""
-    for pair in progress.bar(
+def largest_image(plan):
+    """Pixels of the largest image. Checks every file's header before the work begins; UserError for the
+    first that is wrong."""
+    pairs = progress.bar(
         plan.pairs, desc="checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False
-    ):
-        pair_size(pair)
+    )
+    return max(height * width for height, width in map(pair_size, pairs))
 
 
 def wait_for(condition):
@@ -307,7 +308,7 @@ def find_shard(partial, file):
         return None
 
 
-def write_shards(partial, tasks, options, here):
+def write_shards(partial, tasks, options, layout, here):
     """Write those of `tasks` that are not whole yet, in worker processes, with a progress bar."""
     remaining = [task for task in tasks if not find_shard(partial, task[0])]
     clear(partial, [file for file, _ in tasks])  # they take space that may be needed
@@ -320,7 +321,7 @@ def write_shards(partial, tasks, options, here):
     workers = {}
     for _ in range(min(options.workers, len(remaining))):
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, partial, options.codec, os.getpid()))
+        process = context.Process(target=work, args=(theirs, partial, options.codec, layout, os.getpid()))
         process.start()
         theirs.close()
         workers[ours] = process
@@ -377,7 +378,7 @@ def drive(workers, tasks, bar):
                 raise RuntimeError(value)
 
 
-def work(connection, partial, codec_name, parent):
+def work(connection, partial, codec_name, layout, parent):
     """A worker process: write the shards that come through `connection`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
     memory.keep_freed_blocks()
@@ -393,7 +394,7 @@ def work(connection, partial, codec_name, parent):
                 if os.getppid() != parent:
                     return
             file, pairs = connection.recv()
-            shards.write_shard(partial, file, pairs, codec_name=codec_name, progress=progress)
+            shards.write_shard(partial, file, pairs, codec_name=codec_name, layout=layout, progress=progress)
             connection.send(("done", file))
     except EOFError:
         pass

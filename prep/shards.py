@@ -18,7 +18,7 @@ from typing import Annotated, TypedDict
 import numpy as np
 
 from prep import codec, schema
-from prep.datasets import pair_size, read_pair
+from prep.datasets import read_pair
 from prep.errors import UserError, naming, one_line
 from prep.flowio import write_whole
 
@@ -93,7 +93,7 @@ class Shard:
         if self.header_bytes > self.bytes:
             raise ValueError("its header is longer than its file")
         # A shard has one page for records at least, with room for four pairs uncompressed or of
-        # MAX_PAGE bytes (_open_writer), which is a quarter of the largest pair.
+        # MAX_PAGE bytes (Layout), which is a quarter of the largest pair.
         for _, height, width in self.sizes:
             if PIXEL_BYTES * height * width > 4 * self.bytes:
                 raise ValueError(f"its {self.bytes} bytes can't hold a pair of {width}x{height}")
@@ -287,8 +287,27 @@ def decode_record(record, fields, *, size, pair, source):
     return sample
 
 
-def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
-    """Write `pairs` as the shard `folder`/`file` and return its `Shard`.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes in bytes that MindRecord reads several shards together by: they must be equal in all of them."""
+
+    page: int
+    header: int
+
+    @classmethod
+    def fitting(cls, pixels: int, pairs: int) -> "Layout":
+        """The layout for images of up to `pixels` and shards of up to `pairs`."""
+        # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays
+        # small.
+        page = 1 << 16
+        while page < 4 * (PIXEL_BYTES * pixels + 4096):
+            page *= 2
+        # The header lists the pages, about 200 bytes each, and there is at most one for two pairs.
+        return cls(min(page, MAX_PAGE), (1 << 16) * (1 + 128 * pairs // (1 << 16)))
+
+
+def write_shard(folder, file, pairs, *, codec_name, layout, progress=lambda: None):
+    """Write `pairs` as the shard `folder`/`file` in a `Layout` and return its `Shard`.
 
     The shard and its index appear under their names only when they are whole and on the disk; a
     file FILE.json beside them, written last, says so to a later run. `progress` is called after
@@ -300,8 +319,10 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
     os.mkdir(work)
     try:
         path = os.path.join(work, file)
-        pixels = max(height * width for height, width in map(pair_size, pairs))
-        writer, header = _open_writer(FileWriter, path, len(pairs), pixels)
+        writer = FileWriter(path, 1, overwrite=True)
+        writer.set_page_size(layout.page)
+        writer.set_header_size(layout.header)
+        writer.add_schema(SCHEMA, "optical flow pair")
         runs, free = [], free_bytes(folder)
         for pair in pairs:
             sample = read_pair(pair)
@@ -322,8 +343,8 @@ def write_shard(folder, file, pairs, *, codec_name, progress=lambda: None):
             file=file,
             bytes=size,
             sha256=hash_file(path, size),
-            header_bytes=header,
-            header_sha256=hash_file(path, header),
+            header_bytes=layout.header,
+            header_sha256=hash_file(path, layout.header),
             index_bytes=index_size,
             index_sha256=hash_file(path + ".db", index_size),
             names=[pair.name for pair in pairs],
@@ -355,22 +376,6 @@ def reason_of(error) -> str:
     """What an exception of MindSpore's says, in one line without the report around it."""
     lines = [line for line in str(error).splitlines() if line.startswith("[ERROR]")]
     return one_line(" ".join(lines) or error, 200)
-
-
-def _open_writer(FileWriter, path, pairs, pixels):
-    """A MindRecord writer and the bytes of its header, for records of images of up to `pixels`."""
-    # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays
-    # small.
-    page = 1 << 16
-    while page < 4 * (PIXEL_BYTES * pixels + 4096):
-        page *= 2
-    # The header lists the pages, about 200 bytes each, and there is at most one for two pairs.
-    header = (1 << 16) * (1 + 128 * pairs // (1 << 16))
-    writer = FileWriter(path, 1, overwrite=True)
-    writer.set_page_size(min(page, MAX_PAGE))
-    writer.set_header_size(header)
-    writer.add_schema(SCHEMA, "optical flow pair")
-    return writer, header
 
 
 def hash_file(path, length):

@@ -176,6 +176,16 @@ def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch)
     assert all(len(indices) == batch for share in shares for indices in share)
 
 
+def test_shards_of_pairs_of_different_sizes(tmp_path):
+    """MindRecord reads shards together only if their pages and headers have the same sizes, so the largest
+    pair of the dataset decides for all of its shards."""
+    release = tiny.kitti(tmp_path / "kitti", 12)
+    out = tiny.convert("kitti2015", release, tmp_path / "set", "--shards", 4, "--split-file",
+                       tiny.split_file(tmp_path / "split", [0]))
+    sizes = [image1.shape[1:3] for image1, *_ in tiny.evaluation(out, "train", batch=1)]
+    assert sorted(sizes) == [(24, 40 + 8 * number) for number in range(1, 12)]
+
+
 def test_evaluation_keeps_sizes_apart(tmp_path):
     data = tiny.chairs(tmp_path / "data", 9)
     tiny.chairs(data, 4, width=56)  # 00001 to 00004 are wider
