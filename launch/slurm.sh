@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster: sbatch --nodes=2 launch/slurm.sh --config chairs --data DIR --out RUN ...
-# One rank for each GPU; mpirun finds the nodes of the job by itself. The same line again goes on from the
-# newest checkpoint: one is written five minutes before the time is up (USR1), or when you say
+# One rank for each GPU; mpirun finds the nodes of the job by itself. After a failure the training is restarted up to
+# three times. The same line again resumes from the newest checkpoint: one is written five minutes before the time is
+# up (USR1), or when you say
 #   scancel --batch --signal=USR1 JOB
 #SBATCH --job-name=pwcnet
 #SBATCH --nodes=1
@@ -24,4 +25,4 @@ help_if_asked train/main.py "$@"
         "mpirun -n RANKS launch/train.sh ... without Slurm"
 # A cluster has its own mpirun, perhaps; each rank takes the library that belongs to it.
 command -v mpirun >/dev/null || set_up
-exec mpirun -n "$SLURM_NTASKS" launch/train.sh --device gpu "$@"
+exec launch/retry.sh 3 mpirun -n "$SLURM_NTASKS" launch/train.sh --device gpu "$@"
