@@ -1,11 +1,12 @@
-"""How training scales over ranks: speed, what the all-reduce takes of it, and what to expect of GPUs.
+"""How training scales over ranks: step time, gradient sum, start-up, and what to expect of GPUs.
 
 python tests/bench/scaling.py [--ranks 1 2] [--batch N] [--size H W] [--steps N] [--repeats N]
                               [--gpu-step MS ...]
 
 Ranks are on this machine, with one thread each (OMP_NUM_THREADS=1), so that two ranks have twice the
-cores of one; the jobs of a repeat follow each other. The prediction for GPUs is arithmetic, from the
-gradient's bytes and rates of links that are printed with it; nothing of it was measured.
+cores of one; the jobs of a repeat follow each other. A bare MPI_Allreduce of the same vector is timed in the
+same job. The prediction for GPUs is arithmetic, from the gradient's bytes and rates of links that are printed
+with it; nothing of it was measured.
 """
 
 import argparse
@@ -14,8 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 WEIGHTS = 8_639_230
 BYTES = 4 * WEIGHTS
 """Of the gradient, float32."""
@@ -28,13 +32,23 @@ seconds per step of the ring."""
 def job(ranks, options):
     """What rank 0 of a job of so many ranks found, a dict of seconds."""
     words = ["mpirun", "--oversubscribe", "-n", ranks, sys.executable,
-             os.path.join(HERE, "scaling_child.py"), options.batch, *options.size, options.steps]
+             os.path.join(HERE, "scaling_child.py"), options.batch, *options.size, options.steps,
+             time.time()]
     done = subprocess.run([str(word) for word in words], text=True, stdout=subprocess.PIPE,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+                          env=ENVIRONMENT, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         sys.exit(f"error: the job of {ranks} rank(s) ended with status {done.returncode}")
     return json.loads(lines[0])
+
+
+def import_seconds(ranks):
+    """Seconds that importing MindSpore takes in so many processes at once, the slowest one."""
+    program = "import time; start = time.time(); import mindspore; print(time.time() - start)"
+    done = subprocess.run(["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", program], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
+                          env=ENVIRONMENT)
+    return max(float(line) for line in done.stdout.split())
 
 
 def ring(ranks, bytes_per_second):
@@ -56,33 +70,34 @@ def main():
     found = {ranks: [] for ranks in options.ranks}
     for _ in range(options.repeats):
         for ranks in options.ranks:
-            found[ranks].append(job(ranks, options))
+            found[ranks].append({**job(ranks, options), "import": import_seconds(ranks)})
     median = {ranks: {key: statistics.median(entry[key] for entry in entries)
                       for key in entries[0]} for ranks, entries in found.items()}
 
     height, width = options.size
     print(f"batch {options.batch} a rank, {height}x{width}, one thread a rank, float32, "
           f"{options.steps} steps, medians of {options.repeats} job(s)\n")
-    print("| ranks | s a step | pairs/s | efficiency | all-reduce, s | of the step | start, s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| ranks | s a step | pairs/s | efficiency | sum of gradients, ms | to bare MPI_Allreduce | "
+          "first sum after, s | of it MindSpore's import | equal weights |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     base = options.ranks[0]
     for ranks, entry in median.items():
-        reduce = entry.get(f"all_reduce {WEIGHTS}", 0.0)
         rate = ranks * options.batch / entry["step"]
-        efficiency = median[base]["step"] / entry["step"]
-        start = f"{entry['first_collective']:.1f}" if "first_collective" in entry else "-"
-        print(f"| {ranks} | {entry['step']:.2f} | {rate:.2f} | {efficiency:.2f} | {reduce:.3f} | "
-              f"{reduce / entry['step']:.1%} | {start} |")
+        efficiency = statistics.median(
+            one["step"] / many["step"] for one, many in zip(found[base], found[ranks]))
+        sums = "- | -"
+        if ranks > 1:
+            sums = f"{1e3 * entry['sum in step']:.1f} | {entry['sum in step'] / entry[f'bare {WEIGHTS}']:.2f}"
+        print(f"| {ranks} | {entry['step']:.3f} | {rate:.2f} | {efficiency:.2f} | {sums} | "
+              f"{entry['first_collective']:.1f} | {entry['import']:.1f} | "
+              f"{'yes' if entry['equal weights'] else 'NO'} |")
     for ranks, entry in median.items():
         if ranks > 1:
-            print(f"\nAll-reduce over {ranks} ranks:\n\n| numbers | ms | MB/s |\n| ---: | ---: | ---: |")
-            for key, seconds in entry.items():
-                if key.startswith("all_reduce ") and key.split()[1].isdigit():
-                    size = int(key.split()[1])
-                    print(f"| {size:,} | {1e3 * seconds:.2f} | {4e-6 * size / seconds:.0f} |")
-            apart, together = entry["all_reduce apart"], entry[f"all_reduce {WEIGHTS}"]
-            print(f"\nThe gradient in one vector, as train/step.py has it: {1e3 * together:.1f} ms; each of "
-                  f"its 118 tensors by itself: {1e3 * apart:.1f} ms, {apart / together:.2f} times as long.")
+            print(f"\nSum over {ranks} ranks, beside a bare MPI_Allreduce:\n")
+            print("| numbers | ms | bare, ms | MB/s |\n| ---: | ---: | ---: | ---: |")
+            for size in sorted(int(key.split()[1]) for key in entry if key.startswith("bare ")):
+                seconds, bare = entry[f"sum {size}"], entry[f"bare {size}"]
+                print(f"| {size:,} | {1e3 * seconds:.2f} | {1e3 * bare:.2f} | {4e-6 * size / seconds:.0f} |")
 
     print(f"\nExpected of GPUs, by arithmetic: {BYTES / 1e6:.1f} MB of gradient, a ring over {NVLINK / 1e9:.0f} "
           f"GB/s inside a machine,\n{NETWORK / 1e9:.0f} GB/s between machines, {1e6 * LATENCY:.0f} us a hop, after "

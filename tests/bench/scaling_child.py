@@ -1,8 +1,9 @@
-"""One rank of scaling.py: times training steps and all-reduces; rank 0 prints them as JSON.
+"""One rank of scaling.py: times training steps, sums over ranks and bare MPI_Allreduce; rank 0 prints JSON.
 
-python tests/bench/scaling_child.py BATCH HEIGHT WIDTH STEPS
+python tests/bench/scaling_child.py BATCH HEIGHT WIDTH STEPS STARTED, the last in seconds since 1970
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -13,71 +14,71 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__
 
 import numpy as np
 
-from launch import cluster
+from launch import session
 
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 8_639_230)
-"""Numbers in an all-reduce; the last is as many as PWC-Net has weights."""
-REPEATS = 7
+"""Numbers in a sum; the last is as many as PWC-Net has weights."""
+REPEATS = 15
 
 
 def main():
-    began = time.time()
-    batch, height, width, steps = map(int, sys.argv[1:])
-    with cluster.joined(lambda: ({}, None)) as (here, _):
-        import mindspore
-        from mindspore import Tensor, nn, ops
+    batch, height, width, steps = map(int, sys.argv[1:5])
+    started = float(sys.argv[5])
+    with session.start(lambda: ({}, None)) as (comm, _):
+        found = {}
+        comm.sum(np.ones(1, np.float32))
+        found["first_collective"] = time.time() - started
 
         from model.losses import MultiScaleLoss
         from model.pwcnet import PWCNet
         from train.step import TrainStep
 
-        class Reduce(nn.Cell):
-            """All-reduce of several tensors, one after the other in one graph."""
-
-            def __init__(self):
-                super().__init__()
-                self.sum = ops.AllReduce()
-                self.each = ops.HyperMap()
-
-            def construct(self, *tensors):
-                return self.each(self.sum, tensors)
-
         def median(function):
-            function()
             times = []
             for _ in range(REPEATS):
-                cluster.barrier()
+                comm.barrier()
                 start = time.perf_counter()
                 function()
                 times.append(time.perf_counter() - start)
-            return statistics.median(times)
+            return statistics.median(times[1:])
+
+        if comm.size > 1:
+            from mpi4py import MPI
+
+            for size in SIZES:
+                vector = np.ones(size, np.float32)
+                found[f"sum {size}"] = median(lambda v=vector: comm.sum(v))
+                found[f"bare {size}"] = median(lambda v=vector: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, v))
+
+        import mindspore
 
         mindspore.set_seed(1)
-        network = PWCNet(normalize_features=True)
-        found = {}
-        if here.ranks > 1:
-            cluster.all_reduce(np.ones(1, np.float32))
-            found["first_collective"] = time.time() - began
-            for size in SIZES:
-                graph, vector = Reduce(), Tensor(np.ones(size, np.float32))
-                found[f"all_reduce {size}"] = median(lambda g=graph, v=vector: g(v)[0].asnumpy())
-            weights = [Tensor(weight.asnumpy()) for weight in network.trainable_params()]
-            graph = Reduce()
-            found["all_reduce apart"] = median(lambda: graph(*weights)[-1].asnumpy())
-        step = TrainStep(network, MultiScaleLoss(), ranks=here.ranks, clip_norm=1.0)
-        rng = np.random.default_rng(here.rank)
+        step = TrainStep(PWCNet(normalize_features=True), MultiScaleLoss(), comm=comm, clip_norm=1.0)
+        rng = np.random.default_rng(comm.rank)
         images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
         flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
         sample = (*images, flow, np.ones(flow.shape[:3], np.uint8))
         step.compile(*sample)
-        cluster.barrier()
-        times = []
+        comm.barrier()
+        times, sums = [], []
+        sum_over_ranks = step.sum_over_ranks
+
+        def timed_sum(*parameters):
+            comm.barrier()  # so that waiting for a slower rank is not counted
+            start = time.perf_counter()
+            sum_over_ranks(*parameters)
+            sums.append(time.perf_counter() - start)
+
+        step.sum_over_ranks = timed_sum
         for _ in range(steps + 2):
             start = time.perf_counter()
             step(*sample, 1e-4)[0].asnumpy()
             times.append(time.perf_counter() - start)
         found["step"] = statistics.median(times[2:])
-        if here.rank == 0:
+        found["sum in step"] = statistics.median(sums[2:])
+        weights = b"".join(weight.asnumpy().tobytes() for weight in step.weights)
+        found["equal weights"] = len(set(comm.gather(hashlib.sha256(weights).hexdigest()))) == 1
+        if comm.rank == 0:
             print(json.dumps(found), flush=True)
 
 
