@@ -25,4 +25,8 @@ help_if_asked train/main.py "$@"
         "mpirun -n RANKS launch/train.sh ... without Slurm"
 # A cluster has its own mpirun, perhaps; each rank takes the library that belongs to it.
 command -v mpirun >/dev/null || set_up
-exec launch/retry.sh 3 mpirun -n "$SLURM_NTASKS" launch/train.sh --device gpu "$@"
+case " $* " in
+*" --device"*) device=() ;;
+*) device=(--device gpu) ;;
+esac
+exec launch/retry.sh 3 mpirun -n "$SLURM_NTASKS" launch/train.sh ${device[@]+"${device[@]}"} "$@"
