@@ -105,7 +105,7 @@ def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_
     shutil.copytree(whole, run)
     for number in (3, 4):
         (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(tiny.launch(launcher, tmp_path, "train/main.py",
+    status, _, err = finish(tiny.launch(launcher, "train/main.py",
                                         *words([data, other], run, **MIXED)))
     assert status == 0 and "after step 2, with 2 rank(s)" in err, err
     assert read_curves(run, "train/loss") == read_curves(whole, "train/loss")
