@@ -31,7 +31,6 @@ class Communicator:
     def __init__(self, rank: Rank, report: watchdog.Reporter | None = None):
         self.rank = rank.rank
         self.size = rank.size
-        self.local_rank = rank.local_rank
         self.threads = rank.threads
         self.nccl = False
         """Whether MindSpore sums gradients by NCCL inside its graphs."""

@@ -348,7 +348,7 @@ class Watchdog:
     def lose_leader(self, text: str) -> None:
         self.leader = None
         if self.exited is None or self.status:
-            if 0 in (self.rank.local_rank, self.rank.rank - 1) and not self.status and not self.reported:
+            if (self.rank.local_rank == 0 or self.rank.rank == 1) and not self.status and not self.reported:
                 report(f"{self.name}: {text}")
             self.status, self.deadline = self.status or 1, 0
 

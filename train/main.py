@@ -234,8 +234,8 @@ def main():
         parser.error(f"--accumulate is {args.accumulate}, expected at least 1")
 
     started = goodput.process_start()
-    session_of_ranks = session.start(lambda: prepare(args), args.device, args.collective, args.out / LOGS)
-    with session_of_ranks as (comm, (recipe, training, validation, about)):
+    job = session.start(lambda: prepare(args), args.device, args.collective, args.out / LOGS)
+    with job as (comm, (recipe, training, validation, about)):
         from train.loop import train
 
         start = time.monotonic()
