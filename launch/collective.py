@@ -33,7 +33,7 @@ class NCCLSum(NoSum):
 class HostSum(NoSum):
     """MPI sums the host's copy of Parameters, on the CPU in MindSpore's own memory."""
 
-    def __init__(self, comm: Communicator, in_place: bool):
+    def __init__(self, comm: Communicator, in_place: bool) -> None:
         self._comm = comm
         self._in_place = in_place
         self._assign = Assign()
@@ -71,7 +71,7 @@ class Sum(nn.Cell):
 class Read(nn.Cell):
     """Reads a Parameter in a graph."""
 
-    def __init__(self, parameter: Parameter):
+    def __init__(self, parameter: Parameter) -> None:
         super().__init__()
         self.parameter = parameter
 
@@ -91,8 +91,10 @@ def check_views() -> None:
     parameter = Parameter(Tensor(np.zeros(1, np.float32)), name="view", requires_grad=False)
     parameter.asnumpy()[:] = 1
     if Read(parameter)().asnumpy()[0] != 1:
-        raise RuntimeError("this version of MindSpore copies Parameters to NumPy, so gradients could not be summed over "
-                           "ranks; install the version that setup.cfg names")
+        raise RuntimeError(
+            "this version of MindSpore copies Parameters to NumPy, so gradients could not be summed over "
+            "ranks; install the version that setup.cfg names"
+        )
 
 
 def start_nccl(comm: Communicator) -> bool:
@@ -109,9 +111,13 @@ def start_nccl(comm: Communicator) -> bool:
         problem = f"rank {comm.rank} on {socket.gethostname()}: {str(error).strip().splitlines()[0]}"
     problems = [problem for problem in comm.gather(problem) if problem]
     if problems and comm.rank == 0:
-        print(f"note: NCCL cannot be initialised ({problems[0]}); gradients are summed by MPI through host memory",
-              file=sys.stderr, flush=True)
+        print(
+            f"note: NCCL cannot be initialised ({problems[0]}); gradients are summed by MPI through host memory",
+            file=sys.stderr,
+            flush=True,
+        )
     if not problems:
-        mindspore.set_auto_parallel_context(parallel_mode=mindspore.ParallelMode.DATA_PARALLEL,
-                                            gradients_mean=True, device_num=comm.size)
+        mindspore.set_auto_parallel_context(
+            parallel_mode=mindspore.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=comm.size
+        )
     return not problems

@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 
 from launch import launcher, watchdog
+from launch.errors import UserError
 from launch.ranks import Rank
-from prep.errors import UserError
 
 
 class Communicator:
@@ -28,7 +28,7 @@ class Communicator:
     library = "none"
     """Name and version of the MPI library."""
 
-    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None):
+    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None) -> None:
         self.rank = rank.rank
         self.size = rank.size
         self.threads = rank.threads
@@ -85,7 +85,7 @@ ALONE = Communicator(Rank())
 class MPICommunicator(Communicator):
     """Ranks started by Open MPI's mpirun, or by Slurm's srun with PMIx."""
 
-    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None):
+    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None) -> None:
         super().__init__(rank, report)
         configure_open_mpi()
         import mpi4py
@@ -102,7 +102,8 @@ class MPICommunicator(Communicator):
             raise UserError(
                 f"the launcher started rank {rank.rank} of {rank.size}, but the MPI library ({self.library}) says "
                 f"rank {self._world.rank} of {self._world.size}: mpirun and library do not match; use the mpirun of "
-                "this environment, or set MPI4PY_LIBMPI to the launcher's libmpi.so.40")
+                "this environment, or set MPI4PY_LIBMPI to the launcher's libmpi.so.40"
+            )
 
     def barrier(self) -> None:
         with self._together():
@@ -143,6 +144,7 @@ def encode(value: Any, _protocol: Any = None) -> bytes:
 
     Tuples come back as lists.
     """
+
     def pack(array: Any) -> dict[str, Any]:
         if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.kind not in "biuf":
             raise TypeError(f"{type(array).__name__} cannot be sent to other ranks")
@@ -153,6 +155,7 @@ def encode(value: Any, _protocol: Any = None) -> bytes:
 
 def decode(data: Any) -> Any:
     """The inverse of `encode`; the arrays can be written to."""
+
     def unpack(item: dict[str, Any]) -> Any:
         if item.keys() != {"array", "dtype", "shape"}:
             return item
@@ -194,5 +197,6 @@ def private_bridges() -> list[str]:
     """Names of this host's network bridges without a default route: those of containers and machines."""
     routes = [line.split() for line in pathlib.Path("/proc/net/route").read_text().splitlines()[1:]]
     default = {name for name, destination, *_ in routes if destination == "00000000"}
-    return sorted(path.parent.name for path in pathlib.Path("/sys/class/net").glob("*/bridge")
-                  if path.parent.name not in default)
+    return sorted(
+        path.parent.name for path in pathlib.Path("/sys/class/net").glob("*/bridge") if path.parent.name not in default
+    )

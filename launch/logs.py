@@ -24,7 +24,7 @@ CRASH = "Fatal Python error: "
 class Tee(io.TextIOBase):
     """A text stream that writes to a log and, if given, to another stream."""
 
-    def __init__(self, log: TextIO, shown: TextIO | None):
+    def __init__(self, log: TextIO, shown: TextIO | None) -> None:
         self.log = log
         self.shown = shown
 
@@ -46,8 +46,10 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
     sys.stderr.flush()
     before, kept = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     with contextlib.ExitStack() as stack:
-        log, out, err = (stack.enter_context(open(file, mode, encoding="utf-8", errors="backslashreplace", buffering=1))
-                         for file, mode in ((path, "a"), (kept[0], "w"), (kept[1], "w")))
+        log, out, err = (
+            stack.enter_context(open(file, mode, encoding="utf-8", errors="backslashreplace", buffering=1))
+            for file, mode in ((path, "a"), (kept[0], "w"), (kept[1], "w"))
+        )
         command = shlex.join([sys.executable, *sys.argv])
         log.write(f"== {time.strftime('%F %T')}, rank {rank} on {socket.gethostname()}: {command}\n")
         for number in (1, 2):
@@ -57,7 +59,8 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda *values, file=None, line=None: log.write(
-                    warnings.formatwarning(*values, line))
+                    warnings.formatwarning(*values, line)
+                )
                 yield
         finally:
             faulthandler.disable()

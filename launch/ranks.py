@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +69,17 @@ def current() -> Rank:
         if "PMIX_RANK" not in os.environ:
             if os.environ.get("SLURM_PROCID") != "0":
                 sys.exit(1)  # one of them reports it
-            raise UserError("srun started several ranks without PMIx, so they cannot find each other: use "
-                            "srun --mpi=pmix (srun --mpi=list shows what is available; pmi2 is not "
-                            "supported), or mpirun inside the allocation")
+            raise UserError(
+                "srun started several ranks without PMIx, so they cannot find each other: use "
+                "srun --mpi=pmix (srun --mpi=list shows what is available; pmi2 is not "
+                "supported), or mpirun inside the allocation"
+            )
         return from_slurm()
     if int(os.environ.get("PMI_SIZE", 1)) > 1:  # MPICH, Intel MPI
-        raise UserError("an mpirun that is not Open MPI's started this process, and mpi4py here uses Open MPI: "
-                        "use the mpirun of this environment, or put Open MPI's mpirun first on the PATH")
+        raise UserError(
+            "an mpirun that is not Open MPI's started this process, and mpi4py here uses Open MPI: "
+            "use the mpirun of this environment, or put Open MPI's mpirun first on the PATH"
+        )
     return Rank()
 
 
@@ -85,8 +89,9 @@ def from_slurm() -> Rank:
     for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as "4(x2),3"
         tasks, _, times = part.partition("(x")
         by_host += [int(tasks)] * int(times.rstrip(")") or 1)
-    rank, size, local_rank, host = (int(os.environ[f"SLURM_{name}"])
-                                    for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID"))
+    rank, size, local_rank, host = (
+        int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID")
+    )
     return Rank(rank, size, local_rank, by_host[host])
 
 

@@ -51,8 +51,8 @@ def main() -> int:
     """Print what is missing; the exit status."""
     known = list(read_setup()["options.extras_require"])
     parser = argparse.ArgumentParser(
-        description="Print what setup.cfg asks for and this environment lacks; exit status 0 if nothing, "
-        "1 otherwise.")
+        description="Print what setup.cfg asks for and this environment lacks; exit status 0 if nothing, 1 otherwise."
+    )
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"of: {', '.join(known)}")
     extras = parser.parse_args().extras
     if unknown := [extra for extra in extras if extra not in known]:

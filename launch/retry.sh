@@ -49,7 +49,7 @@ done
 # What the command has achieved: the step of the newest checkpoint and the number of converted shards.
 progress() {
     local newest
-    newest=$(find "$out/checkpoints" -name 'step-*.ckpt' 2>/dev/null | sort | tail -n 1)
+    newest=$(find "$out/checkpoints" -name 'step-????????.ckpt' 2>/dev/null | sort | tail -n 1)
     echo "${newest##*/} $(find "$out" "$out.partial" -name '*.mindrecord' 2>/dev/null | wc -l)"
 }
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from launch import gpus, launcher, logs, ranks, versions, watchdog
 from launch.communicator import Communicator, MPICommunicator
-from prep.errors import UserError, describe_os_error, report
+from launch.errors import UserError, describe_os_error, print_error
 
 Plan = TypeVar("Plan")
 
@@ -29,16 +29,25 @@ class JobInterrupt(KeyboardInterrupt):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options whose values `start` takes."""
-    parser.add_argument("--device", default="cpu", type=str.lower, choices=("cpu", "gpu"),
-                        help="where the network runs (default: cpu)")
-    parser.add_argument("--collective", default="auto", choices=("auto", "nccl", "mpi"),
-                        help="how ranks on GPUs sum gradients: NCCL inside the graph, MPI through host memory, or "
-                        "auto, NCCL if it can be initialised (default: auto); CPUs always use MPI")
+    parser.add_argument(
+        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
+    )
+    parser.add_argument(
+        "--collective",
+        default="auto",
+        choices=("auto", "nccl", "mpi"),
+        help="how ranks on GPUs sum gradients: NCCL inside the graph, MPI through host memory, or "
+        "auto, NCCL if it can be initialised (default: auto); CPUs always use MPI",
+    )
 
 
 @contextlib.contextmanager
-def start(prepare: Callable[[], tuple[dict[str, str], Plan]], device: str = "cpu", collective: str = "auto",
-          log_folder: pathlib.Path | None = None) -> Iterator[tuple[Communicator, Plan]]:
+def start(
+    prepare: Callable[[], tuple[dict[str, str], Plan]],
+    device: str = "cpu",
+    collective: str = "auto",
+    log_folder: pathlib.Path | None = None,
+) -> Iterator[tuple[Communicator, Plan]]:
     """Check everything on all ranks, then start MindSpore on each.
 
     Use it before anything imports MindSpore:
@@ -98,8 +107,9 @@ def start(prepare: Callable[[], tuple[dict[str, str], Plan]], device: str = "cpu
     atexit.register(leave, 0)
 
 
-def agree(comm: Communicator, rank: ranks.Rank, prepare: Callable[[], tuple[dict[str, str], Plan]],
-          device: str) -> Plan:
+def agree(
+    comm: Communicator, rank: ranks.Rank, prepare: Callable[[], tuple[dict[str, str], Plan]], device: str
+) -> Plan:
     """Prepare on all ranks; raises JobError if one of them cannot, or if one differs from rank 0."""
     settings, plan, error = {}, None, None
     try:
@@ -131,21 +141,27 @@ def find_disagreement(outcomes: list[Any]) -> str | None:
     for rank, (host, settings, _) in enumerate(outcomes):
         for key, value in settings.items():
             if value != expected.get(key):
-                return (f"rank {rank} on {host} has {key} {value}, rank 0 on {first_host} has {expected.get(key)}: "
-                        "start all ranks with the same code, recipe and data")
+                return (
+                    f"rank {rank} on {host} has {key} {value}, rank 0 on {first_host} has {expected.get(key)}: "
+                    "start all ranks with the same code, recipe and data"
+                )
     return None
 
 
-def connect_watchdogs(comm: Communicator, rank: ranks.Rank, reporter: watchdog.Reporter,
-                      log: pathlib.Path | None) -> None:
+def connect_watchdogs(
+    comm: Communicator, rank: ranks.Rank, reporter: watchdog.Reporter, log: pathlib.Path | None
+) -> None:
     """Connect the watchdogs to that of rank 0 and create the log files; raises JobError if a rank cannot."""
     addresses = ["127.0.0.1"] if rank.single_host else launcher.addresses()
-    addresses, port, secret, host = comm.broadcast([addresses, reporter.port, secrets.token_hex(16),
-                                                    socket.gethostname()])
+    addresses, port, secret, host = comm.broadcast(
+        [addresses, reporter.port, secrets.token_hex(16), socket.gethostname()]
+    )
     problem = None
     if not reporter.join(addresses, port, secret, log and str(log)):
-        problem = (f"cannot reach rank 0's host {host} at {' or '.join(addresses)}, port {port}: open the TCP ports "
-                   "from 1024 on between the hosts")
+        problem = (
+            f"cannot reach rank 0's host {host} at {' or '.join(addresses)}, port {port}: open the TCP ports "
+            "from 1024 on between the hosts"
+        )
     elif log:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -170,15 +186,16 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
         UserError: MindSpore cannot use the device.
     """
     if os.environ.get("MS_ROLE"):
-        raise UserError(f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start a cluster "
-                        "of its own: unset MS_ROLE, and start several ranks by mpirun")
+        raise UserError(
+            f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start a cluster "
+            "of its own: unset MS_ROLE, and start several ranks by mpirun"
+        )
     with logs.only_logged():
         import mindspore
     try:
         # MindSpore's threads wait by spinning. With a thread for each core of the host, two ranks on two cores
         # take twice as long for a step.
-        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device.upper(),
-                              runtime_num_threads=rank.threads)
+        mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device.upper(), runtime_num_threads=rank.threads)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MindSpore cannot use a {device.upper()} here: {reason}") from None
@@ -200,7 +217,7 @@ def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporte
     if isinstance(error, (JobError, JobInterrupt)):
         status = 1 if isinstance(error, JobError) else 130
         if comm.rank == 0:  # before the first exit makes mpirun end the other ranks
-            report(str(error)) if status == 1 else print(error, file=sys.stderr, flush=True)
+            print_error(str(error)) if status == 1 else print(error, file=sys.stderr, flush=True)
         reporter.fail("")
         comm.leave()
     elif isinstance(error, SystemExit):  # the user has been told

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import pathlib
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -16,11 +17,25 @@ PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard
 def software() -> dict[str, str]:
     """Versions that must be the same on all ranks: of the code, of Python and of some packages."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("launch", "prep", "model", "train")
-                       for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu")):
+    for path in sorted(
+        path
+        for folder in ("launch", "prep", "model", "train")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".cu")
+    ):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def git_revision() -> str:
+    """The revision of this checkout; "unknown" if it is not one, or there is no git."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
+from launch.errors import print_error
 from launch.launcher import end_launcher, print_on_mpirun
 from launch.logs import last_line
 from launch.ranks import Rank
-from prep.errors import report
 
 HEARTBEAT, TICK = 2, 0.05
 """Seconds between two heartbeats, and between two looks at the rank."""
@@ -66,7 +66,7 @@ class Phase(enum.Enum):
 class Reporter:
     """What a rank tells its watchdog, which listens on `port` if it is the leader."""
 
-    def __init__(self, connection: socket.socket, port: int | None):
+    def __init__(self, connection: socket.socket, port: int | None) -> None:
         self._socket = connection
         self.port = port
 
@@ -165,7 +165,7 @@ class State:
 class Peer:
     """Another rank's watchdog."""
 
-    def __init__(self, writer: asyncio.StreamWriter, name: str):
+    def __init__(self, writer: asyncio.StreamWriter, name: str) -> None:
         self._writer = writer
         self.name = name
         self.heard = time.monotonic()
@@ -190,7 +190,7 @@ class Watchdog:
         server: the leader's listening socket.
     """
 
-    def __init__(self, rank: Rank, child: int, connection: socket.socket, server: socket.socket | None):
+    def __init__(self, rank: Rank, child: int, connection: socket.socket, server: socket.socket | None) -> None:
         self.rank = rank
         self.name = f"rank {rank.rank} on {socket.gethostname()}"
         self.child = psutil.Process(child)
@@ -349,7 +349,7 @@ class Watchdog:
         self.leader = None
         if self.exited is None or self.status:
             if (self.rank.local_rank == 0 or self.rank.rank == 1) and not self.status and not self.reported:
-                report(f"{self.name}: {text}")
+                print_error(f"{self.name}: {text}")
             self.status, self.deadline = self.status or 1, 0
 
     # --- Checks -------------------------------------------------------------------------------------
@@ -421,9 +421,11 @@ class Watchdog:
         waits = [self.state.waiting(), *(peer.waiting for peer in self.followers)]
         if self.exited is None and not self.leader and min(waits) > limit:
             self.cut_off = not self.rank.single_host
-            self.fail(f"{self.name}: all ranks have been waiting for each other for {limit} s while {self.state}: Open "
-                      "MPI's messages do not get through; open the TCP ports from 1024 on between the hosts, or name "
-                      "the interface to use in OMPI_MCA_btl_tcp_if_include")
+            self.fail(
+                f"{self.name}: all ranks have been waiting for each other for {limit} s while {self.state}: Open "
+                "MPI's messages do not get through; open the TCP ports from 1024 on between the hosts, or name "
+                "the interface to use in OMPI_MCA_btl_tcp_if_include"
+            )
 
     def interrupt(self) -> None:
         """End because the user told mpirun to."""
@@ -431,8 +433,10 @@ class Watchdog:
             return
         self.status, self.deadline = 128 + signal.SIGTERM, time.monotonic() + GRACE
         if self.rank.local_rank == 0:
-            print_on_mpirun(self.launcher, "error: interrupted; the same command resumes from the newest checkpoint, "
-                            "if there is one")
+            print_on_mpirun(
+                self.launcher,
+                "error: interrupted; the same command resumes from the newest checkpoint, if there is one",
+            )
 
     def fail(self, reason: str | None, status: int = 1) -> None:
         """End the job, after a grace period for this watchdog's own rank."""
@@ -444,7 +448,7 @@ class Watchdog:
         if reason and self.terminated:
             print_on_mpirun(self.launcher, f"error: {reason}")
         elif reason:
-            report(reason)
+            print_error(reason)
 
     def kill_rank(self) -> None:
         """Kill the rank and all that it has left behind."""

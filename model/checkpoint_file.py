@@ -19,11 +19,25 @@ import zlib
 
 import numpy as np
 
-from prep.errors import UserError
+from launch.errors import UserError
 
-TYPES = {name: np.dtype(name.lower()).newbyteorder("<") for name in (
-    "Int8", "UInt8", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float16", "Float32",
-    "Float64", "Bool")}
+TYPES = {
+    name: np.dtype(name.lower()).newbyteorder("<")
+    for name in (
+        "Int8",
+        "UInt8",
+        "Int16",
+        "UInt16",
+        "Int32",
+        "UInt32",
+        "Int64",
+        "UInt64",
+        "Float16",
+        "Float32",
+        "Float64",
+        "Bool",
+    )
+}
 CRC_MARK, CRC_BYTES = b"crc_num", 10
 MOST_VALUES = 10_000
 """The trainer's checkpoints have some hundred."""
@@ -75,7 +89,7 @@ def parse(data: memoryview, only: str | None) -> dict[str, np.ndarray | str]:
         raise Damaged("looks like PyTorch's, which model/import_torch.py converts")
     end = len(data) - len(CRC_MARK) - CRC_BYTES
     crc = None
-    if end >= 0 and data[end:end + len(CRC_MARK)] == CRC_MARK:
+    if end >= 0 and data[end : end + len(CRC_MARK)] == CRC_MARK:
         crc = int.from_bytes(data[-CRC_BYTES:], "big")
         data = data[:end]
     by_name: dict[str, list[Part]] = {}
@@ -131,8 +145,8 @@ def join(parts: list[Part]) -> np.ndarray | str:
     value = np.empty(shape, TYPES[kind])
     rest = value.reshape(-1).view(np.uint8)
     for part in parts:
-        rest[:len(part.content)] = np.frombuffer(part.content, np.uint8)
-        rest = rest[len(part.content):]
+        rest[: len(part.content)] = np.frombuffer(part.content, np.uint8)
+        rest = rest[len(part.content) :]
     return value
 
 
@@ -154,7 +168,7 @@ def fields(data: memoryview, known: dict[int, int]) -> typing.Iterator[tuple[int
             if value > len(data) - position:
                 raise Damaged("ends too early")
             position += value
-            value = data[position - value:position]
+            value = data[position - value : position]
         yield number, value
 
 
@@ -183,5 +197,5 @@ def checksum(data: memoryview) -> int:
     """CRC-32, in chunks: a signal need not wait for all of a file."""
     crc = 0
     for start in range(0, len(data), CHUNK):
-        crc = zlib.crc32(data[start:start + CHUNK], crc)
+        crc = zlib.crc32(data[start : start + CHUNK], crc)
     return crc

@@ -23,7 +23,7 @@ import numpy as np
 
 from launch import session
 from launch.arguments import Parser
-from prep.errors import UserError, run
+from launch.errors import UserError, run
 
 SUFFIXES = {"mindir": ".mindir", "onnx": ".onnx"}
 INPUTS, OUTPUTS = ["image1", "image2"], ["flow"]
@@ -35,7 +35,7 @@ puts a place in image 2 on the other side of its edge.
 """
 
 
-def export(predictor, size, path, *, batch=1, format="mindir"):
+def export(predictor, size, path, *, batch=1, format="mindir") -> None:
     """Write a predictor for images of one size to a file.
 
     The file takes two images, uint8 (batch, H, W, 3), RGB, and gives the flow, float32
@@ -54,7 +54,7 @@ def export(predictor, size, path, *, batch=1, format="mindir"):
     """
     import mindspore
 
-    from prep.flowio import write_whole
+    from launch.files import write_bytes
 
     images = [mindspore.Tensor(np.zeros((batch, *size, 3), np.uint8)) for _ in INPUTS]
     with tempfile.TemporaryDirectory() as folder:
@@ -62,17 +62,19 @@ def export(predictor, size, path, *, batch=1, format="mindir"):
         try:
             with operators_for(format):
                 if format == "onnx":
-                    mindspore.onnx.export(predictor, *images, file_name=str(made),
-                                          input_names=INPUTS, output_names=OUTPUTS)
+                    mindspore.onnx.export(
+                        predictor, *images, file_name=str(made), input_names=INPUTS, output_names=OUTPUTS
+                    )
                     correct_onnx(made)
                 else:
-                    mindspore.export(predictor, *images, file_name=str(made),
-                                     file_format="MINDIR")
+                    mindspore.export(predictor, *images, file_name=str(made), file_format="MINDIR")
         except RuntimeError as error:  # an operator that the exporter does not know
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: MindSpore {mindspore.__version__} can't write this network "
-                            f"as {format} ({reason}); try the other format") from None
-        write_whole(path, made.read_bytes())
+            raise UserError(
+                f"{path}: MindSpore {mindspore.__version__} can't write this network "
+                f"as {format} ({reason}); try the other format"
+            ) from None
+        write_bytes(path, made.read_bytes())
 
 
 @contextlib.contextmanager
@@ -81,8 +83,9 @@ def operators_for(format):
     from model import onnx_ops, ops, pwcnet
 
     names = ("warp", "resize", "normalize_pair") if format == "onnx" else ()
-    usual = [(module, name, getattr(module, name))
-             for module in (ops, pwcnet) for name in names if hasattr(module, name)]
+    usual = [
+        (module, name, getattr(module, name)) for module in (ops, pwcnet) for name in names if hasattr(module, name)
+    ]
     try:
         for module, name, _ in usual:
             setattr(module, name, getattr(onnx_ops, name))
@@ -92,7 +95,7 @@ def operators_for(format):
             setattr(module, name, function)
 
 
-def correct_onnx(path):
+def correct_onnx(path) -> None:
     """Take from an ONNX file what MindSpore 2.8.0 says wrongly.
 
     It gives transposed convolutions an `output_shape` of four sides where ONNX wants the two
@@ -146,41 +149,52 @@ def compare(predictor, path, size, *, batch=1, format="mindir"):
 
     exported = load_exported(path, format)
     rng = np.random.default_rng(0)
-    pairs = [[np.stack(images) for images in
-              zip(*(make_pair(rng, *size)[:2] for _ in range(batch)))],
-             rng.integers(0, 256, (2, batch, *size, 3), np.uint8)]
+    pairs = [
+        [np.stack(images) for images in zip(*(make_pair(rng, *size)[:2] for _ in range(batch)))],
+        rng.integers(0, 256, (2, batch, *size, 3), np.uint8),
+    ]
     differences, longest = [], 0.0
     for image1, image2 in pairs:
         expected = predictor(mindspore.Tensor(image1), mindspore.Tensor(image2)).asnumpy()
         found = exported(image1, image2)
         if found.shape != expected.shape:
-            raise UserError(f"{path}: gives flow of shape {found.shape}, the network "
-                            f"{expected.shape}; don't use the file")
+            raise UserError(
+                f"{path}: gives flow of shape {found.shape}, the network {expected.shape}; don't use the file"
+            )
         differences.append(np.abs(found - expected))
         longest = max(longest, float(np.abs(expected).max()))
     return float(np.mean(differences)), float(np.max(differences)), longest
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
-                        help="a checkpoint of a run, or network weights")
-    parser.add_argument("--size", required=True, type=int, nargs=2, metavar=("H", "W"),
-                        help="of the images in pixels; any, the file resizes to multiples of 64")
-    parser.add_argument("--format", required=True, choices=SUFFIXES,
-                        help="mindir is MindSpore's own; onnx needs the extra of that name")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE",
-                        help="the file to write")
-    parser.add_argument("--batch", type=int, default=1, metavar="N",
-                        help="pairs at a time (default 1)")
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
-                        help="load the file again and compare it with the network (the default)")
+    parser.add_argument(
+        "--ckpt", required=True, type=pathlib.Path, metavar="FILE", help="a checkpoint of a run, or network weights"
+    )
+    parser.add_argument(
+        "--size",
+        required=True,
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the images in pixels; any, the file resizes to multiples of 64",
+    )
+    parser.add_argument(
+        "--format", required=True, choices=SUFFIXES, help="mindir is MindSpore's own; onnx needs the extra of that name"
+    )
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the file to write")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default 1)")
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the file again and compare it with the network (the default)",
+    )
     args = parser.parse_args()
     if args.batch < 1 or min(args.size) < 1:
         raise UserError("--batch and both sides of --size must be at least 1")
     if args.out.suffix != SUFFIXES[args.format]:
-        raise UserError(f"{args.out}: {args.format} files are named "
-                        f"*{SUFFIXES[args.format]}; change --out or --format")
+        raise UserError(f"{args.out}: {args.format} files are named *{SUFFIXES[args.format]}; change --out or --format")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file")
     if args.format == "onnx":
@@ -193,11 +207,10 @@ def main():
         report(args)
 
 
-def need(package):
+def need(package) -> None:
     """UserError if a package of the extra `onnx` is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"--format onnx needs the package {package}; install it with "
-                        "`pip install onnx onnxruntime`")
+        raise UserError(f"--format onnx needs the package {package}; install it with `pip install onnx onnxruntime`")
 
 
 def load(ckpt, portable=False):
@@ -212,22 +225,26 @@ def load(ckpt, portable=False):
     return predictor
 
 
-def report(args):
+def report(args) -> None:
     """Export as the command line says, check the file and print what is in it."""
-    export(load(args.ckpt, portable=True), args.size, args.out, batch=args.batch,
-           format=args.format)
+    export(load(args.ckpt, portable=True), args.size, args.out, batch=args.batch, format=args.format)
     height, width = args.size
-    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; two images uint8 "
-          f"({args.batch}, {height}, {width}, 3) to flow float32 "
-          f"({args.batch}, {height}, {width}, 2) in pixels")
+    print(
+        f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; two images uint8 "
+        f"({args.batch}, {height}, {width}, 3) to flow float32 "
+        f"({args.batch}, {height}, {width}, 2) in pixels"
+    )
     if args.check:
-        mean, largest, longest = compare(load(args.ckpt), args.out, args.size, batch=args.batch,
-                                         format=args.format)
+        mean, largest, longest = compare(load(args.ckpt), args.out, args.size, batch=args.batch, format=args.format)
         if not mean <= TOLERANCE:
-            raise UserError(f"{args.out}: its flow differs from the network's by {mean:.2g} px on "
-                            f"average, expected at most {TOLERANCE:g}; don't use it")
-        print(f"checked: differs from the network by {mean:.2g} px on average, {largest:.2g} px at "
-              f"most, where the flow reaches {longest:.1f} px")
+            raise UserError(
+                f"{args.out}: its flow differs from the network's by {mean:.2g} px on "
+                f"average, expected at most {TOLERANCE:g}; don't use it"
+            )
+        print(
+            f"checked: differs from the network by {mean:.2g} px on average, {largest:.2g} px at "
+            f"most, where the flow reaches {longest:.1f} px"
+        )
 
 
 if __name__ == "__main__":

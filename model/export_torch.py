@@ -17,7 +17,8 @@ import collections
 import pathlib
 
 from launch.arguments import Parser
-from prep.errors import UserError, run
+from launch.errors import UserError, run
+from launch.files import replacing
 
 
 def export_weights(source, target):
@@ -43,12 +44,17 @@ def export_weights(source, target):
     torch = load_torch()
     network = weights.load_network(source)
     variant = network.variant
-    other = {"dense: false": not network.dense, "normalize_features: true":
-             network.normalize_features, "warp_mode: nearest": network.warp.mode != "bilinear"}
+    other = {
+        "dense: false": not network.dense,
+        "normalize_features: true": network.normalize_features,
+        "warp_mode: nearest": network.warp.mode != "bilinear",
+    }
     if any(other.values()):
         found = ", ".join(name for name, is_so in other.items() if is_so)
-        raise UserError(f"{source}: is of a network with {found}, which the published network has "
-                        "not: its code would compute another flow; train without")
+        raise UserError(
+            f"{source}: is of a network with {found}, which the published network has "
+            "not: its code would compute another flow; train without"
+        )
     names = weights.published_names(variant)
     tensors = {}
     for parameter in network.get_parameters():
@@ -60,19 +66,19 @@ def export_weights(source, target):
         tensors = {"_model." + name: tensor for name, tensor in tensors.items()}
         content = {"state_dict": collections.OrderedDict(tensors)}
     else:
-        tensors |= {name: torch.zeros((2, 2, 4, 4) if name.endswith("weight") else 2)
-                    for name in UNUSED}
+        tensors |= {name: torch.zeros((2, 2, 4, 4) if name.endswith("weight") else 2) for name in UNUSED}
         content = collections.OrderedDict(tensors)
-    with weights.replacing(target) as partial:
+    with replacing(target) as partial:
         # The format from before PyTorch 1.6, which is what the publishers' code asks for.
         torch.save(content, partial, _use_new_zipfile_serialization=False)
     return variant
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=pathlib.Path, metavar="IN.ckpt",
-                        help="a checkpoint of a run, or network weights")
+    parser.add_argument(
+        "source", type=pathlib.Path, metavar="IN.ckpt", help="a checkpoint of a run, or network weights"
+    )
     parser.add_argument("target", type=pathlib.Path, metavar="OUT.pth", help="the file to write")
     args = parser.parse_args()
     variant = export_weights(args.source, args.target)

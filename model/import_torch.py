@@ -22,7 +22,7 @@ import zipfile
 import numpy as np
 
 from launch.arguments import Parser
-from prep.errors import UserError, run
+from launch.errors import UserError, run
 
 CONTAINERS = ("state_dict", "model")
 PREFIXES = ("_model.", "module.", "model.")
@@ -39,8 +39,10 @@ def load_torch():
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"PyTorch is needed to read and write its files and cannot be imported "
-                        f"({error}); install it: pip install -e '.[torch]'") from None
+        raise UserError(
+            f"PyTorch is needed to read and write its files and cannot be imported "
+            f"({error}); install it: pip install -e '.[torch]'"
+        ) from None
     return torch
 
 
@@ -65,8 +67,12 @@ def read_torch(path):
     torch = load_torch()
     scalar = np.core.multiarray.scalar
     # Statistics beside the weights may be scalars of NumPy, under the name before or after NumPy 2.
-    harmless = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
-                np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+    harmless = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+    ]
     with open(path, "rb") as file:
         try:
             with torch.serialization.safe_globals(harmless):
@@ -74,11 +80,15 @@ def read_torch(path):
         except Exception as error:  # PyTorch raises whatever its parsers meet
             is_code = isinstance(error, pickle.UnpicklingError)
             if found := is_code and re.search(r"GLOBAL ([\w.]+)", str(error)):
-                raise UserError(f"{path}: holds {found[1]}, code that would run on loading, "
-                                "expected tensors and numbers alone; save the network's "
-                                "state_dict() by itself where you trust the file") from None
-            raise UserError(f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
-                            "expected what torch.save writes: download it again") from None
+                raise UserError(
+                    f"{path}: holds {found[1]}, code that would run on loading, "
+                    "expected tensors and numbers alone; save the network's "
+                    "state_dict() by itself where you trust the file"
+                ) from None
+            raise UserError(
+                f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
+                "expected what torch.save writes: download it again"
+            ) from None
 
 
 def check_zip(path: pathlib.Path) -> None:
@@ -97,19 +107,23 @@ def check_zip(path: pathlib.Path) -> None:
             with zipfile.ZipFile(file) as entries:
                 infos = entries.infolist()
         except Exception as error:  # the module raises whatever its parser meets
-            raise UserError(f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
-                            "expected what torch.save writes: download it again") from None
+            raise UserError(
+                f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
+                "expected what torch.save writes: download it again"
+            ) from None
     size = path.stat().st_size
     content = sum(info.file_size for info in infos)
     if content > size or any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-        raise UserError(f"{path}: holds {content} bytes in {size}, compressed or one over the other; "
-                        "expected what torch.save writes, which does not compress: load and save it "
-                        "again with PyTorch where you trust the file")
+        raise UserError(
+            f"{path}: holds {content} bytes in {size}, compressed or one over the other; "
+            "expected what torch.save writes, which does not compress: load and save it "
+            "again with PyTorch where you trust the file"
+        )
     if len(infos) > MOST_ENTRIES:
         raise UserError(f"{path}: has {len(infos)} entries, expected some hundred; use another file")
 
 
-def first_line(error):
+def first_line(error) -> str:
     """An exception as its type and its first sentence."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].split('. ')[0][:120]}"
@@ -138,13 +152,17 @@ def find_tensors(path, content):
         left_out += [str(key) for key in content if key != inner[0]]
         content = content[inner[0]]
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}, expected a dict of tensors (a "
-                        "state_dict); save the network's state_dict()")
+        raise UserError(
+            f"{path}: holds {type(content).__name__}, expected a dict of tensors (a "
+            "state_dict); save the network's state_dict()"
+        )
     left_out += [str(key) for key, value in content.items() if not torch.is_tensor(value)]
     tensors = {str(key): value for key, value in content.items() if torch.is_tensor(value)}
     if not tensors:
-        raise UserError(f"{path}: holds no tensors but {', '.join(left_out[:10]) or 'nothing'}; "
-                        "expected a state_dict, alone or under \"state_dict\" or \"model\"")
+        raise UserError(
+            f"{path}: holds no tensors but {', '.join(left_out[:10]) or 'nothing'}; "
+            'expected a state_dict, alone or under "state_dict" or "model"'
+        )
     while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), None):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors, left_out
@@ -155,18 +173,20 @@ def guess_variant(path, names):
     from model.pwcnet import VARIANTS
     from model.weights import published_names
 
-    shared = {variant: len(set(published_names(variant).values()) & set(names))
-              for variant in VARIANTS}
+    shared = {variant: len(set(published_names(variant).values()) & set(names)) for variant in VARIANTS}
     variant = max(shared, key=shared.get)
     if not shared[variant]:
-        raise UserError(f"{path}: holds {len(names)} tensors such as {', '.join(list(names)[:3])}; "
-                        "none is one of PWC-Net's as visinf/irr (irr) or NVlabs (nvlabs) name "
-                        "them; use a checkpoint of one of these")
+        raise UserError(
+            f"{path}: holds {len(names)} tensors such as {', '.join(list(names)[:3])}; "
+            "none is one of PWC-Net's as visinf/irr (irr) or NVlabs (nvlabs) name "
+            "them; use a checkpoint of one of these"
+        )
     return variant
 
 
-def tell_channels(path: pathlib.Path, variant: str, tensors: typing.Collection[str],
-                  others: typing.Collection[str]) -> tuple[str, str]:
+def tell_channels(
+    path: pathlib.Path, variant: str, tensors: typing.Collection[str], others: typing.Collection[str]
+) -> tuple[str, str]:
     """In which order the network of a file takes the colours of its images.
 
     visinf/irr trains with RGB. NVlabs' networks take BGR; ptlflow trains networks with the same
@@ -188,12 +208,16 @@ def tell_channels(path: pathlib.Path, variant: str, tensors: typing.Collection[s
         return "rgb", "as visinf/irr trains this variant"
     unused, lightning = all(name in tensors for name in UNUSED), LIGHTNING in others
     if unused == lightning:
-        signs = (f"the layer deconv2, as NVlabs' files, which take BGR, and {LIGHTNING}, as ptlflow's, "
-                 "which take RGB" if unused else
-                 f"neither the layer deconv2, as NVlabs' files, which take BGR, nor {LIGHTNING}, as "
-                 "ptlflow's, which take RGB")
-        raise UserError(f"{path}: has {signs}; say in which order the network was given its colours: "
-                        "--channels bgr or --channels rgb")
+        signs = (
+            f"the layer deconv2, as NVlabs' files, which take BGR, and {LIGHTNING}, as ptlflow's, which take RGB"
+            if unused
+            else f"neither the layer deconv2, as NVlabs' files, which take BGR, nor {LIGHTNING}, as "
+            "ptlflow's, which take RGB"
+        )
+        raise UserError(
+            f"{path}: has {signs}; say in which order the network was given its colours: "
+            "--channels bgr or --channels rgb"
+        )
     if unused:
         return "bgr", "told by the layer deconv2, as in NVlabs' files"
     return "rgb", f"told by {LIGHTNING} and no layer deconv2, as in ptlflow's files"
@@ -211,8 +235,9 @@ class Imported(typing.NamedTuple):
     """Names in the file that the network does not use."""
 
 
-def import_weights(source: pathlib.Path, target: pathlib.Path, variant: str | None = None,
-                   channels: str | None = None) -> Imported:
+def import_weights(
+    source: pathlib.Path, target: pathlib.Path, variant: str | None = None, channels: str | None = None
+) -> Imported:
     """Write the weights of a PyTorch file as a checkpoint of our network, whole or not at all.
 
     Args:
@@ -239,8 +264,12 @@ def import_weights(source: pathlib.Path, target: pathlib.Path, variant: str | No
     names = weights.published_names(variant)
     network = PWCNet(variant)
     shapes = {names[p.name]: p.shape for p in network.get_parameters()}
-    weights.compare(source, {name: tensor.shape for name, tensor in tensors.items()}, shapes,
-                    f"the published network of the variant {variant}")
+    weights.compare(
+        source,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        shapes,
+        f"the published network of the variant {variant}",
+    )
     reason = "as --channels says"
     if channels is None:
         channels, reason = tell_channels(source, variant, present, left_out)
@@ -269,17 +298,21 @@ def to_array(path, name, tensor):
     return value
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=pathlib.Path, metavar="IN",
-                        help="a checkpoint of PyTorch: .pth, .pth.tar, .pt, IRR's .ckpt")
-    parser.add_argument("target", type=pathlib.Path, metavar="OUT.ckpt",
-                        help="the checkpoint to write")
-    parser.add_argument("--variant", choices=("irr", "nvlabs"),
-                        help="whose network it is; default: told by the names in it")
-    parser.add_argument("--channels", choices=("rgb", "bgr"),
-                        help="the order of colours in which the file's network takes images: rgb of irr "
-                        "and ptlflow, bgr of NVlabs; default: told by what is in the file")
+    parser.add_argument(
+        "source", type=pathlib.Path, metavar="IN", help="a checkpoint of PyTorch: .pth, .pth.tar, .pt, IRR's .ckpt"
+    )
+    parser.add_argument("target", type=pathlib.Path, metavar="OUT.ckpt", help="the checkpoint to write")
+    parser.add_argument(
+        "--variant", choices=("irr", "nvlabs"), help="whose network it is; default: told by the names in it"
+    )
+    parser.add_argument(
+        "--channels",
+        choices=("rgb", "bgr"),
+        help="the order of colours in which the file's network takes images: rgb of irr "
+        "and ptlflow, bgr of NVlabs; default: told by what is in the file",
+    )
     args = parser.parse_args()
     done = import_weights(args.source, args.target, args.variant, args.channels)
     print(f"{args.target}: weights of the variant {done.variant}")

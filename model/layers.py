@@ -21,11 +21,19 @@ class Convolution(nn.Conv2d):
         concatenate: the output has the input's channels behind its own (DenseNet).
     """
 
-    def __init__(self, channels_in, channels_out, stride=1, dilation=1, activation=True,
-                 concatenate=False):
+    def __init__(self, channels_in, channels_out, stride=1, dilation=1, activation=True, concatenate=False) -> None:
         super().__init__(
-            channels_in, channels_out, 3, stride, pad_mode="pad", padding=dilation,
-            dilation=dilation, has_bias=True, weight_init=HeNormal(), bias_init="zeros")
+            channels_in,
+            channels_out,
+            3,
+            stride,
+            pad_mode="pad",
+            padding=dilation,
+            dilation=dilation,
+            has_bias=True,
+            weight_init=HeNormal(),
+            bias_init="zeros",
+        )
         self.concatenate = concatenate
         self.activation = nn.LeakyReLU(0.1) if activation else None
         self.settings = Tensor(np.array([stride, dilation, activation, concatenate], np.int32))
@@ -40,7 +48,7 @@ class Convolution(nn.Conv2d):
             y = self.activation(y)
         return ops.concat((y, x), 1) if self.concatenate else y
 
-    def use_float16(self):
+    def use_float16(self) -> None:
         """Compute in float16 from here on, with MindSpore's operators; the weights stay float32."""
         self.fused = None
         self.to_float(float16)
@@ -56,8 +64,10 @@ def convolution_operator(stride, concatenate):
         return [x[0], channels, (x[2] - 1) // stride + 1, (x[3] - 1) // stride + 1]
 
     gradients = native.operator(
-        "Convolution3x3Gradient", lambda x, weight, y, dy, settings: (x, weight, [weight[0]]),
-        lambda x, weight, y, dy, settings: (float32, float32, float32))
+        "Convolution3x3Gradient",
+        lambda x, weight, y, dy, settings: (x, weight, [weight[0]]),
+        lambda x, weight, y, dy, settings: (float32, float32, float32),
+    )
     if gradients is None:
         return None
 
@@ -70,5 +80,4 @@ def convolution_operator(stride, concatenate):
 
 def conv(channels_in, channels_out, stride=1, dilation=1, activation=True, concatenate=False):
     """A `Convolution` under the name 0 that published weights have it under."""
-    return nn.SequentialCell(Convolution(channels_in, channels_out, stride, dilation, activation,
-                                         concatenate))
+    return nn.SequentialCell(Convolution(channels_in, channels_out, stride, dilation, activation, concatenate))

@@ -41,7 +41,7 @@ class MultiScaleLoss(nn.Cell):
     length = len(LEVEL_WEIGHTS)
     """Of the loss vector."""
 
-    def __init__(self, robust=False):
+    def __init__(self, robust=False) -> None:
         super().__init__()
         self.robust = robust
 

@@ -1,7 +1,7 @@
 """The network's operators said with those that MindSpore 2.8.0 can write as ONNX.
 
 It can't write a bilinear resize, `grid_sample` or `rsqrt`. Each function here stands for one of the
-same name in `model.ops` or `model.pwcnet`; `model.export` puts it in its place.
+same name in `model.operators` or `model.pwcnet`; `model.export` puts it in its place.
 """
 
 import numpy as np
@@ -35,13 +35,11 @@ def interpolation(before, after, align_corners):
 
 
 def warp(features, flow, mode="bilinear"):
-    """`model.ops.warp`, by gathering the four pixels around each place, or the nearest one."""
+    """`model.operators.warp`, by gathering the four pixels around each place, or the nearest one."""
     n, c, h, w = features.shape
     x = flow[:, 0:1] + Tensor(np.arange(w).reshape(1, 1, 1, w), float32)
     y = flow[:, 1:2] + Tensor(np.arange(h).reshape(1, 1, h, 1), float32)
-    inside = ops.logical_and(
-        ops.logical_and(x >= 0, x <= w - 1), ops.logical_and(y >= 0, y <= h - 1)
-    )
+    inside = ops.logical_and(ops.logical_and(x >= 0, x <= w - 1), ops.logical_and(y >= 0, y <= h - 1))
     x, y = ops.clip_by_value(x, 0, w - 1), ops.clip_by_value(y, 0, h - 1)
     pixels = features.reshape(n, c, h * w)
     if mode == "nearest":
@@ -51,8 +49,7 @@ def warp(features, flow, mode="bilinear"):
         right, bottom = ops.clip_by_value(left + 1, 0, w - 1), ops.clip_by_value(top + 1, 0, h - 1)
         share_x, share_y = x - left, y - top
         above = take(pixels, left, top, w) * (1 - share_x) + take(pixels, right, top, w) * share_x
-        below = (take(pixels, left, bottom, w) * (1 - share_x)
-                 + take(pixels, right, bottom, w) * share_x)
+        below = take(pixels, left, bottom, w) * (1 - share_x) + take(pixels, right, bottom, w) * share_x
         sampled = above * (1 - share_y) + below * share_y
     return sampled * inside.astype(float32)
 

@@ -30,14 +30,14 @@ import numpy as np
 
 from launch import session
 from launch.arguments import Parser
-from prep.errors import UserError, run
+from launch.errors import UserError, run
 
 IMAGE_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg", ".bmp")
 WRITERS = 2  # threads
 
 
 @dataclasses.dataclass
-class Pair:
+class FramePair:
     """Two frames, uint8 (H, W, 3), RGB, the name of their outputs, and a hash of all of these."""
 
     name: str
@@ -63,24 +63,24 @@ def open_frames(inputs):
     if first.is_dir():
         paths = frames_of(first)
         if len(paths) < 2:
-            raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), "
-                            "expected two at least")
+            raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected two at least")
         return open_images(paths)
     if first.suffix.lower() in IMAGE_SUFFIXES:
-        raise UserError(f"{first}: one image; expected a second one after it, a folder of frames "
-                        "or a video")
+        raise UserError(f"{first}: one image; expected a second one after it, a folder of frames or a video")
     return open_video(first)
 
 
 def frames_of(folder):
     """The images of a folder by name, numbers in the names by their value: 9 before 10."""
+
     def order(path):
         parts = re.split(r"(\d+)", path.name)
         return [int(part) if part.isdecimal() else part for part in parts], path.name
 
-    return sorted((path for path in folder.iterdir()
-                   if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
-                  key=order)
+    return sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
+        key=order,
+    )
 
 
 def open_images(paths):
@@ -88,18 +88,19 @@ def open_images(paths):
 
     UserError if their headers say that they are of several sizes, or two have one name.
     """
-    from prep.images import image_size, read_image
+    from prep.formats.image import image_size, read_image
 
     (height, width), names = image_size(paths[0]), {}
     for path in paths:
         if image_size(path) != (height, width):
             found = "x".join(map(str, image_size(path)[::-1]))
-            raise UserError(f"{path}: {found} pixels, expected {width}x{height} as {paths[0]} has; "
-                            "both images of a pair must be of one size, so crop or resize one, or "
-                            "put the frames of each size into a folder of their own")
+            raise UserError(
+                f"{path}: {found} pixels, expected {width}x{height} as {paths[0]} has; "
+                "both images of a pair must be of one size, so crop or resize one, or "
+                "put the frames of each size into a folder of their own"
+            )
         if len(paths) > 2 and path.stem in names:
-            raise UserError(f"{path}: its flow would have the name of that of "
-                            f"{names[path.stem]}; rename one of them")
+            raise UserError(f"{path}: its flow would have the name of that of {names[path.stem]}; rename one of them")
         names[path.stem] = path
     return len(paths), ((path.stem, read_image(path)) for path in paths)
 
@@ -117,8 +118,10 @@ def open_video(path):
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     decoded, frame = video.read()
     if not decoded:
-        raise UserError(f"{path}: not a video that OpenCV can decode; expected an image, a folder "
-                        "of frames or a video, such as .mp4 or .avi")
+        raise UserError(
+            f"{path}: not a video that OpenCV can decode; expected an image, a folder "
+            "of frames or a video, such as .mp4 or .avi"
+        )
 
     def frames(frame):
         number, decoded = 0, True
@@ -139,11 +142,12 @@ def pairs_of(frames, salt):
             if frame.shape != before[1].shape:
                 raise UserError(
                     f"{name}: a frame of {frame.shape[1]}x{frame.shape[0]} pixels after one of "
-                    f"{before[1].shape[1]}x{before[1].shape[0]}; expected all of one size")
+                    f"{before[1].shape[1]}x{before[1].shape[0]}; expected all of one size"
+                )
             key = hashlib.blake2b(salt, digest_size=16)
             key.update(np.ascontiguousarray(before[1]))
             key.update(np.ascontiguousarray(frame))
-            yield Pair(before[0], before[1], frame, key.hexdigest())
+            yield FramePair(before[0], before[1], frame, key.hexdigest())
         before = name, frame
 
 
@@ -163,33 +167,34 @@ class Outputs:
         max_flow: pixels per frame at full saturation; None for each picture's own scale.
     """
 
-    def __init__(self, folder, *, overlay=False, warp=False, max_flow=None):
+    def __init__(self, folder, *, overlay=False, warp=False, max_flow=None) -> None:
         self.folder = folder
         self.pictures = ["flow"] + ["overlay"] * overlay + ["warp"] * warp
         self.max_flow = max_flow
 
     def present(self, pair):
         """Whether everything that is wanted of a pair is there."""
-        from prep.picture import png_note
+        from prep.flow_viz import png_note
 
         return (self.folder / f"{pair.name}.flo").is_file() and all(
-            png_note(self.path(pair, kind)) == pair.key for kind in self.pictures)
+            png_note(self.path(pair, kind)) == pair.key for kind in self.pictures
+        )
 
-    def write(self, pair, flow):
+    def write(self, pair, flow) -> None:
         """Write the files of a pair; flow is float32 (H, W, 2) in pixels."""
-        from prep import picture
-        from prep.flowio import write_flo
+        from prep import flow_viz
+        from prep.formats.flow import write_flo
 
         write_flo(self.folder / f"{pair.name}.flo", flow)
-        longest = self.max_flow or picture.usual_length(flow)
+        longest = self.max_flow or flow_viz.typical_max_flow(flow)
         for kind in self.pictures:
             if kind == "flow":
-                image = picture.flow_to_color(flow, longest)
+                image = flow_viz.flow_to_color(flow, longest)
             elif kind == "overlay":
-                image = picture.overlay(pair.image1, flow, longest)
+                image = flow_viz.overlay_flow(pair.image1, flow, longest)
             else:
-                image = picture.warp_check(pair.image1, pair.image2, flow)
-            picture.save_png(self.path(pair, kind), image, note=pair.key)
+                image = flow_viz.draw_warp_check(pair.image1, pair.image2, flow)
+            flow_viz.save_png(self.path(pair, kind), image, note=pair.key)
 
     def path(self, pair, kind):
         return self.folder / f"{pair.name}_{kind}.png"
@@ -204,7 +209,7 @@ def predict(predictor, pairs, outputs, *, batch=1, overwrite=False, on_pairs=Non
     Args:
         predictor: a `model.pwcnet.FlowPredictor`; its graph is compiled once, as the last batch is
             filled up.
-        pairs: iterable of `Pair`, all of one size; read in another thread.
+        pairs: iterable of `FramePair`, all of one size; read in another thread.
         outputs: where they go, an `Outputs`.
         batch: pairs at a time.
         overwrite: whether pairs whose outputs are present are computed again.
@@ -218,15 +223,14 @@ def predict(predictor, pairs, outputs, *, batch=1, overwrite=False, on_pairs=Non
     written = present = 0
     waiting, writing = [], collections.deque()
 
-    def compute():
+    def compute() -> None:
         filled = waiting + waiting[-1:] * (batch - len(waiting))
-        images = [mindspore.Tensor(np.stack([getattr(pair, name) for pair in filled]))
-                  for name in ("image1", "image2")]
+        images = [mindspore.Tensor(np.stack([getattr(pair, name) for pair in filled])) for name in ("image1", "image2")]
         flow = predictor(*images).asnumpy()
         writing.extend(writers.submit(outputs.write, *done) for done in zip(waiting, flow))
         waiting.clear()
 
-    def finish(at_most):
+    def finish(at_most) -> None:
         """Wait until at most so many pairs are yet to be written; raises what writing raised."""
         nonlocal written
         while len(writing) > at_most:
@@ -261,25 +265,35 @@ def ahead(values, count):
             yield value
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", nargs="+", type=pathlib.Path,
-                        help="two images of one size, a folder of frames or a video")
-    parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
-                        help="a checkpoint of a run, or network weights")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR",
-                        help="for the flow and the pictures; pairs already there are left out")
-    parser.add_argument("--batch", type=int, default=1, metavar="N",
-                        help="pairs at a time (default 1)")
-    parser.add_argument("--overlay", action="store_true",
-                        help="also NAME_overlay.png: image 1 in the colours of its flow")
-    parser.add_argument("--warp", action="store_true",
-                        help="also NAME_warp.png: image 2 brought back onto image 1 by the flow")
-    parser.add_argument("--max-flow", type=float, metavar="PX",
-                        help="pixels at full colour, for pictures of one scale; default: each its "
-                             "own")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="compute also what is already there")
+    parser.add_argument(
+        "input", nargs="+", type=pathlib.Path, help="two images of one size, a folder of frames or a video"
+    )
+    parser.add_argument(
+        "--ckpt", required=True, type=pathlib.Path, metavar="FILE", help="a checkpoint of a run, or network weights"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        help="for the flow and the pictures; pairs already there are left out",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default 1)")
+    parser.add_argument(
+        "--overlay", action="store_true", help="also NAME_overlay.png: image 1 in the colours of its flow"
+    )
+    parser.add_argument(
+        "--warp", action="store_true", help="also NAME_warp.png: image 2 brought back onto image 1 by the flow"
+    )
+    parser.add_argument(
+        "--max-flow",
+        type=float,
+        metavar="PX",
+        help="pixels at full colour, for pictures of one scale; default: each its own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="compute also what is already there")
     parser.add_argument("--device", default="cpu", type=str.lower, choices=("cpu", "gpu"))
     args = parser.parse_args()
     if len(args.input) > 2:
@@ -292,19 +306,21 @@ def main():
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: a file; expected a folder to write into")
     if args.out.is_dir() and args.input[0].is_dir() and args.out.samefile(args.input[0]):
-        raise UserError(f"{args.out}: holds the frames, and the pictures of their flow would be "
-                        "taken for more of them; choose another --out")
+        raise UserError(
+            f"{args.out}: holds the frames, and the pictures of their flow would be "
+            "taken for more of them; choose another --out"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
 
     with session.start(lambda: ({}, None), args.device):
         report(args, count, frames)
 
 
-def report(args, count, frames):
+def report(args, count, frames) -> None:
     """Predict as the command line says, with a progress bar, and print what was done."""
+    from launch import progress
     from model.pwcnet import FlowPredictor
     from model.weights import load_network
-    from prep import progress
 
     predictor = FlowPredictor(load_network(args.ckpt))
     predictor.set_train(False)
@@ -316,8 +332,13 @@ def report(args, count, frames):
     try:
         with progress.bar(total=max(0, count - 1) or None, unit="pair") as bar:
             written, present = predict(
-                predictor, pairs_of(frames, salt), outputs, batch=args.batch,
-                overwrite=args.overwrite, on_pairs=bar.update)
+                predictor,
+                pairs_of(frames, salt),
+                outputs,
+                batch=args.batch,
+                overwrite=args.overwrite,
+                on_pairs=bar.update,
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
     if written + present == 0:
@@ -325,8 +346,11 @@ def report(args, count, frames):
     skipped = f", {present} skipped as already there" if present else ""
     print(f"{args.out}: flow of {written} pair{'s' * (written != 1)}{skipped}")
     if written + present < count - 1:
-        print(f"note: {args.input[0]} says it has {count} frames; {written + present + 1} could be "
-              "decoded, it may be cut short", file=sys.stderr)
+        print(
+            f"note: {args.input[0]} says it has {count} frames; {written + present + 1} could be "
+            "decoded, it may be cut short",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

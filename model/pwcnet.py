@@ -14,7 +14,7 @@ from mindspore import Tensor, float32, nn, ops
 from mindspore.common.initializer import HeNormal
 
 from model.layers import conv
-from model.ops import SEARCH_RANGE, CostVolume, Warp
+from model.operators import SEARCH_RANGE, CostVolume, Warp
 
 VARIANTS = ("irr", "nvlabs")
 PYRAMID_CHANNELS = (3, 16, 32, 64, 96, 128, 196)
@@ -30,13 +30,16 @@ SIZE_MULTIPLE = 2 ** (len(PYRAMID_CHANNELS) - 1)
 class FeaturePyramid(nn.Cell):
     """Features of one image at halved resolutions, `depth` convolutions each."""
 
-    def __init__(self, depth):
+    def __init__(self, depth) -> None:
         super().__init__()
-        self.convs = nn.CellList([
-            nn.SequentialCell(conv(channels_in, channels, stride=2),
-                              *(conv(channels, channels) for _ in range(depth - 1)))
-            for channels_in, channels in zip(PYRAMID_CHANNELS[:-1], PYRAMID_CHANNELS[1:])
-        ])
+        self.convs = nn.CellList(
+            [
+                nn.SequentialCell(
+                    conv(channels_in, channels, stride=2), *(conv(channels, channels) for _ in range(depth - 1))
+                )
+                for channels_in, channels in zip(PYRAMID_CHANNELS[:-1], PYRAMID_CHANNELS[1:])
+            ]
+        )
 
     def construct(self, image):
         """(N, 3, H, W) to six features (N, C_l, H / 2^l, W / 2^l), finest first."""
@@ -55,7 +58,7 @@ class FlowEstimator(nn.Cell):
     replaces it.
     """
 
-    def __init__(self, channels_in, dense=True):
+    def __init__(self, channels_in, dense=True) -> None:
         super().__init__()
         layers = []
         for channels in ESTIMATOR_CHANNELS:
@@ -87,7 +90,7 @@ class TransposedUpsampling(nn.Cell):
 
     channels_out = 4
 
-    def __init__(self, channels_in):
+    def __init__(self, channels_in) -> None:
         super().__init__()
         self.flow = doubling(2)
         self.features = doubling(channels_in)
@@ -100,7 +103,14 @@ class TransposedUpsampling(nn.Cell):
 def doubling(channels_in):
     """A transposed convolution to two channels of twice the size."""
     return nn.Conv2dTranspose(
-        channels_in, 2, 4, 2, pad_mode="pad", padding=1, has_bias=True, weight_init=HeNormal(),
+        channels_in,
+        2,
+        4,
+        2,
+        pad_mode="pad",
+        padding=1,
+        has_bias=True,
+        weight_init=HeNormal(),
         bias_init="zeros",
     )
 
@@ -108,7 +118,7 @@ def doubling(channels_in):
 class ContextNetwork(nn.Cell):
     """Dilated convolutions that correct the finest flow from a wide neighbourhood."""
 
-    def __init__(self, channels_in):
+    def __init__(self, channels_in) -> None:
         super().__init__()
         layers = []
         for channels, dilation in CONTEXT_LAYERS:
@@ -150,7 +160,7 @@ class PWCNet(nn.Cell):
         ValueError: no such variant.
     """
 
-    def __init__(self, variant="irr", dense=True, normalize_features=False, warp_mode="bilinear"):
+    def __init__(self, variant="irr", dense=True, normalize_features=False, warp_mode="bilinear") -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
@@ -163,7 +173,7 @@ class PWCNet(nn.Cell):
         self.feature_pyramid_extractor = FeaturePyramid(depth=2 if irr else 3)
         costs = (2 * SEARCH_RANGE + 1) ** 2
         estimators, upsamplings = [FlowEstimator(costs, dense)], []
-        for channels in PYRAMID_CHANNELS[-2:-OUTPUT_LEVELS - 1:-1]:
+        for channels in PYRAMID_CHANNELS[-2 : -OUTPUT_LEVELS - 1 : -1]:
             coarser = estimators[-1].channels_out
             upsamplings.append(BilinearUpsampling() if irr else TransposedUpsampling(coarser))
             channels_in = costs + channels + upsamplings[-1].channels_out
@@ -237,7 +247,7 @@ class PWCNet(nn.Cell):
         return self.warp(features2.astype(float32), pixels).astype(features2.dtype)
 
 
-def start_from_coarser_flow(network, share=0.1):
+def start_from_coarser_flow(network, share=0.1) -> None:
     """Change a new network's weights so that each level begins with the flow of the coarser one.
 
     The last convolution of every estimator reads the upsampled flow, of its input channels two of
@@ -279,7 +289,7 @@ class FlowPredictor(nn.Cell):
     network were made by resizing, with corners aligned (irr) or not (nvlabs).
     """
 
-    def __init__(self, network):
+    def __init__(self, network) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         # Any Cell from two images to flows will do; one that says nothing of corners aligns them.

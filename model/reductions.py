@@ -24,9 +24,9 @@ def ordered_sum(x: Tensor) -> Tensor:
     """
     rows, width = _split(x.size)
     x = x.reshape(-1)
-    partial = x[:rows * width].reshape(rows, width).sum(1)
+    partial = x[: rows * width].reshape(rows, width).sum(1)
     if x.size > rows * width:
-        partial = ops.concat((partial, x[rows * width:]))
+        partial = ops.concat((partial, x[rows * width :]))
     return partial.reshape(1, -1).sum(1)[0]
 
 

@@ -1,14 +1,18 @@
 """Files of network weights: MindSpore checkpoints with the options that build the network."""
 
+import contextlib
 import inspect
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from launch.errors import UserError
+from launch.files import replacing
 from model import checkpoint_file
 from model.pwcnet import (
     CONTEXT_LAYERS,
@@ -18,10 +22,8 @@ from model.pwcnet import (
     VARIANTS,
     PWCNet,
 )
-from prep.errors import UserError
 
-DEFAULT_OPTIONS = {name: parameter.default
-                   for name, parameter in inspect.signature(PWCNet).parameters.items()}
+DEFAULT_OPTIONS = {name: parameter.default for name, parameter in inspect.signature(PWCNet).parameters.items()}
 """Options of the network in a file that says nothing of them."""
 CHOICES = {"variant": VARIANTS, "warp_mode": ("bilinear", "nearest")}
 FORMAT = 1
@@ -37,8 +39,10 @@ class NewerFormat(UserError):
 def check_format(path: str | pathlib.Path, version: int) -> None:
     """Raise NewerFormat unless this version reads files of that format."""
     if version > FORMAT:
-        raise NewerFormat(f"{path}: of format {version}, but this version reads formats up to {FORMAT}; "
-                          "use the version that wrote it, or a newer one")
+        raise NewerFormat(
+            f"{path}: of format {version}, but this version reads formats up to {FORMAT}; "
+            "use the version that wrote it, or a newer one"
+        )
 
 
 def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
@@ -53,11 +57,13 @@ def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
     if not isinstance(version, np.ndarray) or version.size != 1:
         raise UserError(f"{path}: damaged (its format is no number); use another one")
     check_format(path, int(version))
-    return {name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
-            for name, value in values.items()}
+    return {
+        name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
 
 
-def write(path, cell, extra):
+def write(path, cell, extra) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
@@ -71,47 +77,30 @@ def write(path, cell, extra):
     """
     path = pathlib.Path(path)
     check_name(path)
-    with replacing(path) as partial:
-        mindspore.save_checkpoint(cell, str(partial), append_dict={"format": FORMAT, **extra},
-                                  crc_check=True)
+    with replacing(path) as partial, written_by_mindspore(partial):
+        mindspore.save_checkpoint(cell, str(partial), append_dict={"format": FORMAT, **extra}, crc_check=True)
 
 
-def check_name(path):
+@contextlib.contextmanager
+def written_by_mindspore(path: pathlib.Path) -> Iterator[None]:
+    """A context in which MindSpore writes a file: it hides why it cannot, and leaves the file unreadable for others."""
+    path.write_bytes(b"")  # raises an OSError that says why
+    try:
+        yield
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    finally:
+        path.with_suffix(".tmp").unlink(missing_ok=True)  # MindSpore writes that first
+
+
+def check_name(path) -> None:
     """Raise UserError unless a checkpoint may have this name."""
     if pathlib.Path(path).suffix != ".ckpt":
         raise UserError(f"{path}: a checkpoint's name must end in .ckpt; give such a name")
 
 
-class replacing:
-    """Context manager for the path of a file to write, which becomes `path` if all went well."""
-
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-        self.partial = self.path.with_name(f"writing-{self.path.name}")
-
-    def __enter__(self):
-        # Also says, as an OSError with the name, what MindSpore hides: that nothing can be written.
-        self.partial.write_bytes(b"")
-        return self.partial
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                # MindSpore leaves it readable for the owner alone.
-                self.partial.chmod(0o666 & ~umask)
-                with open(self.partial, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(self.partial, self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
-            self.partial.with_suffix(".tmp").unlink(missing_ok=True)  # MindSpore writes that first
-        if isinstance(error, OSError):  # of a write, which does not say to what
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-
-
-def save_network(path, network, options):
+def save_network(path, network, options) -> None:
     """Write the weights of a network, whole or not at all; `load_network` reads them.
 
     Args:
@@ -149,8 +138,10 @@ def parse_options(path: str | pathlib.Path, text: Parameter | np.ndarray | str) 
             if type(value) is not type(default) or value not in CHOICES.get(name, (value,)):
                 raise ValueError(f"{name} {value!r}"[:80])
     except (AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: its network's options {str(text)[:200]} are unknown to this version "
-                        f"({error}); use the version that wrote it or another file") from None
+        raise UserError(
+            f"{path}: its network's options {str(text)[:200]} are unknown to this version "
+            f"({error}); use the version that wrote it or another file"
+        ) from None
     return DEFAULT_OPTIONS | options
 
 
@@ -173,7 +164,7 @@ def load_network(path):
     return network
 
 
-def load_weights(path, values, network):
+def load_weights(path, values, network) -> None:
     """Load the weights in a checkpoint's values, a dict as `read` gives it, into a network.
 
     Raises:
@@ -186,7 +177,7 @@ def load_weights(path, values, network):
     load_exactly(path, values, network)
 
 
-def load_exactly(path, values, cell):
+def load_exactly(path, values, cell) -> None:
     """Load parameters into a Cell that has exactly these.
 
     Args:
@@ -198,29 +189,39 @@ def load_exactly(path, values, cell):
         UserError: something does not fit; see `compare`.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
-    compare(path, {name: getattr(value, "shape", ()) for name, value in values.items()},
-            {name: parameter.shape for name, parameter in parameters.items()}, "this network")
+    compare(
+        path,
+        {name: getattr(value, "shape", ()) for name, value in values.items()},
+        {name: parameter.shape for name, parameter in parameters.items()},
+        "this network",
+    )
     for name, parameter in parameters.items():
         parameter.set_data(values[name])
 
 
-def compare(path, found, expected, what):
+def compare(path, found, expected, what) -> None:
     """Raise UserError unless two dicts of name to shape are the same.
 
     The text has the counts and the first names of what is missing, unknown or of another shape.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
-    shapes = [f"{name} has {tuple(found[name])}, expected {tuple(shape)}"
-              for name, shape in expected.items()
-              if name in found and tuple(found[name]) != tuple(shape)]
+    shapes = [
+        f"{name} has {tuple(found[name])}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
     kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    problems = [f"{len(names)} {kind} ({', '.join(names[:LISTED])}"
-                f"{', ...' if len(names) > LISTED else ''})"
-                for kind, names in kinds.items() if names]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
     if problems:
-        raise UserError(f"{path}: does not fit {what}, which has {len(expected)} parameters: "
-                        f"{'; '.join(problems)}; use weights of the same network")
+        raise UserError(
+            f"{path}: does not fit {what}, which has {len(expected)} parameters: "
+            f"{'; '.join(problems)}; use weights of the same network"
+        )
 
 
 def published_names(variant):
@@ -252,8 +253,7 @@ def published_names(variant):
         layers[f"context_networks.convs.{index}.0"] = f"dc_conv{index + 1}.0"
     last = len(CONTEXT_LAYERS)
     layers[f"context_networks.convs.{last}.0"] = f"dc_conv{last + 1}"
-    return {f"{here}.{kind}": f"{there}.{kind}"
-            for here, there in layers.items() for kind in ("weight", "bias")}
+    return {f"{here}.{kind}": f"{there}.{kind}" for here, there in layers.items() for kind in ("weight", "bias")}
 
 
 FIRST_LAYER = "feature_pyramid_extractor.convs.0.0.0.weight"

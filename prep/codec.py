@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import zstandard
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 HEADER = struct.Struct("<IBcHII")  # CRC-32, codec, numpy type, channels, height, width
 TYPES = {b"B": np.uint8, b"f": np.float32}
@@ -27,9 +27,7 @@ CODECS = ("zstd", "raw")
 # These residuals repeat almost nowhere, and what zstd gains comes from its entropy coding. A higher
 # level or a wider search for repeats makes them larger, not smaller, and takes longer; a table of
 # 1,024 places, which stays in the processor's nearest cache, halves the time (tests/bench/codecs.py).
-PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
-    1, window_log=16, hash_log=10, chain_log=6, min_match=7
-)
+PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, window_log=16, hash_log=10, chain_log=6, min_match=7)
 
 # What zstd may keep beside its output for a frame that is cut short; every decoder takes that much.
 MAX_WINDOW = 1 << 23
@@ -60,7 +58,7 @@ def encode(array, codec, *, pair, field):
     return struct.pack("<I", zlib.crc32(body, zlib.crc32(rest, _seed(pair, field)))) + rest + body
 
 
-def check(payload, *, pair, field, source):
+def check(payload, *, pair, field, source) -> None:
     """UserError with the name of the file `source` unless every bit of `payload` is as it was."""
     if len(payload) < HEADER.size or struct.unpack_from("<I", payload)[0] != zlib.crc32(
         payload[4:], _seed(pair, field)
@@ -90,9 +88,7 @@ def decode(payload, *, shape, dtype, pair, field, source):
         )
     body, size = payload[HEADER.size :], math.prod(shape) * np.dtype(dtype).itemsize
     if number > CONSTANT:
-        raise UserError(
-            f"{source}: unknown codec {number}; the set needs a newer version of this toolkit"
-        )
+        raise UserError(f"{source}: unknown codec {number}; the set needs a newer version of this toolkit")
     try:
         if number == CONSTANT:
             (value,) = np.frombuffer(body, dtype)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Convert a data set to a folder of MindRecord shards and a manifest."""
 
-import os, sys
+import os
+import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,10 +25,10 @@ import time
 import traceback
 from importlib.metadata import version
 
-
-from launch import ranks
+from launch import files, progress, ranks
 from launch.arguments import Parser
-from prep import codec, memory, progress, schema, shards
+from launch.errors import UserError, describe_os_error, run
+from prep import codec, memory, schema, shards
 from prep.datasets import (
     flyingchairs,
     flyingthings3d,
@@ -40,7 +41,6 @@ from prep.datasets import (
     split,
     spring,
 )
-from prep.errors import UserError, describe_os_error, run
 
 DATASETS = {
     "flyingchairs": flyingchairs,
@@ -55,7 +55,7 @@ DATASETS = {
 PLAN = "plan.json"
 
 
-def main():
+def main() -> None:
     options = parse_options()
     if options.shards < 1 or options.workers < 1:
         raise UserError("--shards and --workers: expected numbers of at least 1")
@@ -96,9 +96,7 @@ def parse_options():
         "OUT.partial, which becomes OUT when it is whole; a run that was cut short goes on where "
         "it stopped. Under mpirun the shards are spread over the ranks.",
     )
-    parser.add_argument(
-        "dataset", choices=sorted(DATASETS), help="the layout of the files under --root"
-    )
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="the layout of the files under --root")
     parser.add_argument("--root", required=True, metavar="DIR", help="the unpacked release")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new set's folder")
     parser.add_argument(
@@ -196,13 +194,10 @@ def deal(stem, pairs, wanted):
     """The (file, pairs) of at most `wanted` shards that share `pairs` out in order and evenly."""
     count = min(wanted, len(pairs))
     ends = [len(pairs) * i // count for i in range(count + 1)] if count else []
-    return [
-        (f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]])
-        for i in range(count)
-    ]
+    return [(f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)]
 
 
-def tell_sizes(dataset, part, pairs, train, val, options):
+def tell_sizes(dataset, part, pairs, train, val, options) -> None:
     """Say how the pairs are split, and whether that is not the whole release or a part is empty."""
     title = f"{dataset.TITLE} {part}".strip()
     print(f"{title}: {len(pairs)} pairs, {len(train)} for training and {len(val)} for validation")
@@ -216,25 +211,21 @@ def tell_sizes(dataset, part, pairs, train, val, options):
             print(f"note: no pair is for {name}; --split-file takes another list", file=sys.stderr)
 
 
-def check_names(pairs):
+def check_names(pairs) -> None:
     """UserError if two pairs have one name, or a name that can't be written as text."""
     for name, times in collections.Counter(pair.name for pair in pairs).items():
         if times > 1:
             raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
         if not shards.TEXT.allows(name):
-            raise UserError(
-                f"{name!a}: the file name is not UTF-8 or has control characters; rename the files"
-            )
+            raise UserError(f"{name!a}: the file name is not UTF-8 or has control characters; rename the files")
 
 
-def is_whole(out, plan):
+def is_whole(out, plan) -> bool:
     """True if `out` holds just what `plan` would write; UserError if it holds anything else."""
     if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
         return False
     if not os.path.exists(os.path.join(out, shards.MANIFEST)):
-        raise UserError(
-            f"{out}: is there and not empty; choose another folder for --out or remove it"
-        )
+        raise UserError(f"{out}: is there and not empty; choose another folder for --out or remove it")
     manifest = shards.Manifest.load(out)
     if manifest.made["plan"] != plan.description:
         raise UserError(
@@ -249,13 +240,11 @@ def is_whole(out, plan):
 def largest_image(plan):
     """Pixels of the largest image. Checks every file's header before the work begins; UserError for the
     first that is wrong."""
-    pairs = progress.bar(
-        plan.pairs, desc="checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False
-    )
+    pairs = progress.bar(plan.pairs, desc="checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False)
     return max(height * width for height, width in map(pair_size, pairs))
 
 
-def wait_for(condition):
+def wait_for(condition) -> None:
     """Wait for what other ranks do; mpirun ends this one if one of them fails."""
     while not condition():
         time.sleep(0.2)
@@ -286,7 +275,7 @@ def open_partial(partial, out, plan):
     else:
         os.makedirs(partial, exist_ok=True)
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        shards.write_json(os.path.join(partial, PLAN), plan.description)
+        files.write_json(os.path.join(partial, PLAN), plan.description)
     lock = open(os.path.join(partial, PLAN), "r+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -308,7 +297,7 @@ def find_shard(partial, file):
         return None
 
 
-def write_shards(partial, tasks, options, layout, here):
+def write_shards(partial, tasks, options, layout, here) -> None:
     """Write those of `tasks` that are not whole yet, in worker processes, with a progress bar."""
     remaining = [task for task in tasks if not find_shard(partial, task[0])]
     clear(partial, [file for file, _ in tasks])  # they take space that may be needed
@@ -343,7 +332,7 @@ def write_shards(partial, tasks, options, layout, here):
             clear(partial, [file for file, _ in tasks])
 
 
-def clear(partial, files):
+def clear(partial, files) -> None:
     """Remove what killed processes left of the unfinished shards `files`."""
     for left in os.listdir(partial):
         if ".partial-" in left and left.startswith(tuple(files)):
@@ -351,7 +340,7 @@ def clear(partial, files):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-def drive(workers, tasks, bar):
+def drive(workers, tasks, bar) -> None:
     """Hand out tasks to idle workers and count the pairs that they report, until all is done."""
     queue, busy = collections.deque(tasks), 0
     for connection in workers:
@@ -378,12 +367,12 @@ def drive(workers, tasks, bar):
                 raise RuntimeError(value)
 
 
-def work(connection, partial, codec_name, layout, parent):
+def work(connection, partial, codec_name, layout, parent) -> None:
     """A worker process: write the shards that come through `connection`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
     memory.keep_freed_blocks()
 
-    def progress():
+    def progress() -> None:
         if os.getppid() != parent:  # killed; forked neighbours keep its pipes open, so none breaks
             os._exit(1)
         connection.send(("pairs", 1))
@@ -406,7 +395,7 @@ def work(connection, partial, codec_name, layout, parent):
         connection.send(("bug", traceback.format_exc()))
 
 
-def finish(partial, out, plan, options):
+def finish(partial, out, plan, options) -> None:
     """Write the manifest and give the set its final name."""
     found = [find_shard(partial, file) for file, _ in plan.tasks]
     words = ["prep/convert.py", options.dataset, "--root", options.root]
@@ -425,19 +414,16 @@ def finish(partial, out, plan, options):
         },
     )
     manifest.save(partial)
-    shards.sync(partial)
+    files.sync(partial)
     os.rename(partial, out)
-    shards.sync(os.path.dirname(os.path.abspath(out)))
+    files.sync(os.path.dirname(os.path.abspath(out)))
     # Only now, as until then they are what a run that goes on would need.
     for file in [PLAN] + [shard.file + ".json" for shard in found]:
         os.remove(os.path.join(out, file))
     # MindRecord's pages end in holes, which no disk stores, so blocks say more than lengths.
     size = sum(512 * os.stat(os.path.join(out, shard.file)).st_blocks for shard in found)
     raw = sum(os.path.getsize(path) for pair in plan.pairs for path in pair.files())
-    print(
-        f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for "
-        f"{raw / 1e6:.1f} MB"
-    )
+    print(f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for {raw / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Look at a converted set: counts, sizes, displacements, and a sheet of pairs in colour."""
 
-import os, sys
+import os
+import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -19,9 +20,11 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from launch import files, progress
 from launch.arguments import Parser
-from prep import flowio, picture, progress
-from prep.errors import UserError, run
+from launch.errors import UserError, run
+from prep import flow_viz
+from prep.formats import flow as flow_format
 from prep.shards import FIELDS, Manifest, decode_record
 
 SHOWN = 8  # pairs on the sheet
@@ -33,7 +36,7 @@ BOUNDS = np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, np.inf])
 PERCENTILES = (10, 50, 90, 99, 99.9)
 
 
-def main():
+def main() -> None:
     options = parse_options()
     if options.pairs < 1:
         raise UserError(f"--pairs {options.pairs}: expected 1 or more")
@@ -46,9 +49,9 @@ def main():
     print(text)
     if options.png:
         rows = [draw_histogram(found.shares)] + found.strips
-        picture.save_png(options.png, picture.sheet(rows, ["displacement", *found.captions]))
+        flow_viz.save_png(options.png, flow_viz.contact_sheet(rows, ["displacement", *found.captions]))
     if options.html:
-        flowio.write_whole(options.html, write_page(folder, text, found).encode())
+        files.write_bytes(options.html, write_page(folder, text, found).encode())
 
 
 def parse_options():
@@ -68,9 +71,7 @@ def parse_options():
     return parser.parse_args()
 
 
-Measured = collections.namedtuple(
-    "Measured", "pairs known occluded mean longest percentiles shares strips captions"
-)
+Measured = collections.namedtuple("Measured", "pairs known occluded mean longest percentiles shares strips captions")
 Measured.__doc__ = """What was measured on a sample: how many pairs, the shares of their pixels with
 known and with occluded flow, statistics of the known displacements in pixels (shares: of the bars
 between BOUNDS), and for the sheet some pairs drawn, with their captions."""
@@ -92,7 +93,7 @@ def measure(manifest, folder, pairs):
         ((_, record),) = shard.records(folder, [within])
         name, path = shard.names[within], os.path.join(folder, shard.file)
         sample = decode_record(record, FIELDS, size=size, pair=name, source=path)
-        known = (sample["valid"] & flowio.known(sample["flow"])) != 0
+        known = (sample["valid"] & flow_format.known(sample["flow"])) != 0
         length = np.hypot(*np.moveaxis(sample["flow"], 2, 0))[known]
         strip = caption = None
         if index in shown:
@@ -144,27 +145,17 @@ def describe(manifest, folder, found):
     for shard in shards:
         for number, height, width in shard.sizes:
             sizes[f"{width}x{height}"] += number
-    raw = sum(
-        number * np.prod([int(n) for n in size.split("x")]) * 14 for size, number in sizes.items()
-    )
+    raw = sum(number * np.prod([int(n) for n in size.split("x")]) * 14 for size, number in sizes.items())
     common = ", ".join(f"{number:,} of {size}" for size, number in sizes.most_common(5))
     others = sum(number for _, number in sizes.most_common()[5:])
     splits = ", ".join(
-        f"{name} {sum(len(manifest.shards[file].names) for file in files):,}"
-        for name, files in manifest.splits.items()
+        f"{name} {sum(len(manifest.shards[file].names) for file in files):,}" for name, files in manifest.splits.items()
     )
-    sample = (
-        "all pairs"
-        if found.pairs == pairs
-        else f"a sample of {found.pairs:,} of the {pairs:,} pairs"
-    )
+    sample = "all pairs" if found.pairs == pairs else f"a sample of {found.pairs:,} of the {pairs:,} pairs"
     bars = "\n".join(
-        f"  {bar_name(i):>8} px {100 * share:5.1f} % {'#' * round(100 * share)}"
-        for i, share in enumerate(found.shares)
+        f"  {bar_name(i):>8} px {100 * share:5.1f} % {'#' * round(100 * share)}" for i, share in enumerate(found.shares)
     )
-    percentiles = ", ".join(
-        f"{rank:g} % below {value:.2f}" for rank, value in zip(PERCENTILES, found.percentiles)
-    )
+    percentiles = ", ".join(f"{rank:g} % below {value:.2f}" for rank, value in zip(PERCENTILES, found.percentiles))
     known, occluded = 100 * found.known, 100 * found.occluded
     return "\n".join([
         f"{folder}: {manifest.dataset}, {pairs:,} pairs in {len(shards)} shards",
@@ -179,20 +170,16 @@ def describe(manifest, folder, found):
     ])  # fmt: skip
 
 
-def bar_name(index):
+def bar_name(index) -> str:
     """The bounds of a histogram's bar as text."""
     low, high = BOUNDS[index : index + 2]
     return f"{low:g}-{high:g}" if np.isfinite(high) else f"{low:g}-"
 
 
-def caption_of(name, file, length, known):
+def caption_of(name, file, length, known) -> str:
     """What is written over a pair on the sheet."""
     height, width = known.shape
-    moves = (
-        f"mean {length.mean():.1f}, longest {length.max():.1f} px"
-        if length.size
-        else "no known flow"
-    )
+    moves = f"mean {length.mean():.1f}, longest {length.max():.1f} px" if length.size else "no known flow"
     return f"{name} ({file.split('-0')[0]}), {width}x{height}, {moves}"
 
 
@@ -202,7 +189,7 @@ def draw_pair(sample):
     length = np.hypot(flow[..., 0], flow[..., 1])
     length = length[np.isfinite(length)]
     scale = float(np.percentile(length, 99)) if length.size else 0.0
-    panels = [sample["image1"], sample["image2"], picture.flow_to_color(flow, scale)]
+    panels = [sample["image1"], sample["image2"], flow_viz.flow_to_color(flow, scale)]
     height, width = sample["valid"].shape
     if width > PANEL:
         size = PANEL, max(1, round(height * PANEL / width))
@@ -210,12 +197,12 @@ def draw_pair(sample):
         ways = cv2.INTER_AREA, cv2.INTER_AREA, cv2.INTER_NEAREST
         panels = [cv2.resize(panel, size, interpolation=way) for panel, way in zip(panels, ways)]
     titles = ["first image", "second image", f"flow, to {scale:.1f} px"]
-    return np.concatenate([picture.label(p, t) for p, t in zip(panels, titles)], axis=1)
+    return np.concatenate([flow_viz.draw_label(p, t) for p, t in zip(panels, titles)], axis=1)
 
 
 def draw_histogram(shares):
     """The bars of the histogram with their bounds and shares below: uint8 (h, w, 3)."""
-    bar, tall, line = 64, 160, picture.TEXT_SIZE + 4
+    bar, tall, line = 64, 160, flow_viz.TEXT_SIZE + 4
     canvas = Image.new("RGB", (bar * len(shares), tall + 3 * line), "white")
     draw = ImageDraw.Draw(canvas)
     for i, share in enumerate(shares):
@@ -225,15 +212,15 @@ def draw_histogram(shares):
             (f"{100 * share:.1f} %", top - line),
             (f"{bar_name(i)} px", line + tall + 4),
         ):
-            offset = (bar - draw.textlength(text, font=picture.font())) / 2
-            draw.text((left + offset, y), text, fill="black", font=picture.font())
+            offset = (bar - draw.textlength(text, font=flow_viz.font())) / 2
+            draw.text((left + offset, y), text, fill="black", font=flow_viz.font())
     return np.asarray(canvas)
 
 
 def write_page(folder, text, found):
     """The HTML page: the text, the histogram and the pairs, all pictures inside it."""
 
-    def figure(image, caption):
+    def figure(image, caption) -> str:
         data = io.BytesIO()
         Image.fromarray(image).save(data, "PNG")
         source = base64.b64encode(data.getvalue()).decode()

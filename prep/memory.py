@@ -6,7 +6,7 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def keep_freed_blocks():
+def keep_freed_blocks() -> None:
     """Have large blocks that this process frees kept for its next ones, not given back to the
     system.
 

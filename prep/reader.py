@@ -15,12 +15,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from launch.errors import UserError
 from prep import memory
-from prep.errors import UserError
 from prep.shards import Manifest, decode_record, reason_of
 
-COLUMNS = ("image1", "image2", "flow", "valid", "index")
-STORED = COLUMNS[:4]  # the columns that are decoded from records
+FIELDS = ("image1", "image2", "flow", "valid")
+"""What is decoded from the records of a training batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one size (H, W), as NumPy arrays."""
+
+    image1: np.ndarray
+    """(B, H, W, 3) uint8 RGB."""
+    image2: np.ndarray
+    flow: np.ndarray
+    """(B, H, W, 2) float32 in pixels, from image 1 to image 2; in training batches 0 where it is unknown."""
+    valid: np.ndarray
+    """(B, H, W) uint8, 1 where the flow is known."""
+    index: np.ndarray | None = None
+    """(B,) int32, position of each pair in its split; in a mixture after those of the splits before it. PADDING for a
+    pair that only fills the last batch of an evaluation."""
+    occluded: np.ndarray | None = None
+    """(B, H, W) uint8, 1 where image 2 hides what image 1 shows; 0 in datasets without masks, None in training."""
+
 
 # A mixture deals its sources out in blocks of this many pairs, each with every source's exact
 # share.
@@ -84,16 +103,14 @@ def draw(positions, counts, weights, seed):
 
 def sample_rng(seed, source, epoch, index):
     """The random generator for one pair's augmentation: a pure function of its arguments."""
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, epoch, source, index]))
-    )
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, index])))
 
 
 # --- Sets on disk ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Split:
+class DatasetSplit:
     """One split of a converted set, opened: its folder, name, data set and shards, all there."""
 
     folder: str
@@ -111,7 +128,7 @@ class Split:
             shard.check_structure(folder)
         return cls(folder, name, manifest.dataset, shards)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """The number of pairs."""
         return len(self.names)
 
@@ -140,12 +157,10 @@ class Split:
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def training_batches(
-    sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, transform=None, workers=None
-):
-    """This rank's batches for steps first_step ... first_step + steps - 1, an iterator of tuples.
+def training_batches(sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, transform=None, workers=None):
+    """This rank's batches for steps first_step ... first_step + steps - 1, an iterator of `Batch`.
 
-    sources    an opened `Split`, or for a mixture a list of (Split, weight); the weights are the
+    sources    an opened `DatasetSplit`, or for a mixture a list of (DatasetSplit, weight); the weights are the
                shares of the pairs drawn
     batch      pairs per rank and step
     transform  function (sample, rng) -> sample on a dict of image1, image2 uint8 (H, W, 3), flow
@@ -153,12 +168,9 @@ def training_batches(
                and pair alone. It runs in threads and must return the same fields, of one size.
     workers    decoding threads (default: one per core, at most 8)
 
-    Columns as numpy arrays: image1, image2 uint8 (B, H, W, 3); flow float32 (B, H, W, 2), 0 where
-    unknown; valid uint8 (B, H, W); index int32 (B,), the pair's place in its split (in a mixture,
-    after the sources before it). UserError if a set is damaged or has fewer pairs than the ranks
-    take in one step.
+    UserError if a dataset is damaged or has fewer pairs than the ranks take in one step.
     """
-    if isinstance(sources, Split):
+    if isinstance(sources, DatasetSplit):
         sources = [(sources, 1.0)]
     splits = [split for split, _ in sources]
     weights = [float(weight) for _, weight in sources]
@@ -187,26 +199,21 @@ def training_batches(
     return _batches(splits, draws(), batch, finish, workers)
 
 
-def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None, occluded=False):
-    """This rank's share of an opened `Split`, every ranks-th pair, each pair once over all ranks.
+def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None):
+    """This rank's share of an opened `DatasetSplit`, every ranks-th pair, each pair once over all ranks.
 
-    Columns as in `training_batches`; with `occluded` one more before the index, uint8 (B, H, W), 1
-    where the second frame hides what the first shows (0 all over in sets that don't tell). All
-    ranks have the same number of batches, all of them whole: the last repeats a pair, with index
-    -1. Pairs of different sizes are never in one batch.
+    An iterator of `Batch`. All ranks have the same number of batches, all of them whole: the last repeats a
+    pair, with index PADDING. Pairs of different sizes are never in one batch.
     """
     if not split.names:
-        raise UserError(
-            f"{split.folder}: split {split.name} has no pair; convert the set with --split-file"
-        )
+        raise UserError(f"{split.folder}: split {split.name} has no pair; convert the set with --split-file")
 
     def draws():
         for indices in evaluation_order(split.sizes, batch * ranks):
             for index, real in indices[rank::ranks]:
                 yield 0, 0 if real else PADDING, index
 
-    fields = (*STORED, "occluded") if occluded else STORED
-    return _batches([split], draws(), batch, lambda sample, *_: sample, workers, fields)
+    return _batches([split], draws(), batch, lambda sample, *_: sample, workers, (*FIELDS, "occluded"))
 
 
 def evaluation_order(sizes, group):
@@ -220,7 +227,7 @@ def evaluation_order(sizes, group):
     return list(order.values())
 
 
-def _batches(splits, draws, batch, finish, workers, fields=STORED):
+def _batches(splits, draws, batch, finish, workers, fields=FIELDS):
     """Yield whole batches of the pairs that `draws` yields as (source, epoch, index).
 
     Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C
@@ -242,9 +249,7 @@ def _batches(splits, draws, batch, finish, workers, fields=STORED):
         size = tuple(opened.sizes[index].tolist())
         sample = decode_record(record, fields, size=size, pair=name, source=file)
         if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
-            sample["flow"] = np.where(
-                sample["valid"][..., None] != 0, sample["flow"], np.float32(0)
-            )
+            sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
         sample = finish(sample, source, epoch, index)
         return (
             sample,
@@ -277,8 +282,7 @@ def _records(splits, draws):
     draws = iter(draws)
     total = sum(len(split) for split in splits)
     while piece := list(itertools.islice(draws, total)):
-        rows = [[index for origin, _, index in piece if origin == source]
-                for source in range(len(splits))]
+        rows = [[index for origin, _, index in piece if origin == source] for source in range(len(splits))]
         records = [_read(split, indices) for split, indices in zip(splits, rows)]
         for place in piece:
             yield *next(records[place[0]]), place
@@ -293,8 +297,10 @@ def _read(split, indices):
     for start in range(0, len(indices), len(split)):
         try:
             dataset = ds.MindDataset(
-                split.files, ["name", "pair"], num_parallel_workers=1,
-                sampler=ds.SubsetSampler(indices[start:start + len(split)]),
+                split.files,
+                ["name", "pair"],
+                num_parallel_workers=1,
+                sampler=ds.SubsetSampler(indices[start : start + len(split)]),
             )
             for name, column in dataset.create_tuple_iterator(output_numpy=True, num_epochs=1):
                 # The 'S' array of a bytes column loses trailing zeros in item(), not here.
@@ -317,7 +323,7 @@ def _explain(split, error):
 
 
 def _stack(ready, fields):
-    """The columns of a batch from (sample, index, name) of its pairs."""
+    """A Batch from (sample, index, name) of its pairs."""
     for sample, _, name in ready:
         for field in fields:
             if sample[field].shape != ready[0][0][field].shape:
@@ -325,5 +331,5 @@ def _stack(ready, fields):
                     f"{name}: {field} is {sample[field].shape}, but {ready[0][0][field].shape} in "
                     f"{ready[0][2]}; pairs of different sizes need a transform that crops them"
                 )
-    columns = [np.stack([sample[field] for sample, _, _ in ready]) for field in fields]
-    return *columns, np.array([index for _, index, _ in ready], np.int32)
+    columns = {field: np.stack([sample[field] for sample, _, _ in ready]) for field in fields}
+    return Batch(**columns, index=np.array([index for _, index, _ in ready], np.int32))

@@ -17,10 +17,10 @@ from typing import Annotated, TypedDict
 
 import numpy as np
 
+from launch.errors import UserError, one_line
+from launch.files import sync, write_json
 from prep import codec, schema
 from prep.datasets import read_pair
-from prep.errors import UserError, naming, one_line
-from prep.flowio import write_whole
 
 SCHEMA_VERSION = 1
 # The payloads of a pair in a record's order: the numpy type and the channels of each.
@@ -43,14 +43,10 @@ MAX_PAGE = 1 << 28  # bytes
 # surrogates, which Python makes of bytes that are not UTF-8, can't be written.
 Count = Annotated[int, schema.Whole(1, 2**53)]
 Version = Annotated[int, schema.Whole(1, 2**31)]
-TEXT = schema.Text(
-    r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,10000}", "text without control characters"
-)
+TEXT = schema.Text(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,10000}", "text without control characters")
 Words = Annotated[str, TEXT]
 Sha256 = Annotated[str, schema.Text("[0-9a-f]{64}", "a SHA-256 as 64 hexadecimal digits")]
-ShardFile = Annotated[
-    str, schema.Text(r"[A-Za-z0-9_-]{1,200}\.mindrecord", "a plain file name as train.mindrecord")
-]
+ShardFile = Annotated[str, schema.Text(r"[A-Za-z0-9_-]{1,200}\.mindrecord", "a plain file name as train.mindrecord")]
 
 
 class Validation(TypedDict):
@@ -98,7 +94,7 @@ class Shard:
             if PIXEL_BYTES * height * width > 4 * self.bytes:
                 raise ValueError(f"its {self.bytes} bytes can't hold a pair of {width}x{height}")
 
-    def check_files(self, folder):
+    def check_files(self, folder) -> None:
         """UserError unless the shard and its index are in `folder` with the right sizes."""
         for file, expected in ((self.file, self.bytes), (self.file + ".db", self.index_bytes)):
             path = os.path.join(folder, file)
@@ -115,7 +111,7 @@ class Shard:
                     "restore it from a copy or convert the set again"
                 )
 
-    def check_structure(self, folder):
+    def check_structure(self, folder) -> None:
         """UserError unless the sizes fit and header and index are what was written.
 
         MindSpore trusts both: a wrong byte there could end the process. It takes milliseconds; the
@@ -126,7 +122,7 @@ class Shard:
         check_hash(os.path.join(folder, self.file + ".db"), self.index_bytes, self.index_sha256)
         self.locate(folder)
 
-    def check_bytes(self, folder):
+    def check_bytes(self, folder) -> None:
         """UserError unless every byte of the shard and its index is as written (reads it all)."""
         self.check_structure(folder)
         check_hash(os.path.join(folder, self.file), self.bytes, self.sha256)
@@ -248,11 +244,10 @@ class Manifest:
             return schema.read(cls, {**fields, "shards": by_file})
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or "
-                "convert the set again"
+                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or convert the set again"
             ) from None
 
-    def save(self, folder):
+    def save(self, folder) -> None:
         """Write the manifest into `folder`; it appears only when it is whole."""
         fields = {**vars(self), "shards": [dataclasses.asdict(s) for s in self.shards.values()]}
         write_json(os.path.join(folder, MANIFEST), {**fields, "sha256": hash_fields(fields)})
@@ -260,9 +255,7 @@ class Manifest:
     def split(self, name, folder):
         """The shards of a split, in order; UserError, naming `folder`, if there is no such one."""
         if name not in self.splits:
-            raise UserError(
-                f"{folder}: has no split {name!r}; it has {', '.join(sorted(self.splits))}"
-            )
+            raise UserError(f"{folder}: has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return [self.shards[file] for file in self.splits[name]]
 
 
@@ -279,9 +272,7 @@ def decode_record(record, fields, *, size, pair, source):
         if field in fields:
             dtype, channels = FIELDS[field]
             shape = tuple(size) if channels == 1 else (*size, channels)
-            sample[field] = codec.decode(
-                payload, shape=shape, dtype=dtype, pair=pair, field=field, source=source
-            )
+            sample[field] = codec.decode(payload, shape=shape, dtype=dtype, pair=pair, field=field, source=source)
         else:
             codec.check(payload, pair=pair, field=field, source=source)
     return sample
@@ -330,10 +321,7 @@ def write_shard(folder, file, pairs, *, codec_name, layout, progress=lambda: Non
             if not runs or runs[-1][1:] != size:
                 runs.append((0, *size))
             runs[-1] = (runs[-1][0] + 1, *size)
-            payloads = [
-                codec.encode(sample[field], codec_name, pair=pair.name, field=field)
-                for field in FIELDS
-            ]
+            payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
             writer.write_raw_data([{"name": pair.name, "pair": codec.pack(payloads)}])
             free = min(free, free_bytes(folder))
             progress()
@@ -394,26 +382,10 @@ def hash_fields(fields):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_hash(path, length, expected):
+def check_hash(path, length, expected) -> None:
     """UserError unless the first `length` bytes of a file have the SHA-256 `expected`."""
     if hash_file(path, length) != expected:
         raise UserError(
             f"{path}: damaged (its SHA-256 is not the one in the set's manifest); restore it from "
             "a copy or convert the set again"
         )
-
-
-def sync(path):
-    """See that a file, or the names in a folder, are on the disk; returns the size."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path, value):
-    """Write a JSON file that appears only when it is whole."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -27,8 +27,10 @@ from concurrent.futures.process import BrokenProcessPool
 import cv2
 import numpy as np
 
+from launch import errors, files, progress
 from launch.arguments import Parser
-from prep import errors, flowio, images, progress
+from prep.formats import flow as flow_format
+from prep.formats import image as image_format
 
 CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384 x 512
 SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
@@ -73,9 +75,7 @@ def make_pair(rng_or_seed, height, width):
     for _ in range(rng.integers(3, 9)):
         layers.append(draw_shape(rng, height, width, background["motion"]))
     image1, label1 = render(layers, [layer["pose"] for layer in layers], height, width)
-    image2, label2 = render(
-        layers, [layer["motion"] @ layer["pose"] for layer in layers], height, width
-    )
+    image2, label2 = render(layers, [layer["motion"] @ layer["pose"] for layer in layers], height, width)
     flow = flow_of_labels(label1, [layer["motion"] for layer in layers])
     # The exposure is the scene's: both frames have the same.
     gain, gamma = rng.uniform(0.75, 1.0), np.exp(rng.normal(0, 0.25))
@@ -90,8 +90,12 @@ def draw_background(rng, height, width):
     centre = ((width - 1) / 2, (height - 1) / 2)
     pose = place(rng.uniform(-0.15, 0.15), (columns, rows), centre)
     motion = draw_motion(rng, BACKGROUND_MOTION, centre, width)
-    return {"patch": np.dstack([draw_texture(rng, rows, columns), alpha]),
-            "border": cv2.BORDER_REFLECT_101, "pose": pose, "motion": motion}
+    return {
+        "patch": np.dstack([draw_texture(rng, rows, columns), alpha]),
+        "border": cv2.BORDER_REFLECT_101,
+        "pose": pose,
+        "motion": motion,
+    }
 
 
 def draw_shape(rng, height, width, background_motion):
@@ -101,13 +105,16 @@ def draw_shape(rng, height, width, background_motion):
     side = int(2 * radius) + 8
     alpha = np.zeros((side, side), np.uint8)
     contours = [side / 2 + radius * contour for contour in draw_contours(rng)]
-    cv2.fillPoly(alpha, [to_fixed_point(contour) for contour in contours], 255, cv2.LINE_AA,
-                 FIXED_POINT)
+    cv2.fillPoly(alpha, [to_fixed_point(contour) for contour in contours], 255, cv2.LINE_AA, FIXED_POINT)
     centre = (rng.uniform(0, width), rng.uniform(0, height))
     pose = place(rng.uniform(0, 2 * np.pi), (side, side), centre)
     motion = background_motion @ draw_motion(rng, SHAPE_MOTION, centre, width)
-    return {"patch": np.dstack([draw_texture(rng, side, side), alpha]),
-            "border": cv2.BORDER_CONSTANT, "pose": pose, "motion": motion}
+    return {
+        "patch": np.dstack([draw_texture(rng, side, side), alpha]),
+        "border": cv2.BORDER_CONSTANT,
+        "pose": pose,
+        "motion": motion,
+    }
 
 
 def place(turn, patch_size, centre):
@@ -170,7 +177,7 @@ def draw_contours(rng):
 
 def to_fixed_point(points):
     """Pixel coordinates as the int32 that OpenCV's drawing functions take."""
-    return np.round(points * 2 ** FIXED_POINT).astype(np.int32)
+    return np.round(points * 2**FIXED_POINT).astype(np.int32)
 
 
 def draw_texture(rng, height, width):
@@ -196,7 +203,7 @@ def draw_palette(rng):
     return 255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
 
 
-def draw_dead_leaves(rng, picture, palette):
+def draw_dead_leaves(rng, picture, palette) -> None:
     """Cover `picture` (uint8 H x W x 3) with overlapping leaves whose radii follow r^-3.
 
     Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: that law makes edges
@@ -205,10 +212,10 @@ def draw_dead_leaves(rng, picture, palette):
     height, width = picture.shape[:2]
     smallest = np.exp(rng.uniform(np.log(1.2), np.log(5)))
     largest = max(0.4 * max(height, width), 2 * smallest)
-    mean_area = 2 * np.pi * 0.6 * smallest ** 2 * np.log(largest / smallest)
+    mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
     count = int(rng.uniform(0.5, 2.5) * height * width / mean_area)
     uniform = rng.random((count, 1))
-    radius = (smallest ** -2 - uniform * (smallest ** -2 - largest ** -2)) ** -0.5
+    radius = (smallest**-2 - uniform * (smallest**-2 - largest**-2)) ** -0.5
     # Sixteen points round an ellipse; leaves with fewer corners have several points on each.
     corners = rng.choice([3, 4, 5, 16], (count, 1))
     angle = np.floor(np.arange(16) * corners / 16) / corners * 2 * np.pi
@@ -216,10 +223,13 @@ def draw_dead_leaves(rng, picture, palette):
     x = radius * np.cos(angle)
     y = radius * np.sin(angle) * rng.uniform(0.25, 1.0, (count, 1))
     turn = rng.uniform(0, 2 * np.pi, (count, 1))
-    points = np.stack([
-        x * np.cos(turn) - y * np.sin(turn) + rng.uniform(0, width, (count, 1)),
-        x * np.sin(turn) + y * np.cos(turn) + rng.uniform(0, height, (count, 1)),
-    ], -1)
+    points = np.stack(
+        [
+            x * np.cos(turn) - y * np.sin(turn) + rng.uniform(0, width, (count, 1)),
+            x * np.sin(turn) + y * np.cos(turn) + rng.uniform(0, height, (count, 1)),
+        ],
+        -1,
+    )
     colour = palette[rng.integers(0, len(palette), count)]
     colour = colour * rng.uniform(0.7, 1.3, (count, 1)) + rng.normal(0, 8, (count, 3))
     for leaf, shade in zip(to_fixed_point(points), np.clip(colour, 0, 255).tolist()):
@@ -229,7 +239,7 @@ def draw_dead_leaves(rng, picture, palette):
 def draw_pink_noise(rng, height, width):
     """float32 H x W x 3 noise of about unit variance with equal power in every octave (1/f)."""
     noise = np.zeros((height, width, 3), np.float32)
-    steps = [2 ** octave for octave in range(int(np.log2(min(height, width))))]
+    steps = [2**octave for octave in range(int(np.log2(min(height, width))))]
     for step in steps:
         grid = rng.standard_normal((height // step + 2, width // step + 2, 3), np.float32)
         noise += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -256,8 +266,13 @@ def render(layers, poses, height, width):
             if left == right or top == bottom:
                 continue
         local = pose[:2] - [[0, 0, left], [0, 0, top]]
-        warped = cv2.warpAffine(layer["patch"], local, (int(right - left), int(bottom - top)),
-                                flags=cv2.INTER_CUBIC, borderMode=layer["border"])
+        warped = cv2.warpAffine(
+            layer["patch"],
+            local,
+            (int(right - left), int(bottom - top)),
+            flags=cv2.INTER_CUBIC,
+            borderMode=layer["border"],
+        )
         alpha = warped[..., 3:].astype(np.float32) / 255
         view = image[top:bottom, left:right]
         view += alpha * (warped[..., :3] - view)
@@ -269,10 +284,9 @@ def flow_of_labels(label, motions):
     """float32 H x W x 2 flow of a frame whose pixels move by the motion (3 x 3) of their label."""
     y, x = np.indices(label.shape)
     change = np.stack(motions) - np.eye(3)
-    return np.stack([
-        change[label, row, 0] * x + change[label, row, 1] * y + change[label, row, 2]
-        for row in (0, 1)
-    ], -1).astype(np.float32)
+    return np.stack(
+        [change[label, row, 0] * x + change[label, row, 1] * y + change[label, row, 2] for row in (0, 1)], -1
+    ).astype(np.float32)
 
 
 def find_occluded(flow, label1, label2):
@@ -286,25 +300,31 @@ def find_occluded(flow, label1, label2):
     return ~inside | (label2[row, column] != label1)
 
 
-def write_pair(folder, number, seed, height, width):
+def write_pair(folder, number, seed, height, width) -> None:
     """Write pair `number` (from 1) of a set as NNNNN_img1.ppm, NNNNN_img2.ppm, NNNNN_flow.flo."""
     # One stream of random numbers for each pair, so that its bytes do not depend on which worker
     # makes it or on how many pairs there are.
     image1, image2, flow, _ = make_pair(np.random.SeedSequence([seed, number]), height, width)
     name = os.path.join(folder, f"{number:05d}")
-    images.write_ppm(f"{name}_img1.ppm", image1)
-    images.write_ppm(f"{name}_img2.ppm", image2)
-    flowio.write_flo(f"{name}_flow.flo", flow)
+    image_format.write_ppm(f"{name}_img1.ppm", image1)
+    image_format.write_ppm(f"{name}_img2.ppm", image2)
+    flow_format.write_flo(f"{name}_flow.flo", flow)
 
 
-def write_set(folder, pairs, height, width, seed, workers):
+def write_set(folder, pairs, height, width, seed, workers) -> bool:
     """Write a whole set into a new `folder`; it appears there when finished, or not at all.
 
     Returns True, or False when the folder already holds the same finished set.
     Raises UserError when it holds anything else.
     """
-    recipe = {"made by": "prep/synthesize.py", "version": VERSION, "pairs": pairs,
-              "height": height, "width": width, "seed": seed}
+    recipe = {
+        "made by": "prep/synthesize.py",
+        "version": VERSION,
+        "pairs": pairs,
+        "height": height,
+        "width": width,
+        "seed": seed,
+    }
     if is_finished(folder, recipe):
         return False
     partial = folder + ".partial"
@@ -312,33 +332,36 @@ def write_set(folder, pairs, height, width, seed, workers):
     os.makedirs(partial)
     try:
         write_pairs(partial, pairs, height, width, seed, workers)
-        lines = [f"# 0-based index of the validation pairs among the {pairs} pairs of this set in name "
-                 "order (pair 00001 is index 0); every tenth", *validation_indices(pairs), ""]
-        flowio.write_whole(os.path.join(partial, "validation.txt"),
-                           "\n".join(map(str, lines)).encode())
-        flowio.write_whole(os.path.join(partial, "synthesize.json"),
-                           json.dumps(recipe, indent=2).encode() + b"\n")
+        lines = [
+            f"# 0-based index of the validation pairs among the {pairs} pairs of this set in name "
+            "order (pair 00001 is index 0); every tenth",
+            *validation_indices(pairs),
+            "",
+        ]
+        files.write_bytes(os.path.join(partial, "validation.txt"), "\n".join(map(str, lines)).encode())
+        files.write_bytes(os.path.join(partial, "synthesize.json"), json.dumps(recipe, indent=2).encode() + b"\n")
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
-def is_finished(folder, recipe):
+def is_finished(folder, recipe) -> bool:
     """Whether `folder` holds the set that `recipe` describes; UserError if it holds another."""
-    if not os.path.lexists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+    if not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder)):
         return False
     try:
         with open(os.path.join(folder, "synthesize.json")) as file:
             found = dict(json.load(file))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise errors.UserError(f"{folder}: already there and not a set of this script's; "
-                               "expected a new or empty folder; choose another --out") from None
+        raise errors.UserError(
+            f"{folder}: already there and not a set of this script's; "
+            "expected a new or empty folder; choose another --out"
+        ) from None
     if found != recipe:
         names = [name for name in recipe if found.get(name) != recipe[name]]
         seen = ", ".join(f"{name} {found.get(name)} instead of {recipe[name]}" for name in names)
-        raise errors.UserError(f"{folder}: holds another set ({seen}); "
-                               "choose another --out or remove it first")
+        raise errors.UserError(f"{folder}: holds another set ({seen}); choose another --out or remove it first")
     return True
 
 
@@ -347,11 +370,10 @@ def validation_indices(pairs):
     return range(min(9, pairs - 1), pairs, 10)
 
 
-def write_pairs(folder, pairs, height, width, seed, workers):
+def write_pairs(folder, pairs, height, width, seed, workers) -> None:
     """Write all pairs of a set with `workers` processes and a progress bar."""
     # A fresh interpreter for each worker: forking a process that has threads can hang.
-    pool = ProcessPoolExecutor(min(workers, pairs), multiprocessing.get_context("spawn"),
-                               cv2.setNumThreads, (1,))
+    pool = ProcessPoolExecutor(min(workers, pairs), multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,))
     write = functools.partial(write_pair, folder, seed=seed, height=height, width=width)
     try:
         # Ctrl-C goes to every process of the terminal but is the parent's to handle: the workers,
@@ -362,8 +384,9 @@ def write_pairs(folder, pairs, height, width, seed, workers):
         for _ in progress.bar(done, total=pairs, unit="pair", desc="synthesize"):
             pass
     except BrokenProcessPool:
-        raise errors.UserError("a worker process was killed, most likely for want of memory; "
-                               "try again with fewer --workers") from None
+        raise errors.UserError(
+            "a worker process was killed, most likely for want of memory; try again with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -373,20 +396,22 @@ def parse_size(text):
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
     size = tuple(map(int, match.groups())) if match else ()
     if not size or min(size) < SMALLEST_SIDE or max(size) > LARGEST_SIDE:
-        raise errors.UserError(f"--size {text}: expected HEIGHTxWIDTH, each from {SMALLEST_SIDE} "
-                               f"to {LARGEST_SIDE} pixels, such as 128x192")
+        raise errors.UserError(
+            f"--size {text}: expected HEIGHTxWIDTH, each from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels, such as 128x192"
+        )
     return size
 
 
-def main():
+def main() -> None:
     """The command line."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the set")
     parser.add_argument("--pairs", type=int, default=1200, help="default: %(default)s")
     parser.add_argument("--size", default="128x192", metavar="HxW", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                        help="processes; default: one a core")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
+    )
     options = parser.parse_args()
     height, width = parse_size(options.size)
     if not 1 <= options.pairs <= MOST_PAIRS:
@@ -398,9 +423,10 @@ def main():
     folder = os.path.abspath(options.out)
     made = write_set(folder, options.pairs, height, width, options.seed, options.workers)
     held_out = len(validation_indices(options.pairs))
-    print(f"{options.out}: {options.pairs} pairs of {height}x{width}, seed {options.seed}, "
-          f"{held_out} for validation (validation.txt)"
-          + ("" if made else "; already there, nothing to do"))
+    print(
+        f"{options.out}: {options.pairs} pairs of {height}x{width}, seed {options.seed}, "
+        f"{held_out} for validation (validation.txt)" + ("" if made else "; already there, nothing to do")
+    )
 
 
 if __name__ == "__main__":

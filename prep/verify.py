@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Check a converted set: quickly, its files and sizes, or deeply, every byte and every pair."""
 
-import os, sys
+import os
+import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -11,13 +12,13 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import concurrent.futures
 
+from launch import progress
 from launch.arguments import Parser
-from prep import progress
-from prep.errors import UserError, run
+from launch.errors import UserError, run
 from prep.shards import FIELDS, Manifest, decode_record
 
 
-def main():
+def main() -> None:
     options = parse_options()
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
@@ -33,10 +34,7 @@ def main():
     title = f"{options.folder}: {pairs} pairs in {len(manifest.shards)} shards"
     if problems:
         raise UserError(f"{title}, {len(problems)} problems (above)")
-    print(
-        f"{title}, "
-        + ("every byte and pair is right" if options.deep else "all there (--deep reads it all)")
-    )
+    print(f"{title}, " + ("every byte and pair is right" if options.deep else "all there (--deep reads it all)"))
 
 
 def parse_options():
@@ -92,9 +90,7 @@ def check_deeply(shard, folder, bar):
     path, problems, position = os.path.join(folder, shard.file), [], 0
     sizes = [size for number, *size in shard.sizes for _ in range(number)]
     try:
-        for name, size, (start, record) in zip(
-            shard.names, sizes, shard.records(folder), strict=True
-        ):
+        for name, size, (start, record) in zip(shard.names, sizes, shard.records(folder), strict=True):
             try:
                 decode_record(record, FIELDS, size=size, pair=name, source=path)
             except UserError as error:
@@ -112,9 +108,7 @@ def strangers(manifest, folder):
     """The paths of MindRecord files in the folder that the manifest does not name."""
     known = {file + suffix for file in manifest.shards for suffix in ("", ".db")}
     return [
-        os.path.join(folder, file)
-        for file in sorted(os.listdir(folder))
-        if ".mindrecord" in file and file not in known
+        os.path.join(folder, file) for file in sorted(os.listdir(folder)) if ".mindrecord" in file and file not in known
     ]
 
 

@@ -16,8 +16,8 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import numpy as np
 
 from launch import ranks, session
+from launch.errors import UserError, run
 from launch.watchdog import Phase
-from prep.errors import UserError, run
 
 
 def make_weights(drift):
@@ -29,13 +29,13 @@ def make_weights(drift):
     return mindspore.Parameter(mindspore.Tensor(array), name="weights")
 
 
-def check_weights(*arguments):
+def check_weights(*arguments) -> None:
     from train import loop
 
     loop.check_weights(*arguments)
 
 
-def main():
+def main() -> None:
     logs, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
     rank = str(ranks.current().rank)
     late, _, delay = os.environ.get("LATE", ":0").partition(":")

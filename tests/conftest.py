@@ -6,13 +6,15 @@ import signal
 
 import pytest
 
+pytest_plugins = ["runs"]
+
 os.environ.setdefault("GLOG_v", "3")
 # A shell that starts the tests in the background has them ignore Ctrl-C, which the commands that
 # they start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items) -> None:
     """Begin with the files that take longest, beside which the others find room."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
@@ -54,7 +56,7 @@ def predictor(network):
 
 
 @pytest.fixture(scope="module")
-def ckpt(network, tmp_path_factory):
+def ckpt(network, tmp_path_factory: pytest.TempPathFactory):
     """A file of that network's weights."""
     from model.weights import save_network
 

@@ -46,10 +46,21 @@ def are_possible():
 
 def inside(tag, folder, number, command):
     """The command line that runs a command on a host."""
-    script = INSIDE.format(name=f"host{number}", files=f"{folder}/host{number}",
-                           place=f"{folder}/local")
-    return ["ip", "netns", "exec", f"{tag}h{number}", "unshare", "--uts", "--mount",
-            "sh", "-ec", script, "sh", *map(str, command)]
+    script = INSIDE.format(name=f"host{number}", files=f"{folder}/host{number}", place=f"{folder}/local")
+    return [
+        "ip",
+        "netns",
+        "exec",
+        f"{tag}h{number}",
+        "unshare",
+        "--uts",
+        "--mount",
+        "sh",
+        "-ec",
+        script,
+        "sh",
+        *map(str, command),
+    ]
 
 
 class Hosts:
@@ -60,7 +71,7 @@ class Hosts:
         count: how many.
     """
 
-    def __init__(self, folder, count):
+    def __init__(self, folder, count) -> None:
         self.folder = pathlib.Path(folder)
         self.tag = f"t{uuid.uuid4().hex[:6]}"
         self.numbers = range(1, count + 1)
@@ -74,15 +85,27 @@ class Hosts:
             raise
         return self
 
-    def make(self):
+    def make(self) -> None:
         ip("netns", "add", f"{self.tag}s")
         self.switch("ip", "link", "add", "name", "bridge", "type", "bridge")
         self.switch("ip", "link", "set", "bridge", "up")
         for number in self.numbers:
             name = f"{self.tag}h{number}"
             ip("netns", "add", name)
-            ip("link", "add", "eth0", "netns", name, "type", "veth",
-               "peer", "name", f"port{number}", "netns", f"{self.tag}s")
+            ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                name,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{number}",
+                "netns",
+                f"{self.tag}s",
+            )
             self.switch("ip", "link", "set", f"port{number}", "master", "bridge", "up")
             ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
             # As Docker has it on each host, at the same address.
@@ -90,9 +113,11 @@ class Hosts:
             ip("-n", name, "address", "add", "172.17.0.1/16", "dev", "docker0")
             for interface in ("lo", "docker0", "eth0"):
                 ip("-n", name, "link", "set", interface, "up")
-        self.agent.write_text(AGENT.format(
-            python=sys.executable, tests=str(pathlib.Path(__file__).parent), tag=self.tag,
-            folder=str(self.folder)))
+        self.agent.write_text(
+            AGENT.format(
+                python=sys.executable, tests=str(pathlib.Path(__file__).parent), tag=self.tag, folder=str(self.folder)
+            )
+        )
         self.agent.chmod(0o755)
 
     def __exit__(self, *_):
@@ -103,11 +128,11 @@ class Hosts:
     def address(number):
         return f"10.77.0.{number}"
 
-    def switch(self, *command):
+    def switch(self, *command) -> None:
         """Run a command beside the switch."""
         subprocess.run(["ip", "netns", "exec", f"{self.tag}s", *command], check=True)
 
-    def cut_off(self, number):
+    def cut_off(self, number) -> None:
         """From now on drop all packets from and to a host, as when a cable is pulled."""
         (self.folder / f"cut{number}").touch()
         self.switch("bridge", "link", "set", "dev", f"port{number}", "state", "0")
@@ -115,10 +140,11 @@ class Hosts:
     def processes(self):
         """What runs on the hosts, as psutil.Process."""
         names = [f"{self.tag}h{number}" for number in self.numbers]
-        found = [subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True,
-                                check=True).stdout.split() for name in names]
-        return [psutil.Process(int(process)) for process in sum(found, [])
-                if psutil.pid_exists(int(process))]
+        found = [
+            subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
+            for name in names
+        ]
+        return [psutil.Process(int(process)) for process in sum(found, []) if psutil.pid_exists(int(process))]
 
     def mpirun(self, *command, hostfile=False, **keywords):
         """Start a command with a rank on each host by the mpirun of host1; a Popen."""
@@ -128,10 +154,16 @@ class Hosts:
         where = ["--hostfile", file] if hostfile else ["--host", ",".join(addresses)]
         start = ["mpirun", "--prtemca", "plm_ssh_agent", self.agent, *where, *command]
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return subprocess.Popen(inside(self.tag, self.folder, 1, start), env={**os.environ, **root},
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+        return subprocess.Popen(
+            inside(self.tag, self.folder, 1, start),
+            env={**os.environ, **root},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **keywords,
+        )
 
 
-def ip(*arguments):
+def ip(*arguments) -> None:
     """Run iproute2's ip."""
     subprocess.run(["ip", *arguments], check=True)

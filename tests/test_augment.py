@@ -1,6 +1,7 @@
 """Augmentation: geometry of images, flow and validity, distributions, colours, repeatability."""
 
 import dataclasses
+import pathlib
 import time
 import zlib
 
@@ -17,10 +18,8 @@ from train import recipe as recipes
 from train.augment import Augment
 
 HEIGHT, WIDTH, CROP = 100, 140, (64, 64)
-GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0,
-            "relative_affine": 1.0}
-COLOURS = {"exposure": 0.1, "jitter": 0.5, "relative_jitter": 0.1, "gamma": (0.7, 1.5),
-           "noise": 0.04, "eraser": 0.5}
+GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0, "relative_affine": 1.0}
+COLOURS = {"exposure": 0.1, "jitter": 0.5, "relative_jitter": 0.1, "gamma": (0.7, 1.5), "noise": 0.04, "eraser": 0.5}
 FIELDS = ("image1", "image2", "flow", "valid")
 
 seeds = st.integers(0, 2**32)
@@ -49,32 +48,41 @@ def motion_of(linear, shift):
 def texture(places):
     """A smooth picture at places (..., 2), known everywhere: uint8 (..., 3)."""
     x, y = places[..., 0], places[..., 1]
-    waves = [np.sin(0.16 * x + 0.07 * y), np.sin(0.05 * x - 0.19 * y + 1),
-             np.sin(0.11 * x + 0.13 * y + 2) * np.cos(0.04 * x)]
+    waves = [
+        np.sin(0.16 * x + 0.07 * y),
+        np.sin(0.05 * x - 0.19 * y + 1),
+        np.sin(0.11 * x + 0.13 * y + 2) * np.cos(0.04 * x),
+    ]
     return np.rint(127.5 + 110 * np.stack(waves, -1)).astype(np.uint8)
 
 
 def moving(motion):
     """A pair whose every pixel moves by a 3 x 3 matrix, exact but for the grey levels' rounding."""
     places = grid(HEIGHT, WIDTH)
-    return {"image1": texture(places), "image2": texture(move(np.linalg.inv(motion), places)),
-            "flow": (move(motion, places) - places).astype(np.float32),
-            "valid": np.ones((HEIGHT, WIDTH), np.uint8)}
+    return {
+        "image1": texture(places),
+        "image2": texture(move(np.linalg.inv(motion), places)),
+        "flow": (move(motion, places) - places).astype(np.float32),
+        "valid": np.ones((HEIGHT, WIDTH), np.uint8),
+    }
 
 
 def noisy(seed=0, height=HEIGHT, width=WIDTH, known=1.0):
     """A pair of random numbers, read-only as decoded records may be; `known` of its flow is."""
     rng = np.random.default_rng(seed)
     valid = (rng.random((height, width)) < known).astype(np.uint8)
-    sample = {"image1": rng.integers(0, 256, (height, width, 3), np.uint8),
-              "image2": rng.integers(0, 256, (height, width, 3), np.uint8),
-              "flow": tiny.flow(rng, height, width) * valid[..., None], "valid": valid}
+    sample = {
+        "image1": rng.integers(0, 256, (height, width, 3), np.uint8),
+        "image2": rng.integers(0, 256, (height, width, 3), np.uint8),
+        "flow": tiny.flow(rng, height, width) * valid[..., None],
+        "valid": valid,
+    }
     for array in sample.values():
         array.flags.writeable = False
     return sample
 
 
-def check_form(sample, crop=CROP):
+def check_form(sample, crop=CROP) -> None:
     """What every view of a pair is."""
     for key in FIELDS:
         assert sample[key].shape[:2] == crop and sample[key].flags.c_contiguous, key
@@ -98,7 +106,7 @@ def photometric_error(sample):
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_an_affine_flow_stays_exact(seed, linear, shift):
+def test_an_affine_flow_stays_exact(seed, linear, shift) -> None:
     """f'(p) = A2 (x + f(x)) - A1 x, here in float64 and with f as a formula."""
     motion = motion_of(linear, shift)
     view = Augment(CROP, **GEOMETRY)
@@ -113,14 +121,14 @@ def test_an_affine_flow_stays_exact(seed, linear, shift):
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_image_2_at_the_flow_is_image_1(seed, linear, shift):
+def test_image_2_at_the_flow_is_image_1(seed, linear, shift) -> None:
     """Before and after: the images move as the flow says."""
     sample = moving(motion_of(linear, shift))
     assert photometric_error(sample) < 1.5
     assert photometric_error(Augment(CROP, **GEOMETRY)(sample, np.random.default_rng(seed))) < 1.5
 
 
-def test_a_wrong_flow_would_be_seen():
+def test_a_wrong_flow_would_be_seen() -> None:
     """The measure of the test above, with the second frame's own motion left out of the flow."""
     sample = moving(motion_of((0, 0, 0, 0), (3, -2)))
     view = Augment(CROP, relative_affine=1.0)(sample, np.random.default_rng(3))
@@ -129,9 +137,15 @@ def test_a_wrong_flow_would_be_seen():
 
 
 @settings(deadline=None)
-@given(seeds, st.floats(0, 4), st.floats(0, 4), st.floats(0.25, 4), st.floats(1, 2),
-       st.sampled_from([(64, 64), (100, 140), (64, 140), (128, 192)]))
-def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, low, factor, crop):
+@given(
+    seeds,
+    st.floats(0, 4),
+    st.floats(0, 4),
+    st.floats(0.25, 4),
+    st.floats(1, 2),
+    st.sampled_from([(64, 64), (100, 140), (64, 140), (128, 192)]),
+)
+def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, low, factor, crop) -> None:
     """Whatever is asked for, a crop larger than the frames too; then the zoom gives way."""
     view = Augment(crop, affine=affine, relative_affine=relative, scale=(low, factor * low))
     assume(view.warps)
@@ -144,7 +158,7 @@ def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, l
 
 
 @pytest.mark.parametrize("known", [0.0, 0.2, 0.9])
-def test_nothing_unknown_is_mixed_in(known):
+def test_nothing_unknown_is_mixed_in(known) -> None:
     """Known flow is (5, -3) everywhere, unknown is 1e9 or NaN: each known pixel has its own alone,
     and each is known just where its nearest source is."""
     rng = np.random.default_rng(1)
@@ -167,7 +181,7 @@ def test_nothing_unknown_is_mixed_in(known):
         assert np.array_equal(result["valid"][clear], valid[row, column][clear])
 
 
-def test_between_known_pixels_sparse_flow_is_interpolated_too():
+def test_between_known_pixels_sparse_flow_is_interpolated_too() -> None:
     """Away from the one unknown pixel, a flow with a hole is the same as without."""
     sample = moving(motion_of((0.1, 0.05, -0.05, 0.1), (4, 2)))
     view = Augment(CROP, affine=1.0, scale=(1.0, 1.0))
@@ -182,7 +196,7 @@ def test_between_known_pixels_sparse_flow_is_interpolated_too():
 
 
 @pytest.mark.parametrize("known", [0.5, 1.0])
-def test_crop_and_flips_alone_are_exact(known):
+def test_crop_and_flips_alone_are_exact(known) -> None:
     """Each view is a window, mirrored or not, byte for byte; all four ways come alike often."""
     sample = noisy(3, known=known)
     sample["image1"] = (grid(HEIGHT, WIDTH) @ [[1, 0, 0], [0, 1, 0]]).astype(np.uint8)  # its place
@@ -203,7 +217,7 @@ def test_crop_and_flips_alone_are_exact(known):
     assert min(lefts) <= 2 and max(lefts) >= WIDTH - CROP[1] - 2
 
 
-def test_a_pair_smaller_than_the_crop():
+def test_a_pair_smaller_than_the_crop() -> None:
     with pytest.raises(ValueError, match="100x140 is smaller than the crop of 128x128"):
         Augment((128, 128))(noisy(), np.random.default_rng(0))
 
@@ -216,11 +230,10 @@ def is_uniform(values, low, high):
     level of one in ten thousand."""
     places = (np.sort(values) - low) / (high - low)
     steps = np.arange(len(values) + 1) / len(values)
-    return max(np.abs(places - steps[1:]).max(), np.abs(places - steps[:-1]).max()) \
-        < 2.22 / len(values) ** 0.5
+    return max(np.abs(places - steps[1:]).max(), np.abs(places - steps[:-1]).max()) < 2.22 / len(values) ** 0.5
 
 
-def test_motions_are_drawn_as_published():
+def test_motions_are_drawn_as_published() -> None:
     """The reference variant's ranges, each uniform, where the crop leaves room for all of them."""
     view = Augment(CROP, **GEOMETRY)
     drawn = [view.draw_motion(sample_rng(1, 0, 0, i), 384, 512) for i in range(1500)]
@@ -245,7 +258,7 @@ def test_motions_are_drawn_as_published():
     assert is_uniform(shift[:, 1], -0.00375 * 384, 0.00375 * 384)
 
 
-def test_places_reach_every_corner():
+def test_places_reach_every_corner() -> None:
     """Without rotation the crop's place is uniform over where it fits."""
     view = Augment(CROP, scale=(1.0, 1.5))
     first = np.array([view.draw_motion(sample_rng(2, 0, 0, i), 384, 512)[0] for i in range(1500)])
@@ -254,10 +267,9 @@ def test_places_reach_every_corner():
     assert is_uniform((corner / room)[:, 0], 0, 1) and is_uniform((corner / room)[:, 1], 0, 1)
 
 
-def test_colours_are_drawn_as_published():
+def test_colours_are_drawn_as_published() -> None:
     mean = np.array([120.0, 90.0, 60.0])
-    matrices = np.array([augment.draw_colours(sample_rng(3, 0, 0, i), 0.5, mean)
-                         for i in range(1500)])
+    matrices = np.array([augment.draw_colours(sample_rng(3, 0, 0, i), 0.5, mean) for i in range(1500)])
     luma = augment.TO_YIQ[0]
     # What becomes of the mean's grey says the brightness, of the grey axis the contrast too.
     grey = luma @ mean
@@ -273,7 +285,7 @@ def test_colours_are_drawn_as_published():
 # --- Colours --------------------------------------------------------------------------------------
 
 
-def test_colours_are_the_same_for_both_images_and_leave_the_rest():
+def test_colours_are_the_same_for_both_images_and_leave_the_rest() -> None:
     """One function of the old colour, but for the parts that say otherwise."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (64, 64, 3), np.uint8)
@@ -290,7 +302,7 @@ def test_colours_are_the_same_for_both_images_and_leave_the_rest():
         assert not np.array_equal(result["image2"], values[::-1]), name
 
 
-def test_grey_stays_grey_under_jitter():
+def test_grey_stays_grey_under_jitter() -> None:
     grey = np.repeat(np.arange(64 * 64).reshape(64, 64, 1) % 256, 3, 2).astype(np.uint8)
     sample = noisy(height=64, width=64) | {"image1": grey, "image2": grey}
     for seed in range(10):
@@ -298,7 +310,7 @@ def test_grey_stays_grey_under_jitter():
         assert np.ptp(image, axis=2).max() <= 1
 
 
-def test_gamma():
+def test_gamma() -> None:
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:64, None, None], (64, 64, 3))
     sample = noisy(height=64, width=64) | {"image1": levels, "image2": levels}
     result = Augment(CROP, gamma=(0.7, 0.7))(sample, np.random.default_rng(0))["image1"]
@@ -306,10 +318,12 @@ def test_gamma():
     assert np.array_equal(result[:, 0, 0], expected)
 
 
-def test_noise():
+def test_noise() -> None:
     """Gaussian, of a deviation from 0 to the largest, not the same in both images nor in pairs."""
-    plain = noisy() | {"image1": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
-                       "image2": np.full((HEIGHT, WIDTH, 3), 128, np.uint8)}
+    plain = noisy() | {
+        "image1": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
+        "image2": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
+    }
     view, deviations = Augment(CROP, noise=0.04), []
     for seed in range(300):
         result = view(plain, np.random.default_rng(seed))
@@ -321,12 +335,11 @@ def test_noise():
         deviations.append(one.std() / 255)
     assert is_uniform(deviations, 0, 0.04)
     view = Augment(CROP, noise=1.0)
-    bright = view(plain | {"image1": np.full((HEIGHT, WIDTH, 3), 250, np.uint8)},
-                  np.random.default_rng(1))["image1"]
+    bright = view(plain | {"image1": np.full((HEIGHT, WIDTH, 3), 250, np.uint8)}, np.random.default_rng(1))["image1"]
     assert bright.max() == 255 and bright.min() < 200  # it saturates and does not wrap
 
 
-def test_eraser():
+def test_eraser() -> None:
     """Rectangles of the mean colour, in as many pairs as asked for; the flow stays."""
     sample = noisy(height=64, width=64)
     mean = np.rint(sample["image2"].mean((0, 1)))
@@ -345,7 +358,7 @@ def test_eraser():
 # --- Repeatability --------------------------------------------------------------------------------
 
 
-def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path):
+def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path: pathlib.Path) -> None:
     """The same bytes on any number of ranks and threads and after a resume; others each epoch."""
     folder = tiny.chairs(tmp_path / "data", 9, height=72, width=90)
     none = tiny.split_file(tmp_path / "none.txt", [])
@@ -353,19 +366,22 @@ def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path):
 
     def views(**options):
         view = Augment(CROP, **GEOMETRY, **COLOURS)
-        return [[column.tobytes() for column in pair] for batch in
-                tiny.training(data, transform=view, **options) for pair in zip(*batch)]
+        return [
+            [column.tobytes() for column in pair]
+            for batch in tiny.training(data, transform=view, **options)
+            for pair in zip(*batch)
+        ]
 
     one = views(batch=6, steps=3, seed=4, workers=1)
     assert len(one) == 18 and len({pair[0] for pair in one}) == 18
     assert one == views(batch=6, steps=3, seed=4, workers=5)
     assert one[6:] == views(batch=6, first_step=1, steps=2, seed=4)
     ranks = [views(batch=2, rank=rank, ranks=3, steps=3, seed=4) for rank in range(3)]
-    assert one == [pair for step in range(3) for share in ranks for pair in share[2 * step:][:2]]
+    assert one == [pair for step in range(3) for share in ranks for pair in share[2 * step :][:2]]
     assert not {pair[0] for pair in views(batch=6, steps=3, seed=5)} & {pair[0] for pair in one}
 
 
-def test_views_never_change():
+def test_views_never_change() -> None:
     """Other bytes after an update would part a resumed run from the one begun before. The example
     recipe's; the affine options' depend on OpenCV's arithmetic too."""
     sample = noisy(height=144, width=160)
@@ -377,7 +393,7 @@ def test_views_never_change():
     assert checksums == [1808136875, 444343973, 2332291192, 1481960086]
 
 
-def test_no_thread_is_left_spinning():
+def test_no_thread_is_left_spinning() -> None:
     """A pair takes one core for a while and nothing after that: others compute the network."""
     view, rng, sample = Augment(CROP, **GEOMETRY, **COLOURS), np.random.default_rng(0), noisy()
 
@@ -395,7 +411,7 @@ def test_no_thread_is_left_spinning():
     assert min(after) < min(idle) + 0.02
 
 
-def test_the_pair_itself_is_left_alone():
+def test_the_pair_itself_is_left_alone() -> None:
     sample = noisy(known=0.8)
     before = {key: array.tobytes() for key, array in sample.items()}
     for options in ({}, GEOMETRY, COLOURS, GEOMETRY | COLOURS):
@@ -409,7 +425,7 @@ def test_the_pair_itself_is_left_alone():
 # --- Recipes --------------------------------------------------------------------------------------
 
 
-def test_each_option_is_a_key_of_a_recipe_and_off_by_default():
+def test_each_option_is_a_key_of_a_recipe_and_off_by_default() -> None:
     recipe = recipes.Recipe(crop=CROP, batch=1, steps=1, learning_rate=1.0)
     assert dataclasses.asdict(Augment.from_recipe(recipe)) == dataclasses.asdict(Augment(CROP))
     chairs = Augment.from_recipe(recipes.load("chairs"))

@@ -2,24 +2,26 @@
 
 import concurrent.futures
 import json
+import pathlib
 import resource
+from typing import NoReturn
 
 import mindspore
 import numpy as np
 import pytest
 from mindspore import nn
 
+from launch.errors import UserError
 from model import weights
 from model.losses import MultiScaleLoss
 from model.pwcnet import PWCNet
-from prep.errors import UserError
 from train import checkpoint
 from train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
-def test_a_network_comes_back_from_its_file(tmp_path):
+def test_a_network_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
     """Options and weights, from a file of the network, of the trainer, and without options."""
     options = {"variant": "nvlabs", "dense": False, "warp_mode": "nearest"}
     network = PWCNet(**options)
@@ -42,16 +44,17 @@ def test_a_network_comes_back_from_its_file(tmp_path):
     mindspore.save_checkpoint(PWCNet(), str(tmp_path / "bare.ckpt"))
     assert weights.load_network(tmp_path / "bare.ckpt").dense
     assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt"}
-    assert not list(tmp_path.glob("writing-*"))
+    assert not list(tmp_path.glob("*.partial-*"))
 
 
-def test_which_checkpoints_stay(tmp_path, monkeypatch):
+def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last regular ones, and the newest two of all, so that one may be damaged; damaged ones of
     later steps go."""
     cell = nn.Dense(1, 1)
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
+
         def steps_after(*saved):
             for step in saved:
                 checkpoints.save(step, cell)
@@ -72,7 +75,7 @@ def test_which_checkpoints_stay(tmp_path, monkeypatch):
         assert steps_after(40) == [30, 38, 40]
 
 
-def test_checkpoints_that_do_not_fit(tmp_path):
+def test_checkpoints_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     """Other options than the weights', options of another version, no checkpoint."""
     path = tmp_path / "in.ckpt"
     weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
@@ -87,7 +90,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         weights.load_network(path)
 
 
-def test_a_checkpoint_of_a_newer_version(tmp_path):
+def test_a_checkpoint_of_a_newer_version(tmp_path: pathlib.Path) -> None:
     """It is refused, and not passed over for an older one as a damaged file is."""
     cell = nn.Dense(1, 1)
     with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
@@ -100,7 +103,7 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     assert weights.read(tmp_path / "old.ckpt")["step"] == 3
 
 
-def test_best_weights_stay_the_best(tmp_path):
+def test_best_weights_stay_the_best(tmp_path: pathlib.Path) -> None:
     """The best EPE is that of the file, also when a run goes on from a checkpoint before it; on another
     dataset there is none yet."""
     cell = nn.Dense(1, 1)
@@ -113,7 +116,7 @@ def test_best_weights_stay_the_best(tmp_path):
             assert checkpoints.restore(cell) == 1 and checkpoints.best == best
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path: pathlib.Path) -> NoReturn:
     """A file that cannot be written is named, nothing is left of it, and the one before stays; the error
     comes with the next step."""
     cell = nn.Dense(1000, 1000)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from launch.errors import UserError
 from prep import codec, datasets
 from prep.datasets import flyingchairs
-from prep.errors import UserError
 
 sides = hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)
 arrays = st.one_of(
@@ -32,25 +32,23 @@ def encode(array, name):
 
 
 def decode(payload, like, **names):
-    return codec.decode(
-        payload, shape=like.shape, dtype=like.dtype, **{**NAMES, **names}, source="f.mindrecord"
-    )
+    return codec.decode(payload, shape=like.shape, dtype=like.dtype, **{**NAMES, **names}, source="f.mindrecord")
 
 
 @given(arrays, codecs)
-def test_round_trip(array, name):
+def test_round_trip(array, name) -> None:
     found = decode(encode(array, name), array)
     assert found.dtype == array.dtype and found.shape == array.shape
     assert found.tobytes() == array.tobytes()
 
 
-def test_nan_payloads_and_negative_zero_survive():
+def test_nan_payloads_and_negative_zero_survive() -> None:
     bits = np.array([[[0x7FC00001, 0xFFC12345], [0x80000000, 0x7F800001]]], np.uint32)
     flow = bits.view(np.float32)
     assert decode(encode(flow, "zstd"), flow).tobytes() == bits.tobytes()
 
 
-def test_sums_beyond_32_bits_wrap_back():
+def test_sums_beyond_32_bits_wrap_back() -> None:
     """The decoder sums up to H * W residuals of up to 255 in int32."""
     rows, columns = np.indices((2900, 3000))
     green = (-(rows + 1) * (columns + 1)).astype(np.uint8)  # every residual of it is 255
@@ -59,7 +57,7 @@ def test_sums_beyond_32_bits_wrap_back():
 
 
 @given(arrays, codecs, st.integers(0, 10**9), st.integers(0, 7))
-def test_one_flipped_bit_is_found(array, name, place, bit):
+def test_one_flipped_bit_is_found(array, name, place, bit) -> None:
     payload = bytearray(encode(array, name))
     payload[place % len(payload)] ^= 1 << bit
     with pytest.raises(UserError, match="f.mindrecord: flow of pair clean/alley_1/frame_0001"):
@@ -67,14 +65,14 @@ def test_one_flipped_bit_is_found(array, name, place, bit):
 
 
 @given(st.binary(max_size=80))
-def test_any_bytes_are_an_error(data):
+def test_any_bytes_are_an_error(data) -> None:
     with pytest.raises(UserError):
         decode(data, FLOW)
     with pytest.raises(UserError):
         codec.unpack(data + b"\xff" * 80, 5, pair="p", source="f")
 
 
-def test_another_pairs_or_fields_payload_is_found():
+def test_another_pairs_or_fields_payload_is_found() -> None:
     payload = encode(FLOW, "raw")
     for names in ({"pair": "clean/alley_1/frame_0002"}, {"field": "image1"}):
         with pytest.raises(UserError):
@@ -116,9 +114,7 @@ RGB = np.zeros((2, 3, 3), np.uint8)
     (codec.GRADIENT_ZSTD, b"B", 1, 2, 3, zstd(bytes(6)), RGB[..., 0]),
     (200, b"f", 2, 2, 3, bytes(48), FLOW),
 ])  # fmt: skip
-def test_a_right_checksum_over_wrong_contents_is_an_error(
-    number, kind, channels, height, width, body, like
-):
+def test_a_right_checksum_over_wrong_contents_is_an_error(number, kind, channels, height, width, body, like) -> None:
     """Anyone can compute it, so it must not lead to other exceptions, nor to large memory."""
     payload = forged(number, kind, channels, height, width, body)
     tracemalloc.start()
@@ -131,12 +127,12 @@ def test_a_right_checksum_over_wrong_contents_is_an_error(
 
 
 @given(st.lists(st.binary(max_size=9), min_size=5, max_size=5))
-def test_pack(payloads):
+def test_pack(payloads) -> None:
     record = codec.pack(payloads)
     assert list(codec.unpack(record, 5, pair="p", source="f")) == payloads
 
 
-def test_the_real_pair_takes_a_quarter_at_most():
+def test_the_real_pair_takes_a_quarter_at_most() -> None:
     root = tiny.ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
     if not root.exists():
         pytest.skip(f"{root} is not there")

@@ -17,14 +17,14 @@ import pytest
 import tiny
 from PIL import Image
 
+from launch.errors import UserError
 from prep import codec, convert, datasets, reader
 from prep.datasets import flyingchairs, sintel, split
-from prep.errors import UserError
 from prep.shards import FIELDS, Manifest, decode_record
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory: pytest.TempPathFactory):
     return tiny.chairs(tmp_path_factory.mktemp("chairs") / "data", 12)
 
 
@@ -44,7 +44,7 @@ def stop(*arguments):
 # --- What is written ------------------------------------------------------------------------------
 
 
-def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
+def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path: Path) -> None:
     """Content may not depend on how many processes made it: hashes in papers and bug reports."""
     one = tiny.convert("flyingchairs", root, tmp_path / "1", "--shards", 5, "--workers", 3)
     ranks = tiny.mpirun(3, "prep/convert.py", "flyingchairs", "--root", root, "--out",
@@ -60,21 +60,19 @@ def test_the_set_is_the_same_whatever_the_workers_and_ranks(root, tmp_path):
     )
 
 
-def test_the_manifest_says_what_is_there(root, tmp_path):
+def test_the_manifest_says_what_is_there(root, tmp_path: Path) -> None:
     list_file = tiny.split_file(tmp_path / "mine.txt", [0, 11])
-    out = tiny.convert(
-        "flyingchairs", root, tmp_path / "o", "--shards", 3, "--split-file", list_file
-    )
+    out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 3, "--split-file", list_file)
     manifest = Manifest.load(out)
     assert manifest.dataset == "flyingchairs" and manifest.validation["file"] == "mine.txt"
-    assert reader.Split.open(out, "val").names == ["00001", "00012"]
-    assert reader.Split.open(out, "train").names == [f"{i:05}" for i in range(2, 12)]
+    assert reader.DatasetSplit.open(out, "val").names == ["00001", "00012"]
+    assert reader.DatasetSplit.open(out, "train").names == [f"{i:05}" for i in range(2, 12)]
     for shard in manifest.shards.values():
         shard.check_bytes(out)
         assert (out / shard.file).stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
-def test_a_set_that_is_all_for_validation(root, tmp_path):
+def test_a_set_that_is_all_for_validation(root, tmp_path: Path) -> None:
     """It has as many shards as are asked for, not one for each pair."""
     every = tiny.split_file(tmp_path / "all.txt", range(12))
     out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 2, "--split-file", every)
@@ -87,53 +85,52 @@ def umask():
     return mask
 
 
-def test_the_release_folder_may_be_given_instead_of_its_data_folder(root, tmp_path):
+def test_the_release_folder_may_be_given_instead_of_its_data_folder(root, tmp_path: Path) -> None:
     assert flyingchairs.list_pairs(root.parent, "") == flyingchairs.list_pairs(root, "")
 
 
-def test_fixed_splits():
+def test_fixed_splits() -> None:
     for dataset, val in ((flyingchairs, 640), (sintel, 133)):
         indices, _ = split.read_list(os.path.join(split.FOLDER, dataset.VALIDATION))
         assert len(set(indices)) == val and max(indices) < dataset.PAIRS
 
 
-def test_the_real_pair(tmp_path):
+def test_the_real_pair(tmp_path: Path) -> None:
     release = tiny.ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
     if not release.exists():
         pytest.skip(f"{release} is not there")
     out = tiny.convert("flyingchairs", release, tmp_path / "a set é")
     (pair,) = flyingchairs.list_pairs(release, "")
     sample = datasets.read_pair(pair)
-    ((*columns, _),) = tiny.evaluation(out, "train", batch=1)
-    for field, column in zip(reader.COLUMNS, columns):
-        assert column[0].tobytes() == sample[field].tobytes()
+    (batch,) = tiny.evaluation(out, "train", batch=1)
+    for field, array in sample.items():
+        assert getattr(batch, field)[0].tobytes() == array.tobytes()
 
 
 # --- MPI-Sintel -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def release(tmp_path):
+def release(tmp_path: Path):
     return tiny.sintel(tmp_path / "sintel", {"alley_1": 4, "market_2": 3})
 
 
-def test_sintel(release, tmp_path):
+def test_sintel(release, tmp_path: Path) -> None:
     """Both passes under one split; masks and unknown flow travel with the pairs."""
     path = release / "training/flow/alley_1/frame_0002.flo"
     data = bytearray(path.read_bytes())
     data[12:20] = np.array([1e10, np.nan], np.float32).tobytes()
     path.write_bytes(data)
     list_file = tiny.split_file(tmp_path / "val.txt", [1])  # frame_0002, in both passes
-    out = tiny.convert(
-        "sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
-    )
+    out = tiny.convert("sintel", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
     frame = "alley_1/frame_0002"
-    assert reader.Split.open(out, "val").names == [f"clean/{frame}", f"final/{frame}"]
-    assert reader.Split.open(out, "val-final").names == [f"final/{frame}"]
-    assert [len(reader.Split.open(out, name)) for name in ("train", "train-clean")] == [8, 4]
-    ((image1, image2, flow, valid, _),) = tiny.evaluation(out, "val-final", batch=1)
+    assert reader.DatasetSplit.open(out, "val").names == [f"clean/{frame}", f"final/{frame}"]
+    assert reader.DatasetSplit.open(out, "val-final").names == [f"final/{frame}"]
+    assert [len(reader.DatasetSplit.open(out, name)) for name in ("train", "train-clean")] == [8, 4]
+    (batch,) = tiny.evaluation(out, "val-final", batch=1)
+    flow, valid = batch.flow, batch.valid
     training = release / "training"
-    for found, number in ((image1, 2), (image2, 3)):
+    for found, number in ((batch.image1, 2), (batch.image2, 3)):
         expected = Image.open(training / f"final/alley_1/frame_000{number}.png")
         assert np.array_equal(found[0], np.asarray(expected))
     invalid = np.asarray(Image.open(training / f"invalid/{frame}.png")) != 0
@@ -165,7 +162,7 @@ def stored_pair(folder, name, pair):
     ("final", "final: does not exist; expected the final pass"),
     ("flow", "flow: does not exist; expected the flow"),
 ])  # fmt: skip
-def test_sintel_with_something_missing(release, tmp_path, missing, message):
+def test_sintel_with_something_missing(release, tmp_path: Path, missing, message) -> None:
     path = release / "training" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert message in stop("sintel", release, tmp_path / "out")
@@ -176,15 +173,13 @@ def test_sintel_with_something_missing(release, tmp_path, missing, message):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
+def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path: Path, how) -> None:
     root = tiny.chairs(tmp_path / "data", 60, 256, 320)
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
                "--out", out, "--shards", "12", "--workers", "2"]  # fmt: skip
-    run = subprocess.Popen(
-        [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not list(partial.glob("train-0000[23]*.json")) and run.poll() is None:
         time.sleep(0.002)
     if how == signal.SIGINT:
@@ -209,7 +204,7 @@ def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path, how):
     assert all((out / path.name).stat().st_ino == inode for path, inode in before.items())
 
 
-def test_a_lost_rank_ends_the_others_and_any_number_goes_on(tmp_path):
+def test_a_lost_rank_ends_the_others_and_any_number_goes_on(tmp_path: Path) -> None:
     root = tiny.chairs(tmp_path / "data", 24, 256, 320)
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
@@ -251,24 +246,19 @@ def processes_of(session):
     return found
 
 
-def test_a_killed_worker_ends_the_run_with_a_line(tmp_path):
+def test_a_killed_worker_ends_the_run_with_a_line(tmp_path: Path) -> None:
     root = tiny.chairs(tmp_path / "data", 24, 256, 320)
     command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
                "--out", tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
-    run = subprocess.Popen(
-        [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    while (
-        not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*")))
-        and run.poll() is None
-    ):
+    run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*"))) and run.poll() is None:
         time.sleep(0.002)
     os.kill(int(begun[0].name.rpartition("-")[2]), signal.SIGKILL)
     stderr = run.communicate(timeout=30)[1]
     assert run.returncode == 1 and "was killed (out of memory?)" in stderr.splitlines()[-1]
 
 
-def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root, tmp_path):
+def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root, tmp_path: Path) -> None:
     out = tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 2)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = tiny.run_convert("flyingchairs", root, out, "--shards", 2)
@@ -279,7 +269,7 @@ def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root, tmp_path
     assert "10 bytes, expected" in stop("flyingchairs", root, out, "--shards", 2)
 
 
-def test_an_unfinished_set_of_other_options_is_left_alone(root, tmp_path):
+def test_an_unfinished_set_of_other_options_is_left_alone(root, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "plan.json").write_text("{}")
     line = stop("flyingchairs", root, tmp_path / "out")
@@ -289,17 +279,15 @@ def test_an_unfinished_set_of_other_options_is_left_alone(root, tmp_path):
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def test_a_root_that_is_not_there(tmp_path):
-    assert "nowhere: does not exist; expected" in stop(
-        "flyingchairs", tmp_path / "nowhere", tmp_path / "o"
-    )
+def test_a_root_that_is_not_there(tmp_path: Path) -> None:
+    assert "nowhere: does not exist; expected" in stop("flyingchairs", tmp_path / "nowhere", tmp_path / "o")
     (tmp_path / "empty").mkdir()
     assert "empty: no pair in it" in stop("flyingchairs", tmp_path / "empty", tmp_path / "o")
     (tmp_path / "file").touch()
     assert "file: is not a folder" in stop("sintel", tmp_path / "file", tmp_path / "o")
 
 
-def test_an_output_folder_that_is_not_ours(root, tmp_path):
+def test_an_output_folder_that_is_not_ours(root, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").touch()
@@ -307,16 +295,14 @@ def test_an_output_folder_that_is_not_ours(root, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-def damage(path, how):
+def damage(path, how) -> None:
     data = path.read_bytes()
     if how == "removed":
         path.unlink()
     elif how == "resized":
         Image.new("RGB", (8, 8)).save(path)
     else:
-        path.write_bytes(
-            {"empty": b"", "cut": data[:-9], "long": data + b"x", "other": b"x" * 99}[how]
-        )
+        path.write_bytes({"empty": b"", "cut": data[:-9], "long": data + b"x", "other": b"x" * 99}[how])
 
 
 @pytest.mark.parametrize("file,how,message", [
@@ -331,7 +317,7 @@ def damage(path, how):
     ("00003_flow.flo", "empty", "0 bytes, expected a .flo file"),
     ("00003_flow.flo", "other", "begins with b'xxxx'"),
 ])  # fmt: skip
-def test_a_damaged_input_file_is_named(root, tmp_path, file, how, message):
+def test_a_damaged_input_file_is_named(root, tmp_path: Path, file, how, message) -> None:
     broken = shutil.copytree(root, tmp_path / "with space é")
     damage(broken / file, how)
     line = stop("flyingchairs", broken, tmp_path / "out", "--shards", 2)
@@ -345,7 +331,7 @@ def test_a_damaged_input_file_is_named(root, tmp_path, file, how, message):
     (np.full((24, 40), 77, np.uint8), None),
     (Image.fromarray(np.full((24, 40), 77, np.uint8)).convert("P"), None),
 ])  # fmt: skip
-def test_frames_of_other_kinds(release, tmp_path, image, message):
+def test_frames_of_other_kinds(release, tmp_path: Path, image, message) -> None:
     """Grey and palette frames become RGB without loss; what would lose something is an error."""
     path = release / "training/clean/alley_1/frame_0002.png"
     image.save(path) if isinstance(image, Image.Image) else cv2.imwrite(str(path), image)
@@ -355,13 +341,11 @@ def test_frames_of_other_kinds(release, tmp_path, image, message):
     else:
         none = tiny.split_file(tmp_path / "none.txt", [])
         out = tiny.convert("sintel", release, tmp_path / "out", "--split-file", none)
-        images = [
-            image for image, *_ in tiny.evaluation(out, "train", batch=1)
-        ]
+        images = [batch.image1 for batch in tiny.evaluation(out, "train", batch=1)]
         assert (images[1] == 77).all() and not (images[0] == 77).all()
 
 
-def test_unknown_flow_of_every_kind(root, tmp_path):
+def test_unknown_flow_of_every_kind(root, tmp_path: Path) -> None:
     broken = shutil.copytree(root, tmp_path / "data")
     path = broken / "00001_flow.flo"
     data = bytearray(path.read_bytes())
@@ -369,20 +353,19 @@ def test_unknown_flow_of_every_kind(root, tmp_path):
     path.write_bytes(data)
     out = tiny.convert("flyingchairs", broken, tmp_path / "out")
     batches = tiny.evaluation(out, "train", batch=1)
-    _, _, flow, valid, _ = next(batches)
+    batch = next(batches)
+    flow, valid = batch.flow, batch.valid
     assert (valid[0, 0, :4] == 0).all() and valid[0, 0, 4:].all() and valid[0, 1:].all()
     assert (flow[0, 0, :4] == 0).all() and np.isfinite(flow).all()
 
 
-def test_two_pairs_with_one_name():
-    pair = datasets.Pair("00001", "a.ppm", "b.ppm", "c.flo")
-    with pytest.raises(
-        UserError, match="00001: 2 pairs have this name; rename or remove all but one"
-    ):
+def test_two_pairs_with_one_name() -> None:
+    pair = datasets.PairFiles("00001", "a.ppm", "b.ppm", "c.flo")
+    with pytest.raises(UserError, match="00001: 2 pairs have this name; rename or remove all but one"):
         convert.check_names([pair, dataclasses.replace(pair, name="00002"), pair])
 
 
-def test_names_that_are_not_text(root, tmp_path):
+def test_names_that_are_not_text(root, tmp_path: Path) -> None:
     """Python shows bytes that are not UTF-8 as lone surrogates; JSON and MindSpore take none."""
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/strange\xff")
     assert "the path is not UTF-8" in stop("flyingchairs", root, strange)
@@ -398,7 +381,7 @@ def test_names_that_are_not_text(root, tmp_path):
 
 
 @pytest.mark.parametrize("out", ["/proc/nowhere/out", "/sys/out"])
-def test_a_target_that_takes_no_files(root, out):
+def test_a_target_that_takes_no_files(root, out) -> None:
     """Not by permissions, which do not hold for root."""
     assert stop("flyingchairs", root, out).startswith(f"error: {os.path.dirname(out)}")
 
@@ -409,17 +392,13 @@ def test_a_target_that_takes_no_files(root, out):
     ("-1\n", "line 1 is '-1'"),
     ("1\n2\n1\n", "index 1 is there twice"),
 ])  # fmt: skip
-def test_a_bad_split_file(root, tmp_path, text, message):
+def test_a_bad_split_file(root, tmp_path: Path, text, message) -> None:
     (tmp_path / "list.txt").write_text(text)
-    assert message in stop(
-        "flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "list.txt"
-    )
-    assert "none.txt" in stop(
-        "flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt"
-    )
+    assert message in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "list.txt")
+    assert "none.txt" in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt")
 
 
-def test_a_full_disk(root, tmp_path):
+def test_a_full_disk(root, tmp_path: Path) -> None:
     """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
     command = f"ulimit -f 100; trap '' XFSZ; exec '{sys.executable}' prep/convert.py flyingchairs" \
         f" --root '{root}' --out '{tmp_path}/out' --shards 1"  # fmt: skip
@@ -432,7 +411,7 @@ def test_a_full_disk(root, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path):
     """A file system of 20 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -444,7 +423,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path, small_disk):
+def test_a_disk_that_is_really_full(tmp_path: Path, small_disk) -> None:
     """Each command's last line names the file, and the space is what was left when it failed."""
     root = tiny.chairs(tmp_path / "data", 4, 1000, 1500)  # 12 MB each when converted
     line = stop("flyingchairs", root, small_disk / "out", "--shards", 2, "--workers", 2)
@@ -474,7 +453,7 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk):
     assert done.returncode == 1 and last.startswith("error: standard output: No space left"), last
 
 
-def test_run_as_a_file_from_its_own_folder(root, tmp_path):
+def test_run_as_a_file_from_its_own_folder(root, tmp_path: Path) -> None:
     """prep/ as the first place to import from would hide the standard library's `inspect`."""
     done = subprocess.run(
         [sys.executable, "convert.py", "flyingchairs", "--root", root, "--out", tmp_path / "o",

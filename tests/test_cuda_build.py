@@ -14,14 +14,14 @@ import mindspore
 import numpy as np
 import pytest
 from mindspore import ops
-from test_ops import SHAPES, cost_volume_numpy, warp_numpy
+from test_operators import SHAPES, cost_volume_numpy, warp_numpy
 
 from model import native
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "model" / "native" / "ops.cu"
 FUNCTIONS = ("CostVolume", "CostVolumeGradient", "Warp", "WarpGradient")
-# Besides those of test_ops: several tiles in each direction, rows of whole quads, channels of
+# Besides those of test_operators: several tiles in each direction, rows of whole quads, channels of
 # several stages (8) and groups (16).
 ALL_SHAPES = [*SHAPES, (2, 19, 17, 36), (1, 33, 9, 18)]
 TOLERANCES = {np.float32: {"rtol": 1e-4, "atol": 1e-5}, np.float16: {"rtol": 3e-3, "atol": 3e-3}}
@@ -32,24 +32,40 @@ OK, PARAMETER_COUNT, TYPE, SHAPE, RANGE = range(5)
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
+def on_cpu(tmp_path_factory: pytest.TempPathFactory):
     """The library as g++ compiles it; it stops at any index outside an array's declared sizes."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not there")
-    if subprocess.run([compiler, "-fsyntax-only", "-x", "c++", "-"], input=b"_Float16 half;",
-                      check=False, capture_output=True).returncode:
+    if subprocess.run(
+        [compiler, "-fsyntax-only", "-x", "c++", "-"], input=b"_Float16 half;", check=False, capture_output=True
+    ).returncode:
         pytest.skip("this g++ knows no float16; g++ 12 and later on x86-64 do")
     target = tmp_path_factory.mktemp("cuda") / "ops_on_cpu.so"
     sanitizers = "-fsanitize=bounds,alignment,shift,signed-integer-overflow"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", sanitizers,
-                    "-fsanitize-undefined-trap-on-error", "-x", "c++",
-                    f"-I{HERE / 'cuda_on_cpu'}", str(SOURCE), "-o", str(target)], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            sanitizers,
+            "-fsanitize-undefined-trap-on-error",
+            "-x",
+            "c++",
+            f"-I{HERE / 'cuda_on_cpu'}",
+            str(SOURCE),
+            "-o",
+            str(target),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(target))
 
 
 @pytest.fixture(params=[0, 1], ids=["threads", "reversed"])
-def library(on_cpu, request):
+def library(on_cpu, request: pytest.FixtureRequest):
     """That library with the threads between two barriers in either order: a result that depends
     on it lacks a barrier."""
     ctypes.c_int.in_dll(on_cpu, "run_threads_reversed").value = request.param
@@ -61,7 +77,7 @@ def guarded(array, shift):
     size = array.size + 2 * GUARD + shift
     whole = np.full(size + 64, np.nan, array.dtype)
     start = -whole.ctypes.data % 64 // array.itemsize + GUARD + shift
-    inner = whole[start:start + array.size].reshape(array.shape)
+    inner = whole[start : start + array.size].reshape(array.shape)
     inner[...] = array
     return whole, inner
 
@@ -73,13 +89,17 @@ def call(library, name, inputs, outputs, shift=0):
     count = len(arrays)
     shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
     status = getattr(library, name)(
-        count, (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
+        count,
+        (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
         (ctypes.c_int * count)(*(array.ndim for array in arrays)),
         (ctypes.POINTER(ctypes.c_int64) * count)(*shapes),
-        (ctypes.c_char_p * count)(*(array.dtype.name.encode() for array in arrays)), None, None)
+        (ctypes.c_char_p * count)(*(array.dtype.name.encode() for array in arrays)),
+        None,
+        None,
+    )
     for whole, array in zip(wholes, arrays, strict=True):
         assert np.isnan(whole).sum() == whole.size - array.size + np.isnan(array).sum()
-    return status, arrays[len(inputs):]
+    return status, arrays[len(inputs) :]
 
 
 def results(library, name, inputs, outputs, shift=0):
@@ -99,7 +119,7 @@ def embed(gradient, search_range):
     return whole.reshape(n, 81, h, w)
 
 
-def check_cost_volume(library, shape, dtype, search_range=4, shift=0):
+def check_cost_volume(library, shape, dtype, search_range=4, shift=0) -> None:
     """Values and both gradients of the cost volume with its LeakyReLU."""
     rng = np.random.default_rng(0)
     side = 2 * search_range + 1
@@ -118,28 +138,29 @@ def check_cost_volume(library, shape, dtype, search_range=4, shift=0):
     # The sign is the activated output's: costs near zero may round to either side.
     upstream = np.where(activated > 0, exact[2], 0.1 * exact[2])
     gradients = cost_volume_numpy(*exact[:2], embed(upstream, search_range))[1:]
-    found = results(library, "CostVolumeGradient", (first, second, activated.copy(), gradient),
-                    [features, features], shift)
+    found = results(
+        library, "CostVolumeGradient", (first, second, activated.copy(), gradient), [features, features], shift
+    )
     for array, expected in zip(found, gradients, strict=True):
         np.testing.assert_allclose(array, expected, **close)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_cost_volume(library, shape, dtype):
+def test_cost_volume(library, shape, dtype) -> None:
     """Values and gradients for odd sizes, single rows and columns, several tiles."""
     check_cost_volume(library, shape, dtype)
 
 
 @pytest.mark.parametrize("search_range", [1, 2, 3])
-def test_cost_volume_range(library, search_range):
+def test_cost_volume_range(library, search_range) -> None:
     """The search range follows from the number of the costs' channels."""
     check_cost_volume(library, (1, 5, 10, 20), np.float32, search_range)
     check_cost_volume(library, (1, 5, 10, 21), np.float16, search_range)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_cost_volume_at_any_address(library, dtype):
+def test_cost_volume_at_any_address(library, dtype) -> None:
     """Arrays whose addresses are no multiples of a quad's size."""
     check_cost_volume(library, (1, 3, 4, 24), dtype, shift=1)
 
@@ -147,10 +168,13 @@ def test_cost_volume_at_any_address(library, dtype):
 def flow_of(kind, size, rng):
     """Flow that points between pixels, at them, far away, along the border, or is no number."""
     h, w = size[2:]
-    flow = {"fraction": lambda: rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size),
-            "zero": lambda: np.zeros(size), "integer": lambda: rng.integers(-2, 3, size),
-            "far": lambda: rng.choice([-1e30, -1e6, 1e4, 1e30], size),
-            "none": lambda: np.full(size, np.nan)}
+    flow = {
+        "fraction": lambda: rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size),
+        "zero": lambda: np.zeros(size),
+        "integer": lambda: rng.integers(-2, 3, size),
+        "far": lambda: rng.choice([-1e30, -1e6, 1e4, 1e30], size),
+        "none": lambda: np.full(size, np.nan),
+    }
     if kind != "border":
         return flow[kind]().astype(np.float32)
     # All target places on the last column or row, or between its pixels.
@@ -165,7 +189,7 @@ def flow_of(kind, size, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("kind", ["fraction", "zero", "integer", "far", "border", "none"])
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_warp(library, shape, kind, dtype):
+def test_warp(library, shape, kind, dtype) -> None:
     """Values and both gradients; many pixels that point to one place; places outside are zero."""
     rng = np.random.default_rng(1)
     features, gradient = (rng.normal(size=shape).astype(dtype) for _ in range(2))
@@ -176,9 +200,10 @@ def test_warp(library, shape, kind, dtype):
     place = grid + flow - grid.astype(np.float64)
     expected = warp_numpy(features.astype(np.float64), place, gradient.astype(np.float64))
 
-    found = [*results(library, "Warp", (features, flow), [(shape, dtype)]),
-             *results(library, "WarpGradient", (features, flow, gradient),
-                      [(shape, np.float32), (flow.shape, np.float32)])]
+    found = [
+        *results(library, "Warp", (features, flow), [(shape, dtype)]),
+        *results(library, "WarpGradient", (features, flow, gradient), [(shape, np.float32), (flow.shape, np.float32)]),
+    ]
     np.testing.assert_allclose(found[0], expected[0], **TOLERANCES[dtype])
     for array, exact in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(array, exact, rtol=1e-4, atol=1e-5)
@@ -189,21 +214,22 @@ def test_warp(library, shape, kind, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
-def test_nothing(library, shape):
+def test_nothing(library, shape) -> None:
     """Empty tensors are no error; what is not empty although the features are is zero."""
     n, _, h, w = shape
     features, flow = np.zeros(shape, np.float32), np.zeros((n, 2, h, w), np.float32)
     costs = np.zeros((n, 81, h, w), np.float32)
     sizes = [(array.shape, np.float32) for array in (features, flow, costs)]
-    outputs = [*results(library, "CostVolume", (features, features), sizes[2:]),
-               *results(library, "CostVolumeGradient", (features, features, costs, costs),
-                        [sizes[0], sizes[0]]),
-               *results(library, "Warp", (features, flow), sizes[:1]),
-               *results(library, "WarpGradient", (features, flow, features), sizes[:2])]
+    outputs = [
+        *results(library, "CostVolume", (features, features), sizes[2:]),
+        *results(library, "CostVolumeGradient", (features, features, costs, costs), [sizes[0], sizes[0]]),
+        *results(library, "Warp", (features, flow), sizes[:1]),
+        *results(library, "WarpGradient", (features, flow, features), sizes[:2]),
+    ]
     assert not any(array.any() for array in outputs)
 
 
-def test_errors(library):
+def test_errors(library) -> None:
     """Wrong counts, types, shapes and search ranges are refused, each with its own number."""
     features = np.zeros((1, 2, 3, 4), np.float32)
     costs, flow = np.zeros((1, 81, 3, 4), np.float32), np.zeros((1, 2, 3, 4), np.float32)
@@ -219,8 +245,7 @@ def test_errors(library):
     assert status("CostVolume", (features, features[0]), of_costs) == SHAPE
     assert status("CostVolume", (features, features), ((1, 80, 3, 4), np.float32)) == RANGE
     assert status("CostVolume", (features, features), ((1, 121, 3, 4), np.float32)) == RANGE
-    assert status("CostVolumeGradient", (features, features, costs, costs[:, :49]),
-                  of_features, of_features) == SHAPE
+    assert status("CostVolumeGradient", (features, features, costs, costs[:, :49]), of_features, of_features) == SHAPE
     assert status("Warp", (features, flow.astype(np.float16)), of_features) == TYPE
     assert status("Warp", (half, flow), of_features) == TYPE
     assert status("Warp", (features, costs), of_features) == SHAPE
@@ -233,27 +258,30 @@ def test_errors(library):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_as_custom_operators(on_cpu, dtype):
+def test_as_custom_operators(on_cpu, dtype) -> None:
     """MindSpore itself calls the functions: its type names, several outputs, float32 beside
     float16."""
     features = (np.arange(120).reshape(1, 5, 4, 6) / 64).astype(dtype)
     flow = np.full((1, 2, 4, 6), 0.5, np.float32)
     inputs = (features, flow, features)
-    expected = [*results(on_cpu, "Warp", inputs[:2], [(features.shape, dtype)]),
-                *results(on_cpu, "WarpGradient", inputs,
-                         [(features.shape, np.float32), (flow.shape, np.float32)])]
-    forward = ops.Custom(f"{on_cpu._name}:Warp", lambda x, _: x, lambda x, _: x,
-                         func_type="aot")
-    backward = ops.Custom(f"{on_cpu._name}:WarpGradient", lambda x, y, _: (x, y),
-                          lambda x, y, _: (mindspore.float32, mindspore.float32),
-                          func_type="aot")
+    expected = [
+        *results(on_cpu, "Warp", inputs[:2], [(features.shape, dtype)]),
+        *results(on_cpu, "WarpGradient", inputs, [(features.shape, np.float32), (flow.shape, np.float32)]),
+    ]
+    forward = ops.Custom(f"{on_cpu._name}:Warp", lambda x, _: x, lambda x, _: x, func_type="aot")
+    backward = ops.Custom(
+        f"{on_cpu._name}:WarpGradient",
+        lambda x, y, _: (x, y),
+        lambda x, y, _: (mindspore.float32, mindspore.float32),
+        func_type="aot",
+    )
     tensors = [mindspore.Tensor(array) for array in inputs]
     for found, array in zip((forward(*tensors[:2]), *backward(*tensors)), expected, strict=True):
         np.testing.assert_array_equal(found.asnumpy(), array)
 
 
 @pytest.mark.slow
-def test_nvcc_builds(tmp_path):
+def test_nvcc_builds(tmp_path: Path) -> None:
     """nvcc compiles the file without a warning and the functions are there; prints what ptxas
     reports about each kernel (pytest -s)."""
     try:
@@ -261,13 +289,16 @@ def test_nvcc_builds(tmp_path):
     except native.Unavailable as reason:
         pytest.skip(str(reason))
     target = tmp_path / "ops.so"
-    built = subprocess.run([*command, "-Xptxas", "-v", str(source), "-o", str(target)],
-                           check=False, capture_output=True, text=True)
+    built = subprocess.run(
+        [*command, "-Xptxas", "-v", str(source), "-o", str(target)], check=False, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     assert "warning" not in built.stderr, built.stderr
     for kernel, spilled, registers in re.findall(
-            r"Compiling entry function '(.*)\n(?:.*\n)*?.*bytes stack frame, (\d+) .*\n"
-            r".*Used (\d+) registers", built.stderr):
+        r"Compiling entry function '(.*)\n(?:.*\n)*?.*bytes stack frame, (\d+) .*\n"
+        r".*Used (\d+) registers",
+        built.stderr,
+    ):
         print(f"{kernel}: {registers} registers, {spilled} bytes spilled")
     library = ctypes.CDLL(str(target))
     for name in FUNCTIONS:

@@ -1,6 +1,7 @@
 """The layouts of the data sets: which pairs each has, what they hold, what is said of gaps."""
 
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from launch.errors import UserError
 from prep import datasets, reader
 from prep.convert import DATASETS
 from prep.datasets import (
@@ -19,56 +21,51 @@ from prep.datasets import (
     split,
     spring,
 )
-from prep.errors import UserError
-from prep.flowio import read_flow
+from prep.formats.flow import read_flow
 
 
 def names(pairs):
     return [pair.name for pair in pairs]
 
 
-def test_every_data_set_has_the_interface_and_its_list():
+def test_every_data_set_has_the_interface_and_its_list() -> None:
     for dataset in DATASETS.values():
         assert dataset.TITLE and dataset.PARTS and callable(dataset.list_pairs)
         if dataset.VALIDATION:
             indices, _ = split.read_list(os.path.join(split.FOLDER, dataset.VALIDATION))
-            assert 0 < len(indices) and max(indices) < dataset.PAIRS
+            assert len(indices) > 0 and max(indices) < dataset.PAIRS
             assert 0.02 < len(indices) / dataset.PAIRS < 0.15
 
 
-def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path):
+def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path: pathlib.Path) -> None:
     """Readers refuse more, so it must not be written."""
     path = tmp_path / "a.flo"
     path.write_bytes(b"PIEH" + np.array([8200, 8200], np.int32).tobytes())
     os.truncate(path, 12 + 8 * 8200 * 8200)  # a hole, which takes no space
     with pytest.raises(UserError, match="a.flo: 8200x8200 pixels, expected 67108864 in all at most"):
-        datasets.pair_size(datasets.Pair("a", "a.ppm", "b.ppm", str(path)))
+        datasets.pair_size(datasets.PairFiles("a", "a.ppm", "b.ppm", str(path)))
 
 
 # --- KITTI ----------------------------------------------------------------------------------------
 
 
-def test_kitti_through_conversion_and_reader(tmp_path):
+def test_kitti_through_conversion_and_reader(tmp_path: pathlib.Path) -> None:
     """Sparse flow keeps its validity to the batches; pairs of every size are read."""
     release = tiny.kitti(tmp_path / "KITTI 2015", 4)
     list_file = tiny.split_file(tmp_path / "val.txt", [3])
-    out = tiny.convert(
-        "kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file
-    )
-    assert reader.Split.open(out, "val").names == ["000003"]
+    out = tiny.convert("kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
+    assert reader.DatasetSplit.open(out, "val").names == ["000003"]
     ((image1, image2, flow, valid, _),) = tiny.evaluation(out, "val", batch=1)
     training = release / "training"
     for image, number in ((image1, 10), (image2, 11)):
-        assert np.array_equal(
-            image[0], np.asarray(Image.open(training / f"image_2/000003_{number}.png"))
-        )
+        assert np.array_equal(image[0], np.asarray(Image.open(training / f"image_2/000003_{number}.png")))
     expected, known = read_flow(training / "flow_occ/000003_10.png")
     assert np.array_equal(valid[0], known) and 0 < known.mean() < 1
     assert np.array_equal(flow[0], np.where(known[..., None] == 1, expected, 0))
-    assert len(reader.Split.open(out, "train")) == 3
+    assert len(reader.DatasetSplit.open(out, "train")) == 3
 
 
-def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path):
+def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: pathlib.Path) -> None:
     release = tiny.kitti(tmp_path, 2)
     for root in (release, release / "training"):
         pair = kitti2015.list_pairs(root, "")[1]
@@ -81,14 +78,14 @@ def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path):
     assert not datasets.read_pair(kitti2015.list_pairs(release, "")[1])["occluded"].any()
 
 
-def test_kitti_2012_in_colour_or_grey(tmp_path):
+def test_kitti_2012_in_colour_or_grey(tmp_path: pathlib.Path) -> None:
     tiny.kitti(tmp_path, 1, frames="image_0")
     assert "/image_0/" in kitti2012.list_pairs(tmp_path, "")[0].image1
     tiny.kitti(tmp_path, 1, frames="colored_0")
     assert "/colored_0/" in kitti2012.list_pairs(tmp_path, "")[0].image2
 
 
-def test_kitti_with_something_missing(tmp_path):
+def test_kitti_with_something_missing(tmp_path: pathlib.Path) -> None:
     tiny.kitti(tmp_path, 2)
     with pytest.raises(UserError, match="colored_0: does not exist; expected the frames"):
         kitti2012.list_pairs(tmp_path, "")
@@ -103,7 +100,7 @@ def test_kitti_with_something_missing(tmp_path):
 # --- HD1K -----------------------------------------------------------------------------------------
 
 
-def test_hd1k_pairs_stay_within_their_sequence(tmp_path):
+def test_hd1k_pairs_stay_within_their_sequence(tmp_path: pathlib.Path) -> None:
     root = tiny.hd1k(tmp_path, {0: 3, 8: 1, 9: 2})
     pairs = hd1k.list_pairs(root, "")
     assert names(pairs) == ["000000_0010", "000000_0011", "000009_0010"]
@@ -115,7 +112,7 @@ def test_hd1k_pairs_stay_within_their_sequence(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["hd1k_input/image_2", "hd1k_flow_gt/flow_occ"])
-def test_hd1k_with_something_missing(tmp_path, missing):
+def test_hd1k_with_something_missing(tmp_path: pathlib.Path, missing) -> None:
     root = tiny.hd1k(tmp_path, {0: 3})
     (root / missing / "000000_0011.png").unlink()
     with pytest.raises(UserError, match=f"{missing}/000000_0011.png: not there"):
@@ -128,7 +125,7 @@ def test_hd1k_with_something_missing(tmp_path, missing):
 # --- Spring ---------------------------------------------------------------------------------------
 
 
-def test_spring(tmp_path):
+def test_spring(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 3, "0012": 2})
     pairs = spring.list_pairs(root, "")
@@ -145,7 +142,7 @@ def test_spring(tmp_path):
     assert datasets.pair_size(pairs[2]) == (12, 20)
 
 
-def test_spring_with_something_missing(tmp_path):
+def test_spring_with_something_missing(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 4})
     shutil.rmtree(root / "train/0001/flow_BW_right")
@@ -155,9 +152,7 @@ def test_spring_with_something_missing(tmp_path):
     with pytest.raises(UserError, match="flow_FW_right_0002.flo5: not there; every frame but"):
         spring.list_pairs(root, "")
     (root / "train/0001/frame_right/frame_right_0002.png").unlink()
-    with pytest.raises(
-        UserError, match="frame_right_0002.png: not there; the scene's frames must run"
-    ):
+    with pytest.raises(UserError, match="frame_right_0002.png: not there; the scene's frames must run"):
         spring.list_pairs(root, "")
     with pytest.raises(UserError, match="train: no pair in it; expected 0001/frame_left"):
         shutil.rmtree(root / "train/0001")
@@ -167,7 +162,7 @@ def test_spring_with_something_missing(tmp_path):
 # --- FlyingThings3D -------------------------------------------------------------------------------
 
 
-def test_flyingthings3d(tmp_path, capsys):
+def test_flyingthings3d(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000", "TEST/B/0003"])
     pairs = flyingthings3d.list_pairs(root, "clean")
     assert "all_unused_files.txt: not there" in capsys.readouterr().err
@@ -184,11 +179,9 @@ def test_flyingthings3d(tmp_path, capsys):
     assert flyingthings3d.list_pairs(root, "final") == []
 
 
-def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path):
+def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path: pathlib.Path) -> None:
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000"])
-    (root / "all_unused_files.txt").write_text(
-        "TRAIN/A/0000/left/0008.png\nTEST/A/0000/left/0006.png\n"
-    )
+    (root / "all_unused_files.txt").write_text("TRAIN/A/0000/left/0008.png\nTEST/A/0000/left/0006.png\n")
     assert names(flyingthings3d.list_pairs(root, "clean"))[:3] == [
         f"clean/TRAIN/A/0000/{name}" for name in (
             "left/into_future/0006", "left/into_past/0007", "right/into_future/0006"
@@ -196,7 +189,7 @@ def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path):
     ]  # fmt: skip
 
 
-def test_flyingthings3d_subset(tmp_path):
+def test_flyingthings3d_subset(tmp_path: pathlib.Path) -> None:
     """Its val folder is held out; a frame that the release leaves out takes two pairs with it."""
     root = tiny.flyingthings3d_subset(tmp_path / "subset", [0, 1, 3, 4])
     out = tiny.convert("flyingthings3d-subset", root, tmp_path / "out", "--shards", 3)
@@ -206,14 +199,12 @@ def test_flyingthings3d_subset(tmp_path):
         "clean/train/left/into_past/0000001", "clean/train/left/into_past/0000004",
         "clean/train/right/into_future/0000000",
     ]  # fmt: skip
-    assert reader.Split.open(out, "train").names == names(pairs)[:8]
-    assert reader.Split.open(out, "val-clean").names == names(pairs)[8:]
+    assert reader.DatasetSplit.open(out, "train").names == names(pairs)[:8]
+    assert reader.DatasetSplit.open(out, "val-clean").names == names(pairs)[8:]
     sample = datasets.read_pair(pairs[2])
     mask = Image.open(root / "train/flow_occlusions/left/into_past/0000001.png")
     assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)
     with pytest.raises(UserError, match="nowhere: does not exist"):
         flyingthings3d_subset.list_pairs(tmp_path / "nowhere", "clean")
-    with pytest.raises(
-        UserError, match="no pair in it; expected train/image_clean/left/0000000.png"
-    ):
+    with pytest.raises(UserError, match="no pair in it; expected train/image_clean/left/0000000.png"):
         flyingthings3d_subset.list_pairs(tmp_path, "clean")

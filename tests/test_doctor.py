@@ -1,7 +1,9 @@
 """Saying what a machine can do, and measuring a GPU: what is missing is named, the rest goes on."""
 
+import importlib
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import types
 import pytest
 import tiny
 
-from launch import doctor, gpu_check
+from launch import doctor
 from model import native
 
 DOCTOR = tiny.ROOT / "launch" / "doctor.py"
@@ -22,20 +24,37 @@ def compile_library(path, source, *flags):
     if not compiler or not shutil.which("ldd"):
         pytest.skip("there is no C compiler or no ldd here")
     path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-x", "none", "-o", path,
-                    f"-Wl,-soname,{path.name}", "-Wl,--unresolved-symbols=ignore-all", *flags],
-                   input=source.encode(), check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c",
+            "-",
+            "-x",
+            "none",
+            "-o",
+            path,
+            f"-Wl,-soname,{path.name}",
+            "-Wl,--unresolved-symbols=ignore-all",
+            *flags,
+        ],
+        input=source.encode(),
+        check=True,
+    )
     return path
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
+def plugin(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     """A plugin in the layout of MindSpore's: it wants libcublas.so.11 and the driver."""
-    cublas = compile_library(tmp_path / "cublas" / "libcublas.so.11",
-                             "int cublasCreate_v2() { return 0; }")
+    cublas = compile_library(tmp_path / "cublas" / "libcublas.so.11", "int cublasCreate_v2() { return 0; }")
     driver = compile_library(tmp_path / "driver" / "libcuda.so.1", "int cuInit() { return 0; }")
-    source = ("int cublasCreate_v2(); int cuInit(); int PyObject_Call();"
-              "int use() { return cublasCreate_v2() + cuInit() + PyObject_Call(); }")
+    source = (
+        "int cublasCreate_v2(); int cuInit(); int PyObject_Call();"
+        "int use() { return cublasCreate_v2() + cuInit() + PyObject_Call(); }"
+    )
     folder = tmp_path / "mindspore"
     plugins = folder / "lib" / "plugin"
     compile_library(plugins / "libmindspore_gpu.so.11.6", source, cublas, driver)
@@ -45,7 +64,7 @@ def plugin(tmp_path, monkeypatch):
     return types.SimpleNamespace(cublas=cublas.parent, driver=driver.parent)
 
 
-def test_libraries_of_the_plugin(plugin, monkeypatch, tmp_path):
+def test_libraries_of_the_plugin(plugin, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """A missing library is named with what to install; the driver's part is kept apart from it."""
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     found = doctor.plugin_libraries()
@@ -70,7 +89,7 @@ def test_libraries_of_the_plugin(plugin, monkeypatch, tmp_path):
     assert str(other.parent) in advice
 
 
-def test_this_environment_lacks_no_more_than_cuda():
+def test_this_environment_lacks_no_more_than_cuda() -> None:
     """What ldd says of the real plugin: CUDA's libraries may be missing, MindSpore's own not."""
     if not shutil.which("ldd"):
         pytest.skip("there is no ldd here")
@@ -78,67 +97,85 @@ def test_this_environment_lacks_no_more_than_cuda():
     assert all(name.startswith(("libcu", "libnvrtc")) for name in found.missing), found.missing
 
 
-def test_why_the_plugin_does_not_run():
+def test_why_the_plugin_does_not_run() -> None:
     """One line out of MindSpore's report: the GPU's part, not that of other back ends."""
-    text = ("Unsupported device target GPU.\n"
-            "Load dynamic library: libmindspore_ascend.so.2 failed. libge_runner.so: cannot open\n"
-            "Load dynamic library: libmindspore_gpu.so.11.6 failed. "
-            "libcublas.so.11: cannot open shared object file: No such file or directory\n")
+    text = (
+        "Unsupported device target GPU.\n"
+        "Load dynamic library: libmindspore_ascend.so.2 failed. libge_runner.so: cannot open\n"
+        "Load dynamic library: libmindspore_gpu.so.11.6 failed. "
+        "libcublas.so.11: cannot open shared object file: No such file or directory\n"
+    )
     assert doctor.plugin_error(text).startswith("libcublas.so.11: cannot open shared object file")
     text = "x\n- Cuda error:\n----\nThe cudaGetLastError[100], no CUDA-capable device is detected\n"
     assert doctor.plugin_error(text).startswith("The cudaGetLastError[100]")
     assert doctor.plugin_error("nothing of the kind") is None
 
 
-def test_mindspore_asks_the_nvcc_of_launch():
+def test_mindspore_asks_the_nvcc_of_launch() -> None:
     """The answer in CUDA_HOME is what has MindSpore try its plugin for CUDA 11.6."""
-    done = doctor.run_limited([sys.executable, "-c", "import mindspore"], 60, GLOG_v="1",
-                              CUDA_HOME=str(doctor.CUDA_HOME))
+    done = doctor.run_limited(
+        [sys.executable, "-c", "import mindspore"], 60, GLOG_v="1", CUDA_HOME=str(doctor.CUDA_HOME)
+    )
     assert "Get cuda version [11.6]" in done.err and "libmindspore_gpu.so.11.6" in done.err
 
 
-def test_a_machine_where_everything_is_missing(tmp_path):
+def test_a_machine_where_everything_is_missing(tmp_path: pathlib.Path) -> None:
     """No packages, no compiler, no mpirun: a table with what to do about each, no traceback."""
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "CXX": "no-such-compiler"}
-    done = subprocess.run([sys.executable, "-S", "-E", DOCTOR], check=False, env=environment,
-                          text=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", DOCTOR], check=False, env=environment, text=True, capture_output=True, timeout=60
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
-    for words in ("FAIL  packages", "FAIL  MindSpore, CPU    not installed", "FAIL  mpirun",
-                  "FAIL  two ranks", "warn  own operators     no compiler found (no-such-compiler)",
-                  "apt install g++", "checks failed"):
+    for words in (
+        "FAIL  packages",
+        "FAIL  MindSpore, CPU    not installed",
+        "FAIL  mpirun",
+        "FAIL  two ranks",
+        "warn  own operators     no compiler found (no-such-compiler)",
+        "apt install g++",
+        "checks failed",
+    ):
         assert words in done.stdout, done.stdout
     assert done.stdout.count("pip install -e") >= 3
 
 
 @pytest.mark.slow
-def test_two_ranks():
+def test_two_ranks() -> None:
     """The doctor's own all-reduce under mpirun; without mpirun it says so."""
     assert doctor.check_all_reduce().status == doctor.OK
 
 
-@pytest.mark.parametrize("program,words", [
-    ("import time; time.sleep(60)", "it was stopped after"),
-    ("import os; os.kill(os.getpid(), 11)", "it was ended by SIGSEGV"),
-    ("raise RuntimeError('no such thing')", "no such thing"),
-])
-def test_a_process_that_fails(program, words):
+@pytest.mark.parametrize(
+    "program,words",
+    [
+        ("import time; time.sleep(60)", "it was stopped after"),
+        ("import os; os.kill(os.getpid(), 11)", "it was ended by SIGSEGV"),
+        ("raise RuntimeError('no such thing')", "no such thing"),
+    ],
+)
+def test_a_process_that_fails(program, words) -> None:
     """Crashes, errors and time limits become one line."""
     done = doctor.run_limited([sys.executable, "-c", program], 2)
     assert done.status != 0 and words in done.reason and "\n" not in done.reason
 
 
-def gpu_check_command(tmp_path, *words):
+def gpu_check_command(tmp_path: pathlib.Path, *words):
     """The command that writes into a folder of the test."""
-    program = tiny.ROOT / "launch" / "gpu_check.py"
+    program = tiny.ROOT / "tests" / "bench" / "gpu_check.py"
     return [sys.executable, program, "--out", tmp_path / "out", *words]
 
 
-def test_a_section_that_fails_does_not_stop_the_next(tmp_path):
+def test_a_section_that_fails_does_not_stop_the_next(tmp_path: pathlib.Path) -> None:
     """Figures and table hold every section with its reason; what needs a failed one is not run."""
     names = ("plugin", "step", "libraries", "environment")
-    done = subprocess.run(gpu_check_command(tmp_path, "--only", *names), check=False, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
-                          timeout=120)
+    done = subprocess.run(
+        gpu_check_command(tmp_path, "--only", *names),
+        check=False,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=120,
+    )
     whole = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     found = whole["sections"]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -150,22 +187,30 @@ def test_a_section_that_fails_does_not_stop_the_next(tmp_path):
     assert table.count("\n| ") == 2 + 4 and table in done.stdout
 
 
-def test_no_time_left(tmp_path):
+def test_no_time_left(tmp_path: pathlib.Path) -> None:
     """A limit on the whole is kept, and the table says which sections it left out."""
-    done = subprocess.run(gpu_check_command(tmp_path, "--limit", "1", "--only", "read"), text=True,
-                          check=False, capture_output=True, timeout=60)
+    done = subprocess.run(
+        gpu_check_command(tmp_path, "--limit", "1", "--only", "read"),
+        text=True,
+        check=False,
+        capture_output=True,
+        timeout=60,
+    )
     assert "no time left of 1 s; --only read does it alone" in done.stdout
 
 
-def test_sections_come_after_what_they_need():
+def test_sections_come_after_what_they_need() -> None:
     """A section's need is decided before it, and each has a time limit."""
+    gpu_check = importlib.import_module("bench.gpu_check")
     names = list(gpu_check.SECTIONS)
     for name, section in gpu_check.SECTIONS.items():
         assert 0 < section.seconds < 600
         assert not section.needs or names.index(section.needs) < names.index(name)
 
 
-def test_a_gpu_library_of_another_machine(tmp_path, monkeypatch, capsys):
+def test_a_gpu_library_of_another_machine(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where a variable names a library, that one is taken and no compiler asked for."""
     path = compile_library(tmp_path / "ops.so", "int Warp() { return 7; }")
     monkeypatch.setenv("NVCC", "no-such-compiler")
@@ -181,10 +226,19 @@ def test_a_gpu_library_of_another_machine(tmp_path, monkeypatch, capsys):
         native._load.cache_clear()
 
 
-@pytest.mark.parametrize("release,driver,words", [
-    ("13.0", (12, 8), "serves programs up to CUDA 12.8"), ("13.0", (13, 0), None),
-    ("12.9", (13, 0), None), ("12.9", (12, 2), None), ("13.0", None, None)])
-def test_an_nvcc_that_is_too_new_for_the_driver(release, driver, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "release,driver,words",
+    [
+        ("13.0", (12, 8), "serves programs up to CUDA 12.8"),
+        ("13.0", (13, 0), None),
+        ("12.9", (13, 0), None),
+        ("12.9", (12, 2), None),
+        ("13.0", None, None),
+    ],
+)
+def test_an_nvcc_that_is_too_new_for_the_driver(
+    release, driver, words, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library that the driver would refuse is not built; without a driver any is."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
@@ -197,10 +251,15 @@ def test_an_nvcc_that_is_too_new_for_the_driver(release, driver, words, tmp_path
         native.check_driver(str(nvcc))
 
 
-def test_building_from_the_command_line():
+def test_building_from_the_command_line() -> None:
     """A missing compiler is one line, not a traceback."""
-    done = subprocess.run([sys.executable, "-m", "model.native", "gpu"], check=False, text=True,
-                          cwd=tiny.ROOT, env={**os.environ, "NVCC": "no-such-compiler"},
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "model.native", "gpu"],
+        check=False,
+        text=True,
+        cwd=tiny.ROOT,
+        env={**os.environ, "NVCC": "no-such-compiler"},
+        capture_output=True,
+    )
     assert done.returncode == 1
     assert done.stderr == "error: no compiler found (no-such-compiler)\n"

@@ -1,6 +1,7 @@
 """Evaluation: the field's figures, one and several ranks, what is written; submissions."""
 
 import json
+import pathlib
 import sys
 from types import SimpleNamespace
 
@@ -10,18 +11,17 @@ import numpy as np
 import pytest
 import tiny
 
-from model import metrics
+from launch.errors import UserError
 from prep import reader
-from prep.errors import UserError
-from prep.flowio import read_flo, read_flow, write_kitti_png
-from prep.images import read_image
-from train import evaluate, submission
+from prep.formats.flow import read_flo, read_flow, write_kitti_png
+from prep.formats.image import read_image
+from train import evaluate, metrics, submission
 
 SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory):
+def release(tmp_path_factory: pytest.TempPathFactory):
     return tiny.sintel(tmp_path_factory.mktemp("sintel") / "release", SCENES)
 
 
@@ -29,8 +29,7 @@ def release(tmp_path_factory):
 def sintel(release):
     """The converted tiny Sintel, all of its ten pairs in val."""
     everything = tiny.split_file(release.parent / "val.txt", range(5))
-    return tiny.convert("sintel", release, release.parent / "set", "--shards", 2,
-                        "--split-file", everything)
+    return tiny.convert("sintel", release, release.parent / "set", "--shards", 2, "--split-file", everything)
 
 
 def command(ranks, *arguments):
@@ -48,21 +47,39 @@ def one_row(flow, error, valid=None, occluded=None):
     row = np.zeros((1, len(flow), 2), np.float32)
     row[0, :, 0] = flow
     predicted = row + np.float32(error)[None, :, None] * np.float32([0.6, 0.8])
-    valid, occluded = (np.uint8([mask if mask is not None else [default] * len(flow)])
-                       for mask, default in ((valid, 1), (occluded, 0)))
+    valid, occluded = (
+        np.uint8([mask if mask is not None else [default] * len(flow)]) for mask, default in ((valid, 1), (occluded, 0))
+    )
     return metrics.pair_sums(predicted, row, valid, occluded)
 
 
-def test_figures_by_hand():
+def test_figures_by_hand() -> None:
     """One pair of seven pixels, the last unknown; and a second pair, of one pixel."""
-    first = one_row([0, 5, 20, 30, 50, 100, 7], [0.5, 2, 4, 6, 2, 4, 99],
-                    valid=[1, 1, 1, 1, 1, 1, 0], occluded=[0, 1, 0, 1, 0, 0, 1])
+    first = one_row(
+        [0, 5, 20, 30, 50, 100, 7],
+        [0.5, 2, 4, 6, 2, 4, 99],
+        valid=[1, 1, 1, 1, 1, 1, 0],
+        occluded=[0, 1, 0, 1, 0, 0, 1],
+    )
     found = metrics.figures(first[None])
     # Of the errors over 3 px (4 of 20, 6 of 30, 4 of 100) the last is under 5 %.
-    expected = {"pairs": 1, "pixels": 6, "epe": 18.5 / 6, "epe_pixels": 18.5 / 6,
-                "zero_epe": 205 / 6, "ratio": 18.5 / 205, "fl_all": 200 / 6, "over_1px": 500 / 6,
-                "over_3px": 50, "over_5px": 100 / 6, "epe_s0_10": 1.25, "epe_s10_40": 5,
-                "epe_s40_plus": 3, "epe_matched": 10.5 / 4, "epe_unmatched": 4}
+    expected = {
+        "pairs": 1,
+        "pixels": 6,
+        "epe": 18.5 / 6,
+        "epe_pixels": 18.5 / 6,
+        "zero_epe": 205 / 6,
+        "ratio": 18.5 / 205,
+        "fl_all": 200 / 6,
+        "over_1px": 500 / 6,
+        "over_3px": 50,
+        "over_5px": 100 / 6,
+        "epe_s0_10": 1.25,
+        "epe_s10_40": 5,
+        "epe_s40_plus": 3,
+        "epe_matched": 10.5 / 4,
+        "epe_unmatched": 4,
+    }
     assert found == pytest.approx(expected, rel=1e-5)
     both = metrics.figures(np.stack([first, one_row([10], [8])]))
     assert both["epe"] == pytest.approx((18.5 / 6 + 8) / 2, rel=1e-5)
@@ -70,18 +87,19 @@ def test_figures_by_hand():
     assert both["fl_all"] == pytest.approx(300 / 7)
 
 
-def test_bounds_belong_to_the_better_side():
+def test_bounds_belong_to_the_better_side() -> None:
     """Errors of exactly 1, 3, 5 px are none over; of 10 and 40 px the flow is of the middle."""
     row = np.zeros((1, 3, 2), np.float32)
     predicted = row + np.float32([1, 3, 5])[:, None] * np.float32([1, 0])
     found = metrics.figures(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
     assert [found[key] for key in ("over_1px", "over_3px", "over_5px")] == [
-        pytest.approx(share) for share in (200 / 3, 100 / 3, 0)]
+        pytest.approx(share) for share in (200 / 3, 100 / 3, 0)
+    ]
     speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4)))
     assert [speeds[f"pixels_{region}"] for region in metrics.REGIONS[:3]] == [1, 2, 1]
 
 
-def test_figures_against_all_pixels_at_once():
+def test_figures_against_all_pixels_at_once() -> None:
     """Sums by pair give what one long list of all pixels gives; sizes and known shares differ."""
     rng = np.random.default_rng(3)
     pairs, sums = [], []
@@ -91,25 +109,36 @@ def test_figures_against_all_pixels_at_once():
         valid, occluded = (rng.random((2, height, width)) < [[[share]], [[0.2]]]).astype(np.uint8)
         sums.append(metrics.pair_sums(predicted, flow, valid, occluded))
         known = valid == 1
-        pairs.append((np.linalg.norm((predicted.astype(float) - flow)[known], axis=1),
-                      np.linalg.norm(flow.astype(float)[known], axis=1), occluded[known] == 1))
+        pairs.append(
+            (
+                np.linalg.norm((predicted.astype(float) - flow)[known], axis=1),
+                np.linalg.norm(flow.astype(float)[known], axis=1),
+                occluded[known] == 1,
+            )
+        )
     error, length, hidden = (np.concatenate(column) for column in zip(*pairs))
     found = metrics.figures(np.array(sums))
     expected = {
-        "pairs": 3, "pixels": error.size, "epe": np.mean([pair[0].mean() for pair in pairs]),
-        "epe_pixels": error.mean(), "zero_epe": np.mean([pair[1].mean() for pair in pairs]),
+        "pairs": 3,
+        "pixels": error.size,
+        "epe": np.mean([pair[0].mean() for pair in pairs]),
+        "epe_pixels": error.mean(),
+        "zero_epe": np.mean([pair[1].mean() for pair in pairs]),
         "fl_all": 100 * ((error > 3) & (error / length > 0.05)).mean(),
         **{f"over_{limit}px": 100 * (error > limit).mean() for limit in (1, 3, 5)},
-        "epe_s0_10": error[length < 10].mean(), "epe_s40_plus": error[length > 40].mean(),
+        "epe_s0_10": error[length < 10].mean(),
+        "epe_s40_plus": error[length > 40].mean(),
         "epe_s10_40": error[(length >= 10) & (length <= 40)].mean(),
-        "epe_matched": error[~hidden].mean(), "epe_unmatched": error[hidden].mean()}
+        "epe_matched": error[~hidden].mean(),
+        "epe_unmatched": error[hidden].mean(),
+    }
     expected["ratio"] = expected["epe"] / expected["zero_epe"]
     assert found == pytest.approx(expected, rel=1e-5)
     for predicted_epe, pair in zip(metrics.pair_means(np.array(sums))[0], pairs):
         assert predicted_epe == pytest.approx(pair[0].mean(), rel=1e-5)
 
 
-def test_unknown_flow_and_a_network_that_gives_nan():
+def test_unknown_flow_and_a_network_that_gives_nan() -> None:
     """A pair without known flow is in no mean; nan is an outlier and shows in the mean."""
     empty, good = one_row([5], [2], valid=[0]), one_row([5], [2])
     found = metrics.figures(np.stack([empty, good]))
@@ -120,10 +149,11 @@ def test_unknown_flow_and_a_network_that_gives_nan():
     assert np.isnan(broken["epe"]) and broken["fl_all"] == broken["over_5px"] == 50
 
 
-def test_the_worst_pairs():
+def test_the_worst_pairs() -> None:
     """Largest error first, equal ones in order; nan is the worst of all, unknown flow none."""
-    sums = np.stack([one_row([5], [error], valid=[known])
-                     for error, known in ((2, 1), (9, 0), (7, 1), (np.nan, 1), (2, 1))])
+    sums = np.stack(
+        [one_row([5], [error], valid=[known]) for error, known in ((2, 1), (9, 0), (7, 1), (np.nan, 1), (2, 1))]
+    )
     assert evaluate.find_worst(sums, range(5), 4) == [3, 2, 0, 4]
     assert evaluate.find_worst(sums, [4, 0], 1) == [0]
 
@@ -134,7 +164,7 @@ def test_the_worst_pairs():
 @pytest.fixture(scope="module")
 def result(predictor, sintel):
     """Of the ten pairs, evaluated by one rank in batches of four."""
-    split = reader.Split.open(sintel, "val")
+    split = reader.DatasetSplit.open(sintel, "val")
     return split, evaluate.evaluate(predictor, split, batch=4, pictures=[1], worst=2)
 
 
@@ -151,7 +181,7 @@ def raw_figures(release, names):
     return lengths, hidden
 
 
-def test_evaluation(result, predictor, release):
+def test_evaluation(result, predictor, release) -> None:
     """Figures of the split, its passes and scenes, and the samples for pictures."""
     split, result = result
     lengths, hidden = raw_figures(release, split.names)
@@ -163,10 +193,8 @@ def test_evaluation(result, predictor, release):
     assert counts["pixels_s0_10"] == (np.concatenate(lengths) < 10).sum()
 
     passes, scenes = evaluate.group(split, result)
-    assert [entry["pairs"] for entry in passes.values()] == [5, 5] and list(passes) == [
-        "clean", "final"]
-    assert {name: entry["final"]["pairs"] for name, entry in scenes.items()} == {
-        "alley_1": 3, "market_6": 2}
+    assert [entry["pairs"] for entry in passes.values()] == [5, 5] and list(passes) == ["clean", "final"]
+    assert {name: entry["final"]["pairs"] for name, entry in scenes.items()} == {"alley_1": 3, "market_6": 2}
     chosen = [i for i, name in enumerate(split.names) if name.startswith("clean/market_6/")]
     assert scenes["market_6"]["clean"]["epe"] == pytest.approx(result["epe"][chosen].mean())
     text = evaluate.table(split, summary, passes, scenes)
@@ -176,8 +204,7 @@ def test_evaluation(result, predictor, release):
     assert result["worst"] == np.argsort(-result["epe"], kind="stable")[:2].tolist()
     assert result["samples"].keys() == {1, *result["worst"]}
     image1, flow, predicted = result["samples"][1]
-    images = [read_image(release / "training" / "clean" / "alley_1" / f"frame_000{number}.png")
-              for number in (2, 3)]
+    images = [read_image(release / "training" / "clean" / "alley_1" / f"frame_000{number}.png") for number in (2, 3)]
     assert split.names[1] == "clean/alley_1/frame_0002" and (image1 == images[0]).all()
     expected = predictor(*(mindspore.Tensor(image[None]) for image in images))[0].asnumpy()
     np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
@@ -185,16 +212,17 @@ def test_evaluation(result, predictor, release):
     assert result["epe"][1] == pytest.approx(np.nanmean(error), rel=1e-5)
 
 
-def test_no_masks_no_matched(result):
+def test_no_masks_no_matched(result) -> None:
     """Where no pixel is occluded nothing is said of matched ones."""
     sums = np.stack([one_row([5], [2])])
     assert evaluate.summarize({"sums": sums})["epe_matched"] is None
     assert evaluate.summarize(result[1])["epe_matched"] is not None
 
 
-def test_a_set_without_passes_and_scenes():
-    split = SimpleNamespace(names=["000000", "000001"], dataset="kitti2015", name="val",
-                            sizes=np.array([[4, 6], [4, 8]]))
+def test_a_set_without_passes_and_scenes() -> None:
+    split = SimpleNamespace(
+        names=["000000", "000001"], dataset="kitti2015", name="val", sizes=np.array([[4, 6], [4, 8]])
+    )
     found = {"sums": np.stack([one_row([5], [2])] * 2)}
     assert evaluate.group(split, found) == ({}, {})
     text = evaluate.table(split, evaluate.summarize(found), {}, {})
@@ -202,13 +230,12 @@ def test_a_set_without_passes_and_scenes():
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path):
+def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.Path) -> None:
     """Under mpirun each pair counts once, and what does not depend on the network is the same bit
     for bit; table, JSON, Markdown and pictures are there."""
     split, alone = result
     out = tmp_path / "out"
-    status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3,
-                                "--batch", 2)
+    status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3, "--batch", 2)
     assert status == 0 and "5/5" in err, err
     found = json.loads((out / "evaluation.json").read_text())
     assert [pair["pair"] for pair in found["by_pair"]] == split.names
@@ -230,7 +257,7 @@ def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path):
         assert read_image(out / picture).shape[1] >= 4 * 40
 
 
-def test_bad_options(sintel, ckpt, tmp_path):
+def test_bad_options(sintel, ckpt, tmp_path: pathlib.Path) -> None:
     """One line each, with the status 1, and no folder."""
     for arguments, words in [
         (["--ckpt", ckpt], ["--data", "--submission"]),
@@ -253,8 +280,7 @@ def sintel_test(folder, scenes, height=24, width=40):
     for kind in ("clean", "final"):
         for scene, frames in scenes.items():
             for number in range(1, frames + 1):
-                tiny.save(folder / "test" / kind / scene / f"frame_{number:04}.png",
-                          tiny.picture(rng, height, width))
+                tiny.save(folder / "test" / kind / scene / f"frame_{number:04}.png", tiny.picture(rng, height, width))
     return folder
 
 
@@ -263,8 +289,9 @@ def kitti_test(folder, pairs, frames="image_2"):
     rng = np.random.default_rng(8)
     for number in range(pairs):
         for frame in (10, 11):
-            tiny.save(folder / "testing" / frames / f"{number:06}_{frame}.png",
-                      tiny.picture(rng, 24, 40 + 8 * (number % 2)))
+            tiny.save(
+                folder / "testing" / frames / f"{number:06}_{frame}.png", tiny.picture(rng, 24, 40 + 8 * (number % 2))
+            )
     return folder
 
 
@@ -278,22 +305,20 @@ def files_in(folder):
 
 
 @pytest.mark.slow
-def test_a_sintel_submission(predictor, ckpt, tmp_path):
+def test_a_sintel_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
     """Both passes, every pair, by two ranks; read back it is what the network gives."""
     root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
-    status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt,
-                                "--batch", 2)
+    status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 2)
     assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
     names = ["cave_3/frame0001", "cave_3/frame0002", "tiger/frame0001"]
     assert files_in(out) == [f"{kind}/{name}.flo" for kind in ("clean", "final") for name in names]
     scene = root / "test" / "final" / "cave_3"
     expected = predicted(predictor, scene / "frame_0002.png", scene / "frame_0003.png")
-    np.testing.assert_allclose(read_flo(out / "final" / "cave_3" / "frame0002.flo"), expected,
-                               rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(read_flo(out / "final" / "cave_3" / "frame0002.flo"), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
-def test_a_kitti_submission(predictor, ckpt, tmp_path):
+def test_a_kitti_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
     """Images of two sizes; the files hold the flow to 1/64 px and are valid everywhere."""
     root, out = kitti_test(tmp_path / "kitti", 3), tmp_path / "out"
     status, text, err = command(1, "--submission", out, "--root", root / "testing", "--ckpt", ckpt)
@@ -307,18 +332,17 @@ def test_a_kitti_submission(predictor, ckpt, tmp_path):
         np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
 
 
-def test_test_sets(tmp_path):
+def test_test_sets(tmp_path: pathlib.Path) -> None:
     """KITTI 2012 in colour before grey; the folder may be the release's or the test set's own."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
     for given in (root, root / "testing"):
         name, pairs = submission.list_test_pairs(given)
-        assert name == "KITTI 2012" and [file for file, _, _ in pairs] == [
-            "000000_10.png", "000001_10.png"]
+        assert name == "KITTI 2012" and [file for file, _, _ in pairs] == ["000000_10.png", "000001_10.png"]
         assert pairs[1][2] == root / "testing" / "colored_0" / "000001_11.png"
     assert [len(pairs) for pairs in submission.by_size(pairs).values()] == [1, 1]
 
 
-def test_what_is_no_test_set(tmp_path, release):
+def test_what_is_no_test_set(tmp_path: pathlib.Path, release) -> None:
     """Errors name what is missing: a frame, a pass, the whole test set."""
     sintel = sintel_test(tmp_path / "sintel", {"cave_3": 4, "tiger": 3})
     kitti = kitti_test(tmp_path / "kitti", 3)
@@ -345,14 +369,16 @@ def test_what_is_no_test_set(tmp_path, release):
         submission.by_size(submission.list_test_pairs(kitti)[1])
 
 
-def test_kitti_png(tmp_path):
+def test_kitti_png(tmp_path: pathlib.Path) -> None:
     """R and G are 64 times the flow and 2^15, B says whether it is known; all else is clipped."""
     path = tmp_path / "flow.png"
     flow = np.float32([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]])
     write_kitti_png(path, flow)
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1]
     assert pixels.dtype == np.uint16 and pixels.tolist() == [
-        [[2**15, 2**15 + 64, 1], [2**15 - 160, 2**15 + 1, 1]], [[2**16 - 1, 0, 1], [0, 0, 0]]]
+        [[2**15, 2**15 + 64, 1], [2**15 - 160, 2**15 + 1, 1]],
+        [[2**16 - 1, 0, 1], [0, 0, 0]],
+    ]
     flow = tiny.flow(np.random.default_rng(0), 9, 7)
     write_kitti_png(path, flow)
     found, valid = read_flow(path)

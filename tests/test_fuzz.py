@@ -1,5 +1,6 @@
 """No damaged or hostile file gets more from a parser than its error: a short run of the fuzzing."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ def rows_of(table):
     return [dict(zip(lines[0], cells)) for cells in lines[2:]]
 
 
-def test_2000_inputs_each(tmp_path):
+def test_2000_inputs_each(tmp_path: pathlib.Path) -> None:
     """No other exception, no crash, no long wait, no large memory, nothing printed."""
     pytest.importorskip("h5py")
     done = run_fuzz("--inputs", 2000, "--failures", tmp_path, "--parser", *PARSERS, "flo5")
@@ -48,14 +49,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_the_fuzzing_must_find_is_found(tmp_path, what):
+def test_what_the_fuzzing_must_find_is_found(tmp_path: pathlib.Path, what) -> None:
     """The contract's checks themselves: a parser that breaks it for all that is not the valid file."""
     script = f"""if True:
         import sys
         sys.argv[0] = {str(PROGRAM)!r}
         sys.path.insert(0, {str(PROGRAM.parent)!r})
         import dataclasses, fuzz
-        from prep import errors
+        from launch import errors
         (VALID,) = fuzz.flow_seeds(".flo")
         def parse(path, data):
             if data == VALID:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import time
 
 import pytest
@@ -13,23 +14,32 @@ from train import goodput
 
 def start(first, step, steps=0.0, **phases):
     """A start's record."""
-    return {"first": first, "step": step,
-            "seconds": {"steps": steps, **dict.fromkeys(goodput.PHASES, 0.0), **phases}}
+    return {"first": first, "step": step, "seconds": {"steps": steps, **dict.fromkeys(goodput.PHASES, 0.0), **phases}}
 
 
-def test_an_account_by_hand():
+def test_an_account_by_hand() -> None:
     """30 of the first start's 100 steps were done again, and then 10 of these once more."""
-    found = goodput.account([start(0, 100, 50.0, startup=5.0), start(70, 80, 10.0, compilation=1.0),
-                             start(70, 120, 25.0, validation=4.0, checkpoints=5.0)])
-    assert found["seconds"] == {"steps": 35.0 + 25.0, "lost_steps": 15.0 + 10.0, "startup": 5.0,
-                                "compilation": 1.0, "validation": 4.0, "checkpoints": 5.0}
+    found = goodput.account(
+        [
+            start(0, 100, 50.0, startup=5.0),
+            start(70, 80, 10.0, compilation=1.0),
+            start(70, 120, 25.0, validation=4.0, checkpoints=5.0),
+        ]
+    )
+    assert found["seconds"] == {
+        "steps": 35.0 + 25.0,
+        "lost_steps": 15.0 + 10.0,
+        "startup": 5.0,
+        "compilation": 1.0,
+        "validation": 4.0,
+        "checkpoints": 5.0,
+    }
     assert found["wall"] == 100.0 and found["goodput"] == 0.6 and found["starts"] == 3
-    assert goodput.describe(found).startswith(
-        "goodput 60 % of 100 s in 3 starts; the rest: lost steps 25 %")
+    assert goodput.describe(found).startswith("goodput 60 % of 100 s in 3 starts; the rest: lost steps 25 %")
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30)), max_size=8))
-def test_every_step_counts_once(runs):
+def test_every_step_counts_once(runs) -> None:
     """With a second a step, each start going on from any step before: all that counts are the steps of
     the last start that did them."""
     starts, step, owner = [], 0, {}
@@ -44,7 +54,7 @@ def test_every_step_counts_once(runs):
     assert found["wall"] == pytest.approx(sum(done for _, done in runs))
 
 
-def test_time_is_spent_on_one_thing_at_a_time(tmp_path):
+def test_time_is_spent_on_one_thing_at_a_time(tmp_path: pathlib.Path) -> None:
     """The phases sum up to the time since the process started; each record is on the disk at once."""
     path = tmp_path / "goodput.json"
     begun = goodput.now() - 2.0
@@ -53,7 +63,7 @@ def test_time_is_spent_on_one_thing_at_a_time(tmp_path):
     with spent.spending("validation"):
         time.sleep(0.05)
     spent.record(7)
-    written, = json.loads(path.read_text())
+    (written,) = json.loads(path.read_text())
     assert (written["first"], written["step"]) == (5, 7)
     assert 0.05 <= written["seconds"]["validation"] < 1.0
     assert sum(written["seconds"].values()) == pytest.approx(goodput.now() - begun, abs=0.5)
@@ -67,13 +77,13 @@ def test_time_is_spent_on_one_thing_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[{}]", '{"first": 1}', '[{"first": "a", "step": 1}]'])
-def test_a_damaged_record_ends_no_run(tmp_path, text):
+def test_a_damaged_record_ends_no_run(tmp_path: pathlib.Path, text) -> None:
     path = tmp_path / "goodput.json"
     path.write_text(text)
     assert goodput.Goodput(path, goodput.now(), 0).summary()["starts"] == 1
 
 
-def test_the_start_of_this_process():
+def test_the_start_of_this_process() -> None:
     """By the kernel's count: not before this machine's start, not after now."""
     assert 0 < goodput.process_start() < goodput.now()
     began = os.stat("/proc/self").st_ctime  # made when first looked at

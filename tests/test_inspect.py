@@ -1,6 +1,7 @@
 """Looking at a converted set: the figures are right, the picture and the page hold the pairs."""
 
 import base64
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import tiny
 from PIL import Image
 
 from prep import inspect as inspect_set
-from prep.flowio import write_flo
+from prep.formats.flow import write_flo
 from prep.shards import Manifest
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+def converted(tmp_path_factory: pytest.TempPathFactory):
     """Ten pairs: the flow is (3, 4) times 1 to 10, so lengths are multiples of 5; a part "
     "unknown."""
     folder = tmp_path_factory.mktemp("set")
@@ -34,10 +35,8 @@ def run_inspect(*arguments, cwd=tiny.ROOT.parent):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def test_the_figures(converted):
-    done = run_inspect(
-        converted, cwd=tiny.ROOT / "prep"
-    )  # where it would hide Python's own inspect
+def test_the_figures(converted) -> None:
+    done = run_inspect(converted, cwd=tiny.ROOT / "prep")  # where it would hide Python's own inspect
     assert done.returncode == 0, done.stderr
     for text in (
         f"{converted}: flyingchairs, 10 pairs in 10 shards",
@@ -53,14 +52,14 @@ def test_the_figures(converted):
         assert text in done.stdout, text
 
 
-def test_a_sample_is_spread_evenly_and_said_to_be_one(converted):
+def test_a_sample_is_spread_evenly_and_said_to_be_one(converted) -> None:
     text = run_inspect(converted, "--pairs", 3).stdout
     assert "a sample of 3 of the 10 pairs" in text and "longest 50.0 px" in text
     assert inspect_set.evenly(10, 3).tolist() == [0, 4, 9]
     assert inspect_set.evenly(2, 5).tolist() == [0, 1]
 
 
-def test_the_picture(converted, tmp_path):
+def test_the_picture(converted, tmp_path: pathlib.Path) -> None:
     done = run_inspect(converted, "--png", tmp_path / "sheet é.png")
     assert done.returncode == 0, done.stderr
     sheet = np.asarray(Image.open(tmp_path / "sheet é.png"))
@@ -74,7 +73,7 @@ def test_the_picture(converted, tmp_path):
     assert (bars == (69, 117, 180)).all(axis=2).any()
 
 
-def test_the_page_holds_all_in_one_file(converted, tmp_path):
+def test_the_page_holds_all_in_one_file(converted, tmp_path: pathlib.Path) -> None:
     page = tmp_path / "page.html"
     assert run_inspect(converted, "--html", page).returncode == 0
     text = page.read_text(encoding="utf-8")
@@ -85,7 +84,7 @@ def test_the_page_holds_all_in_one_file(converted, tmp_path):
     assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
 
 
-def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble():
+def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
     sample = {
         "image1": np.zeros((100, 1200, 3), np.uint8),
         "image2": np.zeros((100, 1200, 3), np.uint8),
@@ -100,7 +99,7 @@ def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble():
     (["--pairs", "0"], "--pairs 0: expected 1 or more"),
     (["--png", "nowhere/at all.png"], "nowhere/at all.png"),
 ])  # fmt: skip
-def test_mistakes(converted, arguments, message):
+def test_mistakes(converted, arguments, message) -> None:
     if arguments[0] != "nowhere":
         arguments = [converted, *arguments]
     done = run_inspect(*arguments)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -30,7 +31,7 @@ class Job:
         environment: what goes wrong, as tests/collective.py says.
     """
 
-    def __init__(self, logs, seconds=0, ranks=2, **environment):
+    def __init__(self, logs, seconds=0, ranks=2, **environment) -> None:
         self.logs = logs
         self.mark = f"TEST_MARK={uuid.uuid4()}"
         settings = [f"{key}={value}" for key, value in environment.items()]
@@ -48,8 +49,10 @@ class Job:
 
     def watchdogs(self):
         """Process of each rank's watchdog, which mpirun started, in the order of the ranks."""
-        return sorted((process for process in self.processes() if process.ppid() == self.mpirun.pid),
-                      key=lambda process: process.environ()["OMPI_COMM_WORLD_RANK"])
+        return sorted(
+            (process for process in self.processes() if process.ppid() == self.mpirun.pid),
+            key=lambda process: process.environ()["OMPI_COMM_WORLD_RANK"],
+        )
 
     def rank(self, number):
         """Process of a rank."""
@@ -88,7 +91,7 @@ class Job:
 
 
 @pytest.mark.slow
-def test_output_is_for_the_user_and_the_rest_is_logged(tmp_path):
+def test_output_is_for_the_user_and_the_rest_is_logged(tmp_path: pathlib.Path) -> None:
     """Rank 0's progress and nothing of MindSpore's; each rank has a log with both."""
     status, err = Job(tmp_path / "run" / "logs").ended()
     assert status == 0 and re.fullmatch("(sum . is 2\n)+", err), err
@@ -98,14 +101,14 @@ def test_output_is_for_the_user_and_the_rest_is_logged(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_crashed_rank_ends_the_job_with_its_last_words(tmp_path):
+def test_a_crashed_rank_ends_the_job_with_its_last_words(tmp_path: pathlib.Path) -> None:
     """The other rank waits in MindSpore's C++ and is ended; the user reads why, where and what more."""
     job = Job(tmp_path / "logs", 100, CRASH=1)
     job.fails("rank 1 on ", "signal 6", "terminate called", f"{tmp_path}/logs/rank-1.log", status=134)
 
 
 @pytest.mark.slow
-def test_a_rank_whose_watchdog_is_killed_ends_the_job(tmp_path):
+def test_a_rank_whose_watchdog_is_killed_ends_the_job(tmp_path: pathlib.Path) -> None:
     """mpirun alone would name a number of a process."""
     job = Job(tmp_path / "logs", 100).started()
     job.watchdogs()[1].kill()
@@ -113,7 +116,7 @@ def test_a_rank_whose_watchdog_is_killed_ends_the_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_job(tmp_path):
+def test_a_rank_that_hangs_ends_the_job(tmp_path: pathlib.Path) -> None:
     """It is alive and the other one waits for it: the line says which one, where, and after which step."""
     job = Job(tmp_path / "logs", 100, HANG=1).started()
     began = time.monotonic()
@@ -121,30 +124,34 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path):
     assert time.monotonic() < began + LIMIT
 
 
-@pytest.mark.parametrize("ranks,drifting,words", [
-    (2, 1, ["rank 0 on ", ", rank 1 on "]), (3, 1, ["rank 1 on ", "against 2 others"])])
-def test_ranks_whose_weights_differ(tmp_path, ranks, drifting, words):
+@pytest.mark.parametrize(
+    "ranks,drifting,words", [(2, 1, ["rank 0 on ", ", rank 1 on "]), (3, 1, ["rank 1 on ", "against 2 others"])]
+)
+def test_ranks_whose_weights_differ(tmp_path: pathlib.Path, ranks, drifting, words) -> None:
     """One bit is enough, and the rank that is alone with its weights is named."""
-    Job(tmp_path / "logs", 100, ranks=ranks, DRIFT=drifting).fails("after step 3 the weights of ranks differ", *words,
-                                                                  status=1)
+    Job(tmp_path / "logs", 100, ranks=ranks, DRIFT=drifting).fails(
+        "after step 3 the weights of ranks differ", *words, status=1
+    )
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_ends_the_job(tmp_path):
+def test_a_stopped_rank_ends_the_job(tmp_path: pathlib.Path) -> None:
     """Its watchdog still answers for it."""
     job = Job(tmp_path / "logs", 100).started()
     job.rank(1).suspend()
     job.fails("rank 1 on ", "stopped (SIGSTOP)", "while training, after step ")
 
 
-def test_strangers_at_the_watchdogs_port(tmp_path):
+def test_strangers_at_the_watchdogs_port(tmp_path: pathlib.Path) -> None:
     """Garbage, partial messages, an endless line, silence and a thousand connections change nothing, and
     ranks of one host listen to that host alone."""
     job = Job(tmp_path / "logs", 12).started()
-    port, = (entry.laddr.port for entry in job.watchdogs()[0].net_connections("tcp")
-             if entry.status == psutil.CONN_LISTEN)
-    address, = (entry.laddr.ip for entry in job.watchdogs()[0].net_connections("tcp")
-                if entry.status == psutil.CONN_LISTEN)
+    (port,) = (
+        entry.laddr.port for entry in job.watchdogs()[0].net_connections("tcp") if entry.status == psutil.CONN_LISTEN
+    )
+    (address,) = (
+        entry.laddr.ip for entry in job.watchdogs()[0].net_connections("tcp") if entry.status == psutil.CONN_LISTEN
+    )
     assert address == "127.0.0.1"
     rng = np.random.default_rng(0)
     strangers = []
@@ -161,36 +168,45 @@ def test_strangers_at_the_watchdogs_port(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminated_mpirun_says_what_the_user_can_do(tmp_path):
+def test_a_terminated_mpirun_says_what_the_user_can_do(tmp_path: pathlib.Path) -> None:
     """It leaves the ranks half a second, too little to say anything."""
     job = Job(tmp_path / "logs", 100).started()
     job.mpirun.terminate()
     job.fails("interrupted", "the same command resumes")
 
 
-@pytest.mark.parametrize("problem,words", [
-    ({"DIFFERENT": 1}, ["rank 1 on ", "has data other", "rank 0 on "]),
-    ({"BROKEN": 1}, ["rank 1 on ", "data/shard-1: missing"]),
-])
-def test_checks_of_all_ranks_come_before_the_first_file(tmp_path, problem, words):
+@pytest.mark.parametrize(
+    "problem,words",
+    [
+        ({"DIFFERENT": 1}, ["rank 1 on ", "has data other", "rank 0 on "]),
+        ({"BROKEN": 1}, ["rank 1 on ", "data/shard-1: missing"]),
+    ],
+)
+def test_checks_of_all_ranks_come_before_the_first_file(tmp_path: pathlib.Path, problem, words) -> None:
     """Data that differ or lack on one rank end the job, and the run's folder is not made."""
     Job(tmp_path / "run" / "logs", **problem).fails(*words, status=1)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("binding,user,threads", [
-    ((), None, None), (("--bind-to", "core"), None, None), ((), "3", 3)])
-def test_a_rank_has_its_share_of_the_cores(binding, user, threads):
+@pytest.mark.parametrize("binding,user,threads", [((), None, None), (("--bind-to", "core"), None, None), ((), "3", 3)])
+def test_a_rank_has_its_share_of_the_cores(binding, user, threads) -> None:
     """Also where mpirun binds it to one core; what the user set stays."""
-    program = ("import os; from launch import ranks; ranks.current().claim_cores(); import cv2;"
-               "print(os.environ['OMP_NUM_THREADS'], cv2.getNumThreads(), "
-               "len(os.sched_getaffinity(0)))")
+    program = (
+        "import os; from launch import ranks; ranks.current().claim_cores(); import cv2;"
+        "print(os.environ['OMP_NUM_THREADS'], cv2.getNumThreads(), "
+        "len(os.sched_getaffinity(0)))"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     given = [f"OMP_NUM_THREADS={user}"] if user else []
     done = subprocess.run(
         ["mpirun", *binding, "-n", "1", "env", *given, sys.executable, "-c", program],
-        cwd=tiny.ROOT, capture_output=True, text=True, check=True, timeout=LIMIT,
-        env={**environment, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT,
+        env={**environment, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
+    )
     cores = len(os.sched_getaffinity(0))
     openmp, opencv, bound = map(int, done.stdout.split())
     assert openmp == opencv == (threads or cores)
@@ -199,7 +215,7 @@ def test_a_rank_has_its_share_of_the_cores(binding, user, threads):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hosts.are_possible(), reason="takes root and iproute2 to make hosts")
-def test_a_host_that_is_cut_off_ends_the_job(tmp_path):
+def test_a_host_that_is_cut_off_ends_the_job(tmp_path: pathlib.Path) -> None:
     """Three hosts without a common file system compute, until the packets of one are dropped."""
     with hosts.Hosts(tmp_path, 3) as network:
         logs = tmp_path / "local" / "logs"

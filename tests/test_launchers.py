@@ -1,5 +1,6 @@
 """Jobs under what starts ranks beside this environment's mpirun: Debian's mpirun and Slurm's srun."""
 
+import pathlib
 import uuid
 
 import pytest
@@ -10,7 +11,7 @@ from test_jobs import PROGRAM, Job
 class Launched(Job):
     """Two ranks of tests/collective.py under one of tiny.LAUNCHERS, with its output in stderr."""
 
-    def __init__(self, launcher, folder):
+    def __init__(self, launcher, folder) -> None:
         mark = str(uuid.uuid4())
         self.mark = f"TEST_MARK={mark}"
         self.mpirun = tiny.launch(launcher, PROGRAM, folder / "logs", 100, TEST_MARK=mark)
@@ -20,8 +21,7 @@ class Launched(Job):
         ranks = []
         for process in self.processes():
             variables = process.environ()
-            named = [variables[name] for name in ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-                     if name in variables]
+            named = [variables[name] for name in ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID") if name in variables]
             if named[:1] == [str(number)] and process.cmdline() == process.parent().cmdline():
                 ranks.append(process)
         assert len(ranks) == 1, ranks
@@ -38,7 +38,7 @@ class Launched(Job):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
-def test_a_killed_rank_ends_the_job(launcher, tmp_path):
+def test_a_killed_rank_ends_the_job(launcher, tmp_path: pathlib.Path) -> None:
     """With one line that says why, and a status that is not 0."""
     job = Launched(launcher, tmp_path).started()
     job.rank(1).kill()

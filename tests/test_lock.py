@@ -1,6 +1,7 @@
 """The lock on a folder: who holds it, and what a killed holder leaves."""
 
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -10,12 +11,12 @@ import time
 import pytest
 import tiny
 
-from prep import lock
-from prep.errors import UserError
+from launch import lock
+from launch.errors import UserError
 
 HOLDER = """
 import os, sys, time
-from prep.lock import Lock
+from launch.lock import Lock
 held = Lock(sys.argv[1], "test")
 print("held", flush=True)
 time.sleep(60)
@@ -23,7 +24,7 @@ time.sleep(60)
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: pathlib.Path):
     return tmp_path / "lock"
 
 
@@ -37,7 +38,7 @@ def holder(path):
     process.communicate()
 
 
-def test_a_second_holder_is_told_who_the_first_is(path, holder, monkeypatch):
+def test_a_second_holder_is_told_who_the_first_is(path, holder, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gets the lock as soon as that one was killed, even with -9."""
     monkeypatch.setattr(lock, "GRACE", 0.2)
     with pytest.raises(UserError) as refused:
@@ -53,7 +54,7 @@ def test_a_second_holder_is_told_who_the_first_is(path, holder, monkeypatch):
     lock.Lock(path, "test").release()
 
 
-def test_a_host_that_flock_does_not_reach(path, monkeypatch):
+def test_a_host_that_flock_does_not_reach(path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows by its heartbeat; without one it is dead."""
     monkeypatch.setattr(lock, "WATCH", 2)
     path.write_text("elsewhere 7")
@@ -68,7 +69,7 @@ def test_a_host_that_flock_does_not_reach(path, monkeypatch):
     lock.Lock(path, "test").release()
 
 
-def test_the_heart_beats(path, monkeypatch):
+def test_the_heart_beats(path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.05)
     held = lock.Lock(path, "test")
     before = held.beaten()

@@ -1,5 +1,6 @@
 """Building the project's own operators: once, safely, and with a way on where it can't be done."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import numpy as np, mindspore
 from launch import session
 from launch.ranks import Rank
 session.start_mindspore(Rank(), "cpu")
-from model.ops import CostVolume
+from model.operators import CostVolume
 one = mindspore.Tensor(np.ones((1, 2, 3, 4), np.float32))
 print(CostVolume()(one, one).asnumpy()[0, 40].tolist())
 """
@@ -23,8 +24,14 @@ print(CostVolume()(one, one).asnumpy()[0, 40].tolist())
 def start(program, cache, **variables):
     """A Python process with a cache folder and environment of its own."""
     environment = {**tiny.os.environ, "XDG_CACHE_HOME": str(cache), **variables}
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=tiny.ROOT,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tiny.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture
@@ -35,19 +42,20 @@ def compiler():
         pytest.skip(str(reason))
 
 
-def test_ranks_that_start_at_once_build_once(compiler, tmp_path):
+def test_ranks_that_start_at_once_build_once(compiler, tmp_path: pathlib.Path) -> None:
     """All get the same library; one compiles it; a later process finds it at once."""
     ranks = [start(LOAD, tmp_path) for _ in range(4)]
     outcomes = [rank.communicate(timeout=120) for rank in ranks]
     assert len({out for out, _ in outcomes}) == 1 and str(tmp_path) in outcomes[0][0], outcomes
     assert sum("building" in err for _, err in outcomes) == 1
-    libraries = [path.name for path in (tmp_path / "pwcnet-mindspore").glob("*")
-                 if path.suffix != ".lock"]
+    libraries = [path.name for path in (tmp_path / "pwcnet-mindspore").glob("*") if path.suffix != ".lock"]
     assert len(libraries) == 1
     assert start(LOAD, tmp_path).communicate(timeout=120)[1] == ""
 
 
-def test_another_compiler_or_processor_is_another_library(compiler, tmp_path, monkeypatch):
+def test_another_compiler_or_processor_is_another_library(
+    compiler, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was built for one machine of a cluster is not taken on another with the same home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "one.cpp"
@@ -62,12 +70,15 @@ def test_another_compiler_or_processor_is_another_library(compiler, tmp_path, mo
     assert native.build(source, [*command, "-O1"]) != first
 
 
-@pytest.mark.parametrize("variables,words", [
-    ({"CXX": "no-such-compiler"}, "no compiler found (no-such-compiler)"),
-    ({"CXX": "false"}, "could not compile"),
-    ({native.SWITCH: "0"}, None),
-])
-def test_without_a_compiler(variables, words, tmp_path):
+@pytest.mark.parametrize(
+    "variables,words",
+    [
+        ({"CXX": "no-such-compiler"}, "no compiler found (no-such-compiler)"),
+        ({"CXX": "false"}, "could not compile"),
+        ({native.SWITCH: "0"}, None),
+    ],
+)
+def test_without_a_compiler(variables, words, tmp_path: pathlib.Path) -> None:
     """The network runs on MindSpore's own operators, and that is said once."""
     out, err = start(MODEL, tmp_path, **variables).communicate(timeout=120)
     assert out.strip() == str([[1.0] * 4] * 3), err
@@ -75,7 +86,7 @@ def test_without_a_compiler(variables, words, tmp_path):
     assert [words in note for note in notes if "building" not in note] == ([True] if words else [])
 
 
-def test_a_damaged_cache_folder(tmp_path):
+def test_a_damaged_cache_folder(tmp_path: pathlib.Path) -> None:
     """A cache that can't be written is no reason to stop: the temporary folder takes its place."""
     (tmp_path / "file").touch()
     out, err = start(LOAD, tmp_path / "file", TMPDIR=str(tmp_path)).communicate(timeout=120)

@@ -13,10 +13,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from launch.errors import UserError
 from model.predict import Outputs, ahead, open_frames, pairs_of, predict
-from prep import picture
-from prep.errors import UserError
-from prep.flowio import read_flo
+from prep import flow_viz
+from prep.formats.flow import read_flo
 from prep.synthesize import make_pair
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -44,11 +44,11 @@ def run(predictor, inputs, out, *, salt=b"", pictures=(), **options):
     """What the command does with its inputs: (written, present)."""
     out.mkdir(exist_ok=True)
     _, frames = open_frames(inputs)
-    outputs = Outputs(out, **{name: True for name in pictures})
+    outputs = Outputs(out, **dict.fromkeys(pictures, True))
     return predict(predictor, pairs_of(frames, salt), outputs, **options)
 
 
-def check_flow(predictor, path, image1, image2):
+def check_flow(predictor, path, image1, image2) -> None:
     """A .flo file holds what the network gives for two images, at their size."""
     expected = predictor(*(mindspore.Tensor(image[None]) for image in (image1, image2)))
     flow = read_flo(path)
@@ -56,20 +56,21 @@ def check_flow(predictor, path, image1, image2):
     np.testing.assert_allclose(flow, expected.asnumpy()[0], atol=1e-3)
 
 
-def test_pair(predictor, tmp_path):
+def test_pair(predictor, tmp_path: Path) -> None:
     """Two images of any kind that can be read, here grey and palette, of an odd size."""
     image1, image2, _, _ = make_pair(5, *ODD)
     grey, colours = Image.fromarray(image1).convert("L"), Image.fromarray(image2).convert("P")
     grey.save(tmp_path / "a.png")
     colours.save(tmp_path / "b.bmp")
     assert run(predictor, [tmp_path / "a.png", tmp_path / "b.bmp"], tmp_path / "out") == (1, 0)
-    check_flow(predictor, tmp_path / "out" / "a.flo", np.asarray(grey.convert("RGB")),
-               np.asarray(colours.convert("RGB")))
+    check_flow(
+        predictor, tmp_path / "out" / "a.flo", np.asarray(grey.convert("RGB")), np.asarray(colours.convert("RGB"))
+    )
     assert Image.open(tmp_path / "out" / "a_flow.png").size == ODD[::-1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.flo", "a_flow.png"]
 
 
-def test_folder_is_taken_up_again(predictor, tmp_path):
+def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
     """Consecutive frames, 9 before 10; what is whole and of these images and weights stays."""
     frames, out = write_frames(tmp_path / "frames", (8, 9, 10, 11)), tmp_path / "out"
     tiny.save(frames / ".hidden.png", make_pair(1, 8, 8)[0])
@@ -81,8 +82,7 @@ def test_folder_is_taken_up_again(predictor, tmp_path):
     done = []
     assert again(on_pairs=done.append) == (3, 0)
     assert sum(done) == 3
-    images = {number: np.asarray(Image.open(frames / f"frame_{number}.png"))
-              for number in (8, 9, 10, 11)}
+    images = {number: np.asarray(Image.open(frames / f"frame_{number}.png")) for number in (8, 9, 10, 11)}
     for number in (8, 9, 10):
         check_flow(predictor, out / f"frame_{number}.flo", images[number], images[number + 1])
     assert len(list(out.iterdir())) == 3 * 4
@@ -99,7 +99,7 @@ def test_folder_is_taken_up_again(predictor, tmp_path):
     assert again(salt=b"other weights") == (1, 2)
 
 
-def test_video(predictor, tmp_path):
+def test_video(predictor, tmp_path: Path) -> None:
     """Every frame with the next, named by its number, as OpenCV decodes them."""
     path = write_video(tmp_path / "clip.avi", 4)
     count, frames = open_frames([path])
@@ -108,12 +108,11 @@ def test_video(predictor, tmp_path):
     original = make_pair(0, 64, 96)[0]
     assert np.abs(images["clip_000000"].astype(int) - original).mean() < 10  # red is red
     assert run(predictor, [path], tmp_path / "out") == (3, 0)
-    check_flow(predictor, tmp_path / "out" / "clip_000002.flo", images["clip_000002"],
-               images["clip_000003"])
+    check_flow(predictor, tmp_path / "out" / "clip_000002.flo", images["clip_000002"], images["clip_000003"])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 64)])
-def test_any_size(predictor, tmp_path, size):
+def test_any_size(predictor, tmp_path: Path, size) -> None:
     """Down to a single pixel, for which the images are enlarged to 64 pixels a side."""
     rng, frames = np.random.default_rng(0), tmp_path / "frames"
     for number in (1, 2):
@@ -123,7 +122,7 @@ def test_any_size(predictor, tmp_path, size):
     assert flow.shape == (*size, 2) and np.isfinite(flow).all()
 
 
-def test_failure_while_writing(predictor, tmp_path):
+def test_failure_while_writing(predictor, tmp_path: Path) -> None:
     """A file that can't be written ends the run with the system's error."""
     frames = write_frames(tmp_path / "frames", (1, 2, 3), (64, 64))
     (tmp_path / "out" / "frame_2.flo").mkdir(parents=True)
@@ -132,17 +131,17 @@ def test_failure_while_writing(predictor, tmp_path):
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_failure_while_reading(predictor, tmp_path):
+def test_failure_while_reading(predictor, tmp_path: Path) -> None:
     """A frame that is damaged ends the run with its name; the pairs before it are there."""
     frames = write_frames(tmp_path / "frames", range(1, 6), (64, 64))
     data = (frames / "frame_5.png").read_bytes()
-    (frames / "frame_5.png").write_bytes(data[:len(data) // 2])
+    (frames / "frame_5.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="frame_5.png"):
         run(predictor, [frames], tmp_path / "out")
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_ahead():
+def test_ahead() -> None:
     """All values in order, and an error where it was raised."""
     assert list(ahead(iter(range(1, 10)), 3)) == list(range(1, 10))
 
@@ -159,13 +158,14 @@ def test_ahead():
 def command(*arguments):
     """Run the command as a user does: (status, stdout, stderr)."""
     script = tiny.ROOT / "model" / "predict.py"
-    done = subprocess.run([sys.executable, script, *map(str, arguments)],
-                          check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory: pytest.TempPathFactory):
     """A folder of inputs that are wrong in every way."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.save(folder / "a.png", make_pair(1, 64, 64)[0])
@@ -184,30 +184,32 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("names,words", [
-    (["none.png", "a.png"], ["none.png", "no such file"]),
-    (["a.png"], ["a.png", "one image", "second"]),
-    (["a.png", "a.png", "a.png"], ["3 inputs", "two images"]),
-    (["a.png", "one"], ["one", "a folder"]),
-    (["a.png", "wide.png"], ["wide.png", "80x64", "64x64", "crop or resize"]),
-    (["a.png", "text.png"], ["text.png", "not a readable image"]),
-    (["one"], ["one", "1 frames", "two"]),
-    (["empty"], ["empty", "0 frames"]),
-    (["mixed"], ["frame_3.png", "64x64", "93x70", "frame_1.png"]),
-    (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
-    (["clip.mp4"], ["clip.mp4", "not a video"]),
-])
-def test_bad_input(inputs, ckpt, tmp_path, names, words):
+@pytest.mark.parametrize(
+    "names,words",
+    [
+        (["none.png", "a.png"], ["none.png", "no such file"]),
+        (["a.png"], ["a.png", "one image", "second"]),
+        (["a.png", "a.png", "a.png"], ["3 inputs", "two images"]),
+        (["a.png", "one"], ["one", "a folder"]),
+        (["a.png", "wide.png"], ["wide.png", "80x64", "64x64", "crop or resize"]),
+        (["a.png", "text.png"], ["text.png", "not a readable image"]),
+        (["one"], ["one", "1 frames", "two"]),
+        (["empty"], ["empty", "0 frames"]),
+        (["mixed"], ["frame_3.png", "64x64", "93x70", "frame_1.png"]),
+        (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
+        (["clip.mp4"], ["clip.mp4", "not a video"]),
+    ],
+)
+def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
     """One line that names the file, what was found and what was expected; nothing is written."""
-    status, _, err = command(*(inputs / name for name in names), "--ckpt", ckpt,
-                             "--out", tmp_path / "out")
+    status, _, err = command(*(inputs / name for name in names), "--ckpt", ckpt, "--out", tmp_path / "out")
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
         assert word in err
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_options(inputs, ckpt, tmp_path):
+def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
     """The output folder, the checkpoint and the numbers are checked before anything is computed."""
     folder = write_frames(tmp_path / "frames", [1, 2])
     for arguments, words in [
@@ -225,15 +227,14 @@ def test_bad_options(inputs, ckpt, tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_found_late(inputs, ckpt, tmp_path):
+def test_errors_found_late(inputs, ckpt, tmp_path: Path) -> None:
     """A damaged checkpoint, a 16-bit image and a video of one frame are errors of one line too."""
     for names, weights, words in [
         (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
         (["a.png", "deep.png"], ckpt, ["deep.png", "16 bits"]),
         (["still.avi"], ckpt, ["still.avi", "one frame"]),
     ]:
-        status, _, err = command(*(inputs / name for name in names), "--ckpt", weights,
-                                 "--out", tmp_path / "out")
+        status, _, err = command(*(inputs / name for name in names), "--ckpt", weights, "--out", tmp_path / "out")
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
         for word in words:
@@ -241,27 +242,28 @@ def test_errors_found_late(inputs, ckpt, tmp_path):
 
 
 @pytest.mark.slow
-def test_command(ckpt, tmp_path):
+def test_command(ckpt, tmp_path: Path) -> None:
     """A video from the command line, twice: all pictures, and then nothing left to do."""
     path = write_video(tmp_path / "clip.avi", 3)
-    arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp",
-                 "--max-flow", 10)
+    arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp", "--max-flow", 10)
     status, out, err = command(*arguments)
     assert status == 0 and "flow of 2 pairs" in out and "2/2" in err, err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        f"clip_00000{number}{end}" for number in (0, 1)
-        for end in (".flo", "_flow.png", "_overlay.png", "_warp.png")}
+        f"clip_00000{number}{end}" for number in (0, 1) for end in (".flo", "_flow.png", "_overlay.png", "_warp.png")
+    }
     status, out, err = command(*arguments)
     assert status == 0 and "flow of 0 pairs, 2 skipped" in out, err
 
 
 @pytest.mark.slow
-def test_interruption(ckpt, tmp_path):
+def test_interruption(ckpt, tmp_path: Path) -> None:
     """Ctrl-C leaves whole files only and says how to go on; a cut video is predicted to its end."""
     path, out = write_video(tmp_path / "clip.avi", 300), tmp_path / "out"
     process = subprocess.Popen(
-        [*map(str, (sys.executable, tiny.ROOT / "model" / "predict.py", path, "--ckpt", ckpt,
-                    "--out", out))], stderr=subprocess.PIPE, text=True)
+        [*map(str, (sys.executable, tiny.ROOT / "model" / "predict.py", path, "--ckpt", ckpt, "--out", out))],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while len(list(out.glob("*.flo"))) < 3 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -271,48 +273,48 @@ def test_interruption(ckpt, tmp_path):
     assert len(list(out.iterdir())) == 2 * len(done) and len(done) < 299
 
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) * (len(done) + 5) // 300])
+    path.write_bytes(data[: len(data) * (len(done) + 5) // 300])
     status, text, err = command(path, "--ckpt", ckpt, "--out", out)
     assert status == 0 and f"{len(done)} skipped" in text and "cut short" in err, (text, err)
 
 
-def test_overlay():
+def test_overlay() -> None:
     """What stands still is grey, and lighter where the image is; what moves has its colour."""
     image = np.zeros((4, 6, 3), np.uint8)
     image[:, 3:] = 255
-    still = picture.overlay(image, np.zeros((4, 6, 2), np.float32))
+    still = flow_viz.overlay_flow(image, np.zeros((4, 6, 2), np.float32))
     assert (still[..., 0] == still[..., 1]).all() and (still[..., 0] == still[..., 2]).all()
     assert still[0, 5, 0] > still[0, 0, 0] > 0
-    right = picture.overlay(image, np.full((4, 6, 2), [5, 0], np.float32), 5.0)
+    right = flow_viz.overlay_flow(image, np.full((4, 6, 2), [5, 0], np.float32), 5.0)
     assert (right[..., 0] > 2 * right[..., 1:].max(2)).all()
 
 
-def test_warp_check():
+def test_warp_check() -> None:
     """With the right flow image 2 comes back onto image 1, but where it leaves the frame."""
     image1 = make_pair(4, 40, 60)[0]
     image2 = np.roll(image1, (-2, 3), (0, 1))
-    panels = picture.warp_check(image1, image2, np.full((40, 60, 2), [3, -2], np.float32))
+    panels = flow_viz.draw_warp_check(image1, image2, np.full((40, 60, 2), [3, -2], np.float32))
     assert panels.shape == (80, 120, 3)
     assert (panels[60:80, 60:117] == 0).all()  # below the labels
     assert panels[60:80, :60].mean() > 1
     np.testing.assert_array_equal(panels[20:40, 60:117], image1[20:, :57])
 
 
-def test_usual_length():
+def test_usual_length() -> None:
     """A few fast pixels do not count; what hardly moves is drawn as if 1 pixel were much."""
     flow = np.zeros((100, 100, 2), np.float32)
-    assert picture.usual_length(flow) == 1
+    assert flow_viz.typical_max_flow(flow) == 1
     flow[...] = [3, 4]
     flow[0, 0] = [1000, 0]
-    assert picture.usual_length(flow) == pytest.approx(5)
+    assert flow_viz.typical_max_flow(flow) == pytest.approx(5)
 
 
-def test_note(tmp_path):
+def test_note(tmp_path: Path) -> None:
     """A PNG file's note comes back; files without one, broken or absent have none."""
     path = tmp_path / "a.png"
-    picture.save_png(path, np.zeros((4, 4, 3), np.uint8), note="a key")
-    assert picture.png_note(path) == "a key"
-    picture.save_png(path, np.zeros((4, 4, 3), np.uint8))
-    assert picture.png_note(path) is None
+    flow_viz.save_png(path, np.zeros((4, 4, 3), np.uint8), note="a key")
+    assert flow_viz.png_note(path) == "a key"
+    flow_viz.save_png(path, np.zeros((4, 4, 3), np.uint8))
+    assert flow_viz.png_note(path) is None
     Path(path).write_text("no picture")
-    assert picture.png_note(path) is None and picture.png_note(tmp_path / "b.png") is None
+    assert flow_viz.png_note(path) is None and flow_viz.png_note(tmp_path / "b.png") is None

@@ -21,7 +21,7 @@ VARIANTS = ("irr", "nvlabs")
 def uniform(seed, shape):
     """Numbers in [-1, 1) that are the same with every version of NumPy."""
     raw = np.random.Philox(seed).random_raw(int(np.prod(shape)))
-    return ((raw >> np.uint64(11)) * 2.0 ** -52 - 1).reshape(shape)
+    return ((raw >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
 
 
 def plain_weights(name, shape):
@@ -34,12 +34,11 @@ def images():
     """Two smooth images, uint8 (64, 64, 3)."""
     y, x = np.mgrid[:64, :64][..., None] / 10
     phases = np.arange(3)
-    return [np.uint8(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases))
-            for shift in (0, 0.2)]
+    return [np.uint8(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases)) for shift in (0, 0.2)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flows(variant, graph_mode):
+def test_flows(variant, graph_mode) -> None:
     """Names, order of channels, conventions of warp and upsampling: all five flows agree."""
     network = PWCNet(variant)
     parameters = network.parameters_dict()

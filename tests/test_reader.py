@@ -1,7 +1,9 @@
 """Reading a converted set: bytes, order over ranks and epochs, evaluation, mixtures, damage."""
 
 import os
+import pathlib
 import shutil
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -9,33 +11,31 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.errors import UserError
 from prep import datasets, reader
 from prep.datasets import flyingchairs, sintel
-from prep.errors import UserError
 from prep.shards import Manifest
 
 PAIRS, VAL = 17, [3, 5, 6, 16]  # 13 training pairs
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory: pytest.TempPathFactory):
     return tiny.chairs(tmp_path_factory.mktemp("chairs") / "data", PAIRS)
 
 
 @pytest.fixture(scope="module")
-def converted(root, tmp_path_factory):
+def converted(root, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("set")
     list_file = tiny.split_file(folder / "split.txt", VAL)
-    return tiny.convert(
-        "flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file
-    )
+    return tiny.convert("flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file)
 
 
 def train_indices(directory, **options):
-    return [index.tolist() for *_, index in tiny.training(directory, **options)]
+    return [batch.index.tolist() for batch in tiny.training(directory, **options)]
 
 
-def flip_byte(path, offset):
+def flip_byte(path, offset) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)
@@ -47,16 +47,16 @@ def flip_byte(path, offset):
 
 
 @given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 10**6))
-def test_an_epoch_is_a_permutation(pairs, seed, epoch):
+def test_an_epoch_is_a_permutation(pairs, seed, epoch) -> None:
     assert sorted(reader.epoch_order(pairs, seed, epoch).tolist()) == list(range(pairs))
 
 
-def test_epoch_order_never_changes():
+def test_epoch_order_never_changes() -> None:
     """Another order after an update would break the resume of every run begun before it."""
     assert reader.epoch_order(8, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
 
 
-def test_orders_differ_between_epochs_seeds_and_sources():
+def test_orders_differ_between_epochs_seeds_and_sources() -> None:
     orders = [reader.epoch_order(100, *key).tolist() for key in ((0, 0), (0, 1), (1, 0), (0, 0, 1))]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
@@ -64,7 +64,7 @@ def test_orders_differ_between_epochs_seeds_and_sources():
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=4),
        st.integers(0, 5000), st.integers(1, 3000))  # fmt: skip
-def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, start, length):
+def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, start, length) -> None:
     """The resume: positions drawn from the middle are those that a whole run would draw."""
     counts, weights = zip(*sources)
     whole = reader.draw(np.arange(start + length), counts, weights, 7)
@@ -73,7 +73,7 @@ def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, sta
         assert np.array_equal(a[start:], b)
 
 
-def test_a_mixture_takes_each_sources_share_and_its_epochs_whole():
+def test_a_mixture_takes_each_sources_share_and_its_epochs_whole() -> None:
     source, epoch, index = reader.draw(np.arange(5000), (10, 700), (1, 3), 0)
     assert np.bincount(source).tolist() == [1250, 3750]
     for pairs, which in ((10, 0), (700, 1)):
@@ -87,20 +87,19 @@ def test_a_mixture_takes_each_sources_share_and_its_epochs_whole():
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
-def test_every_pair_comes_back_byte_for_byte(root, tmp_path, codec):
+def test_every_pair_comes_back_byte_for_byte(root, tmp_path: pathlib.Path, codec) -> None:
     out = tiny.convert("flyingchairs", root, tmp_path / "set", "--shards", 4, "--codec", codec)
     pairs = {p.name: p for p in flyingchairs.list_pairs(root, "")}
     for split in ("train", "val"):
-        names = reader.Split.open(out, split).names
-        for *columns, index in tiny.evaluation(out, split, batch=1):
-            sample = datasets.read_pair(pairs.pop(names[index[0]]))
-            for name, column in zip(reader.COLUMNS, columns):
-                assert column.dtype == sample[name].dtype
-                assert column[0].tobytes() == sample[name].tobytes(), name
+        names = reader.DatasetSplit.open(out, split).names
+        for batch in tiny.evaluation(out, split, batch=1):
+            for name, array in datasets.read_pair(pairs.pop(names[batch.index[0]])).items():
+                assert getattr(batch, name).dtype == array.dtype
+                assert getattr(batch, name)[0].tobytes() == array.tobytes(), name
     assert not pairs
 
 
-def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted):
+def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted) -> None:
     one = train_indices(converted, batch=6, steps=7, seed=3)
     ranks = [train_indices(converted, batch=2, rank=r, ranks=3, steps=7, seed=3, workers=r + 1)
              for r in range(3)]  # fmt: skip
@@ -111,22 +110,22 @@ def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted):
     assert sorted(stream[13:26]) == list(range(13))
 
 
-def test_index_names_the_pair_that_is_in_the_batch(root, converted):
-    names, pairs = reader.Split.open(converted, "train").names, flyingchairs.list_pairs(root, "")
+def test_index_names_the_pair_that_is_in_the_batch(root, converted) -> None:
+    names, pairs = reader.DatasetSplit.open(converted, "train").names, flyingchairs.list_pairs(root, "")
     by_name = {p.name: datasets.read_pair(p)["image1"] for p in pairs}
-    for image1, *_, index in tiny.training(converted, batch=4, steps=5):
-        for image, i in zip(image1, index):
+    for batch in tiny.training(converted, batch=4, steps=5):
+        for image, i in zip(batch.image1, batch.index):
             assert np.array_equal(image, by_name[names[i]])
 
 
-def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted):
+def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted) -> None:
     def crop(sample, rng):
         y, x = rng.integers(0, 8, 2)
         return {k: v[y : y + 16, x : x + 24] for k, v in sample.items()}
 
     def images(**options):
         batches = tiny.training(converted, transform=crop, **options)
-        return np.concatenate([image1 for image1, *_ in batches])
+        return np.concatenate([batch.image1 for batch in batches])
 
     one = images(batch=4, steps=8)
     assert one.shape == (32, 16, 24, 3)
@@ -134,27 +133,25 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted):
     assert np.array_equal(one[16:], images(batch=4, first_step=4, steps=4))
 
 
-def test_a_mixture_of_two_sets_with_two_sizes(converted, tmp_path):
-    wide = tiny.convert(
-        "flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out"
-    )
-    mixture = [(reader.Split.open(folder, "train"), 1) for folder in (converted, wide)]
+def test_a_mixture_of_two_sets_with_two_sizes(converted, tmp_path: pathlib.Path) -> None:
+    wide = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out")
+    mixture = [(reader.DatasetSplit.open(folder, "train"), 1) for folder in (converted, wide)]
     batches = reader.training_batches(
         mixture, batch=4, steps=10, transform=lambda s, rng: {k: v[:16, :16] for k, v in s.items()}
     )
-    seen = np.concatenate([index for *_, index in batches])
+    seen = np.concatenate([batch.index for batch in batches])
     assert set(seen.tolist()) == set(range(13 + len(mixture[1][0])))
     with pytest.raises(UserError, match="different sizes need a transform"):
         list(reader.training_batches(mixture, batch=4, steps=10))
 
 
-def test_fewer_pairs_than_a_global_batch(converted):
+def test_fewer_pairs_than_a_global_batch(converted) -> None:
     with pytest.raises(UserError, match="has 13 pairs.*take 14 a step"):
         next(tiny.training(converted, batch=7, ranks=2, steps=1))
 
 
-def test_an_error_in_a_transform_is_not_hidden(converted):
-    def broken(sample, rng):
+def test_an_error_in_a_transform_is_not_hidden(converted) -> None:
+    def broken(sample, rng) -> NoReturn:
         raise ZeroDivisionError("a bug in the transform")
 
     with pytest.raises(ZeroDivisionError, match="a bug in the transform"):
@@ -165,9 +162,9 @@ def test_an_error_in_a_transform_is_not_hidden(converted):
 
 
 @pytest.mark.parametrize("ranks,batch", [(1, 1), (1, 3), (2, 2), (3, 4)])
-def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch):
+def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch) -> None:
     shares = [
-        [index.tolist() for *_, index in tiny.evaluation(converted, "train", batch=batch, rank=r, ranks=ranks)]
+        [found.index.tolist() for found in tiny.evaluation(converted, "train", batch=batch, rank=r, ranks=ranks)]
         for r in range(ranks)
     ]  # fmt: skip
     assert len({len(share) for share in shares}) == 1, "ranks would wait for each other for ever"
@@ -176,40 +173,41 @@ def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch)
     assert all(len(indices) == batch for share in shares for indices in share)
 
 
-def test_shards_of_pairs_of_different_sizes(tmp_path):
+def test_shards_of_pairs_of_different_sizes(tmp_path: pathlib.Path) -> None:
     """MindRecord reads shards together only if their pages and headers have the same sizes, so the largest
     pair of the dataset decides for all of its shards."""
     release = tiny.kitti(tmp_path / "kitti", 12)
-    out = tiny.convert("kitti2015", release, tmp_path / "set", "--shards", 4, "--split-file",
-                       tiny.split_file(tmp_path / "split", [0]))
-    sizes = [image1.shape[1:3] for image1, *_ in tiny.evaluation(out, "train", batch=1)]
+    out = tiny.convert(
+        "kitti2015", release, tmp_path / "set", "--shards", 4, "--split-file", tiny.split_file(tmp_path / "split", [0])
+    )
+    sizes = [batch.image1.shape[1:3] for batch in tiny.evaluation(out, "train", batch=1)]
     assert sorted(sizes) == [(24, 40 + 8 * number) for number in range(1, 12)]
 
 
-def test_evaluation_keeps_sizes_apart(tmp_path):
+def test_evaluation_keeps_sizes_apart(tmp_path: pathlib.Path) -> None:
     data = tiny.chairs(tmp_path / "data", 9)
     tiny.chairs(data, 4, width=56)  # 00001 to 00004 are wider
     none = tiny.split_file(tmp_path / "none.txt", [])
     out = tiny.convert("flyingchairs", data, tmp_path / "out", "--split-file", none)
-    widths = [(image1.shape[2], index.tolist()) for image1, *_, index in tiny.evaluation(out, "train", batch=3)]  # fmt: skip
+    widths = [(batch.image1.shape[2], batch.index.tolist()) for batch in tiny.evaluation(out, "train", batch=3)]
     assert widths == [(56, [0, 1, 2]), (56, [3, -1, -1]), (40, [4, 5, 6]), (40, [7, 8, -1])]
 
 
-def test_evaluation_has_what_is_occluded_if_asked(tmp_path):
+def test_evaluation_has_what_is_occluded(tmp_path: pathlib.Path) -> None:
     root = tiny.sintel(tmp_path / "sintel", {"alley_1": 4})
     everything = tiny.split_file(tmp_path / "val.txt", range(3))
     out = tiny.convert("sintel", root, tmp_path / "out", "--split-file", everything)
-    names = reader.Split.open(out, "val").names
+    names = reader.DatasetSplit.open(out, "val").names
     pairs = {p.name: p for part in sintel.PARTS for p in sintel.list_pairs(root, part)}
-    for *_, flow, valid, occluded, index in tiny.evaluation(out, "val", batch=2, occluded=True):
-        for i, position in enumerate(index):
+    for batch in tiny.evaluation(out, "val", batch=2):
+        for i, position in enumerate(batch.index):
             expected = datasets.read_pair(pairs[names[position]])["occluded"]
-            assert expected.any() and np.array_equal(occluded[i], expected)
-            assert occluded.dtype == np.uint8 and occluded.shape == valid.shape
+            assert expected.any() and np.array_equal(batch.occluded[i], expected)
+            assert batch.occluded.dtype == np.uint8 and batch.occluded.shape == batch.valid.shape
 
 
-def test_helpers(converted):
-    split = reader.Split.open(converted, "val")
+def test_helpers(converted) -> None:
+    split = reader.DatasetSplit.open(converted, "val")
     assert len(split) == len(VAL) and split.sizes.tolist() == [[24, 40]] * len(VAL)
     assert split.names == [f"{i + 1:05}" for i in VAL]
 
@@ -218,7 +216,7 @@ def test_helpers(converted):
 
 
 @pytest.fixture
-def copy(converted, tmp_path):
+def copy(converted, tmp_path: pathlib.Path):
     return shutil.copytree(converted, tmp_path / "copy")
 
 
@@ -231,7 +229,7 @@ def read_all(folder):
 
 
 @pytest.mark.parametrize("how", ["cut", "removed", "renamed", "index cut"])
-def test_a_shard_that_is_not_whole_is_named_at_once(copy, how):
+def test_a_shard_that_is_not_whole_is_named_at_once(copy, how) -> None:
     path = shard_of(copy)
     if how == "cut":
         os.truncate(path, 5000)
@@ -246,7 +244,7 @@ def test_a_shard_that_is_not_whole_is_named_at_once(copy, how):
         next(tiny.training(copy, batch=2, steps=1))
 
 
-def test_a_flipped_byte_is_found_with_its_file(copy):
+def test_a_flipped_byte_is_found_with_its_file(copy) -> None:
     """In each part of a shard and its index: none may pass, and none may end the process."""
     path = shard_of(copy)
     shard = Manifest.load(copy).shards[path.name]
@@ -272,14 +270,14 @@ def test_a_flipped_byte_is_found_with_its_file(copy):
     ("", "damaged"), ("[]", "damaged"), ("{}", "damaged"), ("[" * 100000, "damaged"),
     ('{"schema_version": 99}', "schema version 99, this toolkit knows up to 1"),
 ])  # fmt: skip
-def test_a_manifest_that_is_damaged_or_newer(copy, text, message):
+def test_a_manifest_that_is_damaged_or_newer(copy, text, message) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=message):
         Manifest.load(copy)
 
 
-def test_a_folder_that_is_not_a_set(tmp_path, converted):
+def test_a_folder_that_is_not_a_set(tmp_path: pathlib.Path, converted) -> None:
     with pytest.raises(UserError, match="not there; expected a folder written by prep/convert.py"):
-        reader.Split.open(tmp_path, "train")
+        reader.DatasetSplit.open(tmp_path, "train")
     with pytest.raises(UserError, match="has no split 'test'; it has train, val"):
-        reader.Split.open(converted, "test")
+        reader.DatasetSplit.open(converted, "test")

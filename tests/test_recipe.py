@@ -1,6 +1,7 @@
 """Recipes and schedules: what is accepted, what is refused, what the rate is."""
 
 import dataclasses
+import pathlib
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.errors import UserError
+from launch.errors import UserError
 from train import recipe as recipes
 from train.schedule import learning_rate
 
@@ -24,16 +25,16 @@ def write(path, **values):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
-def test_the_package_s_own_recipes_load(name):
+def test_the_package_s_own_recipes_load(name) -> None:
     recipe = recipes.load(name)
     assert [0, *recipe.milestones, recipe.steps] == sorted({0, *recipe.milestones, recipe.steps})
 
 
-def test_sparse_ground_truth_is_trained_on_at_full_resolution():
+def test_sparse_ground_truth_is_trained_on_at_full_resolution() -> None:
     assert recipes.load("kitti-ft").loss == "sparse"
 
 
-def test_written_out_and_read_back(tmp_path):
+def test_written_out_and_read_back(tmp_path: pathlib.Path) -> None:
     """The resolved recipe that a run keeps is the recipe again."""
     recipe = recipes.load(write(tmp_path / "a.yaml"), ["milestones=[10, 20]", "weight_decay=4e-4"])
     (tmp_path / "b.yaml").write_text(recipe.to_yaml())
@@ -42,15 +43,18 @@ def test_written_out_and_read_back(tmp_path):
 
 
 WRONG = {
-    "nested aliases": ("a: &a [1, 1]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")), 1, "anchors"),
+    "nested aliases": (
+        "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        1,
+        "anchors",
+    ),
     "one alias": ("batch: 4\nsteps: *batch", 2, "anchors and aliases"),
     "brackets": ("crop: " + "[" * 20_000, 1, "nested too deeply"),
     "keys in keys": ("? " * 20_000, 1, "nested too deeply"),
     "lists in lists": ("batch: 4\ncrop: [[[[1]]]]", 2, "nested too deeply"),
     "a long number": ("batch: 4\nseed: " + "9" * 5000, 2, "5000 characters"),
-    "a long whole number": (f"seed: {10 ** 90}", 1, "seed is 1000.*; expected at most 2147483647"),
-    "a long number for a float": (f"noise: {10 ** 90}", 1, r"noise is 1e\+90; expected at most 1"),
+    "a long whole number": (f"seed: {10**90}", 1, "seed is 1000.*; expected at most 2147483647"),
+    "a long number for a float": (f"noise: {10**90}", 1, r"noise is 1e\+90; expected at most 1"),
     "a date": ("batch: 4\n\n# why\nsteps: 2001-99-99", 4, "steps is '2001-99-99'"),
     "a number without digits": ("batch: 4\nsteps: 0x_", 2, "not YAML .*base 16"),
     "an escape beyond Unicode": ('batch: "\\UFFFFFFFF"', None, "not YAML"),
@@ -67,7 +71,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_recipe_is_said_with_its_line(tmp_path, kind):
+def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind) -> None:
     """At once, and whatever YAML makes of it."""
     content, line, words = WRONG[kind]
     path = tmp_path / "a.yaml"
@@ -78,28 +82,34 @@ def test_what_is_no_recipe_is_said_with_its_line(tmp_path, kind):
     assert time.process_time() - before < 2 and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("overrides,words", [
-    (["batch=8", "steps=1", "batch=9"], "batch is given twice on the command line, as '8' and '9'"),
-    (["batch=" + "[" * 20_000], "nested too deeply"),
-    (["batch=&a 4"], r"'batch=&a 4' on the command line: .*anchors"),
-    (["batch=" + "9" * 5000], "5000 characters"),
-    (["steps=2001-99-99"], "the command line: steps is '2001-99-99'"),
-    (["batch"], "'batch' on the command line: expected key=value"),
-    (["batch="], "the command line: batch is None"),
-])
-def test_wrong_values_on_the_command_line(tmp_path, overrides, words):
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        (["batch=8", "steps=1", "batch=9"], "batch is given twice on the command line, as '8' and '9'"),
+        (["batch=" + "[" * 20_000], "nested too deeply"),
+        (["batch=&a 4"], r"'batch=&a 4' on the command line: .*anchors"),
+        (["batch=" + "9" * 5000], "5000 characters"),
+        (["steps=2001-99-99"], "the command line: steps is '2001-99-99'"),
+        (["batch"], "'batch' on the command line: expected key=value"),
+        (["batch="], "the command line: batch is None"),
+    ],
+)
+def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides, words) -> None:
     with pytest.raises(UserError, match=words) as error:
         recipes.load(write(tmp_path / "a.yaml"), overrides)
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("overrides,words", [
-    (["milestones=[20, 10]"], "milestones is .20, 10.; expected steps in rising order"),
-    (["milestones=[20, 20]"], "milestones is .20, 20.; expected steps in rising order"),
-    (["milestones=[20, 100]"], "milestones ends at 100 and steps is 100"),
-    (["warm_up=101"], "warm_up is 101 and steps 100"),
-])
-def test_schedules_that_do_not_fit_the_run(tmp_path, overrides, words):
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        (["milestones=[20, 10]"], "milestones is .20, 10.; expected steps in rising order"),
+        (["milestones=[20, 20]"], "milestones is .20, 20.; expected steps in rising order"),
+        (["milestones=[20, 100]"], "milestones ends at 100 and steps is 100"),
+        (["warm_up=101"], "warm_up is 101 and steps 100"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides, words) -> None:
     path = write(tmp_path / "a.yaml")
     with pytest.raises(UserError, match=f"a.yaml with the command line: {words}"):
         recipes.load(path, overrides)
@@ -109,14 +119,40 @@ def test_schedules_that_do_not_fit_the_run(tmp_path, overrides, words):
 
 def mutated(text):
     """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
-    pieces = st.sampled_from(["[", "{", "&a ", "*a", "!!", "? ", ": ", "- ", "<<", "|", "\n", "\t", '"',
-                              "'", "%", "#", "---\n", "\0", "\ufeff", "0x_", "1e999", ".inf", "1:30", "~"])
+    pieces = st.sampled_from(
+        [
+            "[",
+            "{",
+            "&a ",
+            "*a",
+            "!!",
+            "? ",
+            ": ",
+            "- ",
+            "<<",
+            "|",
+            "\n",
+            "\t",
+            '"',
+            "'",
+            "%",
+            "#",
+            "---\n",
+            "\0",
+            "\ufeff",
+            "0x_",
+            "1e999",
+            ".inf",
+            "1:30",
+            "~",
+        ]
+    )
     edit = st.tuples(st.integers(0, len(text)), st.integers(0, 30), pieces | st.text(max_size=20))
 
     def apply(edits):
         changed = text
         for start, length, piece in edits:
-            changed = changed[:start] + piece + changed[start + length:]
+            changed = changed[:start] + piece + changed[start + length :]
         return changed
 
     return st.lists(edit, min_size=1, max_size=4).map(apply)
@@ -126,9 +162,12 @@ OWN = [path.read_text() for path in sorted(recipes.FOLDER.glob("*.yaml"))]
 
 
 @settings(max_examples=300)
-@given(content=st.binary() | st.text().map(str.encode)
-       | st.sampled_from(OWN).flatmap(mutated).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory, content):
+@given(
+    content=st.binary()
+    | st.text().map(str.encode)
+    | st.sampled_from(OWN).flatmap(mutated).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
+def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory: pytest.TempPathFactory, content) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
     try:
@@ -140,14 +179,14 @@ def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory, content
 
 
 @given(text=st.text() | st.tuples(KEYS, st.text()).map("=".join))
-def test_any_override_is_taken_or_refused(text):
+def test_any_override_is_taken_or_refused(text) -> None:
     try:
         recipes.load("example", [text])
     except UserError as error:
         assert "command line" in str(error)
 
 
-def test_a_missing_key(tmp_path):
+def test_a_missing_key(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("crop: [64, 64]\n")
     with pytest.raises(UserError, match="batch is missing"):
@@ -155,7 +194,7 @@ def test_a_missing_key(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "7", "\0", ""])
-def test_a_file_that_is_no_recipe(tmp_path, text):
+def test_a_file_that_is_no_recipe(tmp_path: pathlib.Path, text) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match="a.yaml"):
@@ -165,11 +204,12 @@ def test_a_file_that_is_no_recipe(tmp_path, text):
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=4)
+    max_leaves=4,
+)
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
-def test_any_value_is_taken_or_refused_with_its_key(key, value):
+def test_any_value_is_taken_or_refused_with_its_key(key, value) -> None:
     """No value makes another exception than the package's own, which names the key."""
     values = {**MINIMAL, key: value}
     try:
@@ -181,14 +221,13 @@ def test_any_value_is_taken_or_refused_with_its_key(key, value):
         assert type(kept) is not bool or type(value) is bool
 
 
-def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_path):
+def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_path: pathlib.Path) -> None:
     """An option that is set, even to its default, must not contradict the weights."""
     path = write(tmp_path / "a.yaml", dense=True)
     of_file = {"variant": "nvlabs", "dense": True, "normalize_features": True, "warp_mode": "nearest"}
     adopted = recipes.adopt_network_options(recipes.load(path), of_file, "w.ckpt")
     assert {key: getattr(adopted, key) for key in of_file} == of_file
-    assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}
-                               ) == recipes.load(path)
+    assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}) == recipes.load(path)
     with pytest.raises(UserError, match=r"a.yaml, line 5: dense is true, but w.ckpt .* dense false"):
         recipes.adopt_network_options(recipes.load(path), {**of_file, "dense": False}, "w.ckpt")
     with pytest.raises(UserError, match=r"the command line: normalize_features is false, but w.ckpt"):
@@ -198,13 +237,13 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
         recipes.adopt_network_options(recipes.load(path), {"warp_mode": "cubic"}, "w.ckpt")
 
 
-def test_an_adopted_option_that_does_not_fit(tmp_path):
+def test_an_adopted_option_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     recipe = recipes.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
     with pytest.raises(UserError, match="start_from_coarser_flow is true and dense false"):
         recipes.adopt_network_options(recipe, {"dense": False}, "w.ckpt")
 
 
-def test_recipes_are_compared_by_meaning(tmp_path):
+def test_recipes_are_compared_by_meaning(tmp_path: pathlib.Path) -> None:
     """Not by text: a key that a stored recipe lacks has its default there."""
     recipe = recipes.load(write(tmp_path / "a.yaml", milestones=[10, 20]))
     (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
@@ -212,41 +251,52 @@ def test_recipes_are_compared_by_meaning(tmp_path):
         assert recipes.differences(tmp_path / name, recipe) == []
     new = recipes.load(tmp_path / "a.yaml", ["steps=200", "noise=0.5", "milestones=[10]"])
     assert recipes.differences(tmp_path / "a.yaml", new) == [
-        ("noise", 0.0, 0.5), ("steps", 100, 200), ("milestones", (10, 20), (10,))]
+        ("noise", 0.0, 0.5),
+        ("steps", 100, 200),
+        ("milestones", (10, 20), (10,)),
+    ]
     assert {"steps", "noise", "milestones"} - {*recipes.CHANGEABLE} == {"noise", "milestones"}
     (tmp_path / "old.yaml").write_text("crop: [64, 64]\nbatch: 4\nlearning_rate: 0.001\ngone: 3\n")
     assert recipes.differences(tmp_path / "old.yaml", recipe) == [
-        ("steps", None, 100), ("milestones", (), (10, 20)), ("gone", 3, None)]
+        ("steps", None, 100),
+        ("milestones", (), (10, 20)),
+        ("gone", 3, None),
+    ]
 
 
-@pytest.mark.parametrize("key,value,words", [
-    ("scale", "[1.5, 1.0]", "the smaller one first"), ("gamma", "[2, 1]", "the smaller one first"),
-    ("scale", "[0, 1]", "at least 0.25"), ("gamma", "1.5", "a list of 2 numbers"),
-    ("noise", "4", "at most 1"), ("affine", "true", "of type float")])
-def test_augmentation_out_of_range(tmp_path, key, value, words):
+@pytest.mark.parametrize(
+    "key,value,words",
+    [
+        ("scale", "[1.5, 1.0]", "the smaller one first"),
+        ("gamma", "[2, 1]", "the smaller one first"),
+        ("scale", "[0, 1]", "at least 0.25"),
+        ("gamma", "1.5", "a list of 2 numbers"),
+        ("noise", "4", "at most 1"),
+        ("affine", "true", "of type float"),
+    ],
+)
+def test_augmentation_out_of_range(tmp_path: pathlib.Path, key, value, words) -> None:
     with pytest.raises(UserError, match=f"{key} .*{words}"):
         recipes.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
 
 
-def test_milestones():
+def test_milestones() -> None:
     recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
     assert [learning_rate(recipe, step) for step in (0, 1, 2, 4, 5, 8)] == [8, 8, 4, 4, 2, 2]
 
 
-def test_cosine_with_warm_up():
+def test_cosine_with_warm_up() -> None:
     """Up in equal parts to the curve, which falls to zero at the end of the run."""
-    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine",
-                            warm_up=4)
+    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine", warm_up=4)
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1], rel=3e-3)
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[50] == pytest.approx(0.5) and learning_rate(recipe, 100) == 0
 
 
-def test_one_cycle():
+def test_one_cycle() -> None:
     """Up from a twenty-fifth to the whole rate in a tenth of the run, then down to a thousandth."""
-    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0,
-                            schedule="one-cycle")
+    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="one-cycle")
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[10] == 1 == max(rates)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

@@ -37,14 +37,14 @@ def numbers(size):
 @example(size=2)
 @example(size=3)
 @example(size=PARAMETERS)
-def test_sum_is_that_of_float64(size):
+def test_sum_is_that_of_float64(size) -> None:
     """No element is left out or counted twice, whatever the size."""
     x = numbers(size)
     total, magnitude = x.sum(dtype=np.float64), np.abs(x).sum(dtype=np.float64)
     assert abs(float(Sum()(Tensor(x))) - total) <= 5e-7 * magnitude
 
 
-def test_gradient_is_one_everywhere():
+def test_gradient_is_one_everywhere() -> None:
     x = Tensor(numbers(3 * 5 * 7).reshape(3, 5, 7))
 
     def squares(x):
@@ -74,8 +74,7 @@ def losses_and_gradients():
     n, height, width = 2, 320, 448
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(n, 2, height >> level, width >> level)) for level in (6, 5, 4, 3, 2)]
-    arrays += [cancelling(2 * n * height * width).reshape(n, 2, height, width),
-               rng.random((n, 1, height, width)) < 0.3]
+    arrays += [cancelling(2 * n * height * width).reshape(n, 2, height, width), rng.random((n, 1, height, width)) < 0.3]
     arguments = [Tensor(array.astype(np.float32)) for array in arrays]
     losses = [make_loss(name) for name in ("multiscale", "robust", "sparse")]
 
@@ -93,8 +92,7 @@ def losses_and_gradients():
 
 def normalized_features():
     """The statistics that features are normalised by, and their gradient, in a batch of 1 and of 2."""
-    pairs = [[Tensor(cancelling(n * 64 * 48 * 56).reshape(n, 64, 48, 56) * (i + 1))
-              for i in range(2)] for n in (1, 2)]
+    pairs = [[Tensor(cancelling(n * 64 * 48 * 56).reshape(n, 64, 48, 56) * (i + 1)) for i in range(2)] for n in (1, 2)]
 
     def total(features1, features2):
         normalized1, normalized2 = normalize_pair(features1, features2)
@@ -103,8 +101,9 @@ def normalized_features():
     step = value_and_grad(total, (0, 1))
 
     def call():
-        return [array for pair in pairs for part in step(*pair)
-                for array in (part if isinstance(part, tuple) else (part,))]
+        return [
+            array for pair in pairs for part in step(*pair) for array in (part if isinstance(part, tuple) else (part,))
+        ]
 
     return call
 
@@ -122,14 +121,21 @@ print(*sorted({{hashlib.sha256(b"".join(array.asnumpy().tobytes() for array in c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what,calls", [("large_sum", 110), ("losses_and_gradients", 20),
-                                        ("normalized_features", 20)])
-def test_bits_do_not_depend_on_calls_threads_or_load(what, calls):
+@pytest.mark.parametrize("what,calls", [("large_sum", 110), ("losses_and_gradients", 20), ("normalized_features", 20)])
+def test_bits_do_not_depend_on_calls_threads_or_load(what, calls) -> None:
     """More calls than the 15 in which MindSpore tries its splits, in processes that disturb each other."""
-    started = [subprocess.Popen(
-        [sys.executable, "-c", CALLS.format(folder=os.path.dirname(__file__), threads=threads,
-                                            what=what, calls=calls)],
-        text=True, stdout=subprocess.PIPE) for threads in (1, 2, 3)]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                CALLS.format(folder=os.path.dirname(__file__), threads=threads, what=what, calls=calls),
+            ],
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for threads in (1, 2, 3)
+    ]
     seen = {process.communicate()[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(seen) == 1 and len(seen.pop().split()) == 1

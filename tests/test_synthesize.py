@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from prep import errors, flowio, images, synthesize
+from launch import errors
+from prep import synthesize
+from prep.formats import flow as flow_format
+from prep.formats import image as image_format
 
 SCRIPT = Path(synthesize.__file__)
 
@@ -42,12 +45,12 @@ def square_layer(left, top, shift_x, grey):
     return {"patch": patch, "border": cv2.BORDER_CONSTANT, "pose": pose, "motion": motion}
 
 
-def run_main(monkeypatch, *arguments):
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["synthesize.py", *map(str, arguments)])
     synthesize.main()
 
 
-def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_path):
+def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_path: Path) -> None:
     synthesize.write_set(str(tmp_path / "one"), 5, 48, 64, seed=7, workers=1)
     synthesize.write_set(str(tmp_path / "two"), 5, 48, 64, seed=7, workers=2)
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two")
@@ -58,25 +61,24 @@ def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_p
     assert alone != (tmp_path / "00005_img2.ppm").read_bytes()
 
 
-def test_set_has_the_flyingchairs_layout_and_a_validation_list(tmp_path):
+def test_set_has_the_flyingchairs_layout_and_a_validation_list(tmp_path: Path) -> None:
     synthesize.write_set(str(tmp_path / "set"), 12, 32, 48, seed=0, workers=2)
-    expected = {f"{number:05d}_{part}" for number in range(1, 13)
-                for part in ("img1.ppm", "img2.ppm", "flow.flo")}
+    expected = {f"{number:05d}_{part}" for number in range(1, 13) for part in ("img1.ppm", "img2.ppm", "flow.flo")}
     assert set(all_bytes(tmp_path / "set")) == expected | {"validation.txt", "synthesize.json"}
-    assert images.read_image(str(tmp_path / "set/00001_img1.ppm")).shape == (32, 48, 3)
-    assert flowio.read_flo(str(tmp_path / "set/00012_flow.flo")).shape == (32, 48, 2)
+    assert image_format.read_image(str(tmp_path / "set/00001_img1.ppm")).shape == (32, 48, 3)
+    assert flow_format.read_flo(str(tmp_path / "set/00012_flow.flo")).shape == (32, 48, 2)
     title, *indices = (tmp_path / "set/validation.txt").read_text().splitlines()
     assert title.startswith("#") and indices == ["9"]
     assert not (tmp_path / "set.partial").exists()
 
 
 @pytest.mark.parametrize("pairs, expected", [(1, [0]), (4, [3]), (10, [9]), (31, [9, 19, 29])])
-def test_about_a_tenth_is_for_validation_and_one_at_least(pairs, expected):
+def test_about_a_tenth_is_for_validation_and_one_at_least(pairs, expected) -> None:
     assert list(synthesize.validation_indices(pairs)) == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_second_image_warped_by_the_flow_is_the_first_where_not_occluded(seed):
+def test_second_image_warped_by_the_flow_is_the_first_where_not_occluded(seed) -> None:
     image1, image2, flow, occluded = synthesize.make_pair(seed, 128, 192)
     assert image1.dtype == image2.dtype == np.uint8 and flow.dtype == np.float32
     assert image1.shape == image2.shape == (128, 192, 3) and flow.shape == (128, 192, 2)
@@ -91,7 +93,7 @@ def test_second_image_warped_by_the_flow_is_the_first_where_not_occluded(seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_occluded_pixels_are_not_found_again(seed):
+def test_occluded_pixels_are_not_found_again(seed) -> None:
     image1, image2, flow, occluded = synthesize.make_pair(seed, 128, 192)
     difference = np.abs(pull_back(image2, flow) - image1).mean(-1)
     assert difference[occluded].mean() > 5 * difference[~occluded].mean()
@@ -100,15 +102,13 @@ def test_occluded_pixels_are_not_found_again(seed):
     assert occluded[left_the_frame].all()
 
 
-def test_layer_in_front_decides_the_flow_and_hides_what_it_moves_over():
+def test_layer_in_front_decides_the_flow_and_hides_what_it_moves_over() -> None:
     back = square_layer(0, 0, 0, 50)
     back["border"] = cv2.BORDER_REFLECT_101  # without end: it fills the frame
     middle, front = square_layer(10, 10, 0, 100), square_layer(25, 10, -8, 200)
     layers = [back, middle, front]
     image1, label1 = synthesize.render(layers, [layer["pose"] for layer in layers], 40, 60)
-    _, label2 = synthesize.render(
-        layers, [layer["motion"] @ layer["pose"] for layer in layers], 40, 60
-    )
+    _, label2 = synthesize.render(layers, [layer["motion"] @ layer["pose"] for layer in layers], 40, 60)
     flow = synthesize.flow_of_labels(label1, [layer["motion"] for layer in layers])
     assert image1[15, 28].tolist() == [200] * 3  # both squares are here, the later is in front
     assert flow[15, 28].tolist() == [-8, 0] and flow[15, 20].tolist() == [0, 0]
@@ -119,7 +119,7 @@ def test_layer_in_front_decides_the_flow_and_hides_what_it_moves_over():
 
 
 @pytest.mark.parametrize("height, width", [(48, 64), (96, 128)])
-def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(height, width):
+def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(height, width) -> None:
     flows = [synthesize.make_pair([1, seed], height, width)[2] for seed in range(120)]
     length = np.linalg.norm(flows, axis=-1) * 512 / width
     assert 8 < length.mean() < 14  # FlyingChairs: 11
@@ -127,7 +127,7 @@ def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(he
     assert 0.02 < (length > 40).mean() < 0.1  # and a few large ones
 
 
-def test_pictures_are_textured_bright_and_dark():
+def test_pictures_are_textured_bright_and_dark() -> None:
     pictures = np.stack([synthesize.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
     brightness = pictures.mean(axis=(1, 2, 3))
     assert brightness.std() > 20
@@ -136,28 +136,38 @@ def test_pictures_are_textured_bright_and_dark():
     assert np.ptp(pictures, axis=-1).mean() > 15  # in colour
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--size", "128"], ["--size", "0x64"], ["--size", "64x9999"], ["--size", "axb"],
-    ["--pairs", "0"], ["--pairs", "100000"], ["--seed", "-1"], ["--workers", "0"],
-])
-def test_bad_arguments_are_user_errors_that_name_the_option(tmp_path, monkeypatch, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--size", "128"],
+        ["--size", "0x64"],
+        ["--size", "64x9999"],
+        ["--size", "axb"],
+        ["--pairs", "0"],
+        ["--pairs", "100000"],
+        ["--seed", "-1"],
+        ["--workers", "0"],
+    ],
+)
+def test_bad_arguments_are_user_errors_that_name_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments
+) -> None:
     with pytest.raises(errors.UserError, match=f"^{arguments[0]} {arguments[1]}: expected"):
         run_main(monkeypatch, "--out", tmp_path / "set", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    result = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--pairs", "1"],
-                            capture_output=True, text=True)
+    result = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--pairs", "1"], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_finished_set_is_recognised_and_another_is_not_overwritten(
-    tmp_path, monkeypatch, capsys
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--out", tmp_path / "set", "--size", "32x32", "--workers", 1]
     run_main(monkeypatch, *common, "--pairs", 2)
     before = all_bytes(tmp_path / "set")
@@ -168,10 +178,12 @@ def test_a_finished_set_is_recognised_and_another_is_not_overwritten(
     assert all_bytes(tmp_path / "set") == before
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--out", tmp_path / "set", "--pairs", "5000", "--workers", "2"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("set.partial/*.flo")) and time.monotonic() < deadline:

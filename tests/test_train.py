@@ -1,6 +1,7 @@
 """Training as a user starts it: what disturbs a run, what it begins with, what is refused."""
 
 import json
+import pathlib
 import shutil
 import signal
 import sys
@@ -10,12 +11,12 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from runs import RECIPE, check_refused, data, finish, last_step, network, read_events, train, wait_for_step
+from runs import RECIPE, check_refused, finish, last_step, read_events, train, wait_for_step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks,number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
-def test_a_stopped_run_keeps_its_last_step(data, tmp_path, ranks, number):
+def test_a_stopped_run_keeps_its_last_step(data, tmp_path: pathlib.Path, ranks, number) -> None:
     """A signal ends a run after the step that it is in, which the same command goes on from; mpirun
     gives SIGUSR1 to all ranks."""
     run = tmp_path / "run"
@@ -34,16 +35,15 @@ def test_a_stopped_run_keeps_its_last_step(data, tmp_path, ranks, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_diverging_run_says_with_which_pairs(data, tmp_path, precision):
+def test_a_diverging_run_says_with_which_pairs(data, tmp_path: pathlib.Path, precision) -> None:
     """A loss that is no number ends the run, in float16 once no loss scale helps; the checkpoints before
     it stay."""
-    job = train(data, tmp_path / "run", learning_rate=1e30, steps=30, precision=precision,
-                validate_every=30)
+    job = train(data, tmp_path / "run", learning_rate=1e30, steps=30, precision=precision, validate_every=30)
     check_refused(job, "no finite number", "with the pairs 000", "learning_rate")
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_given_weights(data, tmp_path):
+def test_a_run_begins_with_given_weights(data, tmp_path: pathlib.Path) -> None:
     """--init takes the weights of another file on every rank, and no file that does not fit."""
     from model import weights
     from model.pwcnet import PWCNet
@@ -51,31 +51,44 @@ def test_a_run_begins_with_given_weights(data, tmp_path):
     options = {"dense": False, "normalize_features": True}
     network = PWCNet(**options)
     weights.save_network(tmp_path / "first.ckpt", network, options)
-    status, _, err = finish(train(data, tmp_path / "run", 2, init=tmp_path / "first.ckpt", steps=1,
-                                  learning_rate=1e-12))
+    status, _, err = finish(
+        train(data, tmp_path / "run", 2, init=tmp_path / "first.ckpt", steps=1, learning_rate=1e-12)
+    )
     assert status == 0, err
     kept = weights.read(tmp_path / "run" / "checkpoints" / "best.ckpt")
     for parameter in network.get_parameters():
         np.testing.assert_allclose(kept[parameter.name].asnumpy(), parameter.asnumpy(), atol=1e-7)
 
-    check_refused(train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
-                  "variant is nvlabs, but ", "first.ckpt is of a network with variant irr")
+    check_refused(
+        train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
+        "variant is nvlabs, but ",
+        "first.ckpt is of a network with variant irr",
+    )
     check_refused(train(data, tmp_path / "third", init=tmp_path / "none.ckpt"), "none.ckpt")
 
 
 @pytest.fixture(scope="module")
-def kitti(tmp_path_factory):
+def kitti(tmp_path_factory: pytest.TempPathFactory):
     """Converted sets of pairs of five widths: (six for training and four for validation, all ten for
     validation)."""
     folder = tmp_path_factory.mktemp("kitti")
     release = tiny.kitti(folder / "release", 10, height=72, width=72)
-    return [tiny.convert("kitti2015", release, folder / name, "--shards", "2", "--split-file",
-                         tiny.split_file(folder / f"{name}.txt", positions))
-            for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))]
+    return [
+        tiny.convert(
+            "kitti2015",
+            release,
+            folder / name,
+            "--shards",
+            "2",
+            "--split-file",
+            tiny.split_file(folder / f"{name}.txt", positions),
+        )
+        for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))
+    ]
 
 
 @pytest.mark.slow
-def test_pairs_of_different_sizes(kitti, tmp_path):
+def test_pairs_of_different_sizes(kitti, tmp_path: pathlib.Path) -> None:
     """Training on them, validating on them and on a set that has nothing else, and the evaluation: each
     with two ranks, each with a picture of pairs that both had."""
     mixed, unseen = kitti
@@ -87,25 +100,31 @@ def test_pairs_of_different_sizes(kitti, tmp_path):
     assert result["best_epe"] == result["epe"] and result["epe"] != result["sets"]["mixed"]["epe"]
     events = read_events(run)
     assert {"validation/epe", "validation/mixed/epe"} <= set(events.Tags()["scalars"])
-    drawn, = events.Images("validation/flow")
+    (drawn,) = events.Images("validation/flow")
     assert drawn.height > 4 * 72 and drawn.width >= 4 * (72 + 3 * 8), "four pairs, as wide as the fourth"
 
     best = run / "checkpoints" / "best.ckpt"
-    status, text, err = finish(tiny.mpirun(2, sys.executable, "train/evaluate.py", "--data", unseen,
-                                           "--ckpt", best, "--out", tmp_path))
+    status, text, err = finish(
+        tiny.mpirun(2, sys.executable, "train/evaluate.py", "--data", unseen, "--ckpt", best, "--out", tmp_path)
+    )
     assert status == 0, err
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["epe"] == pytest.approx(result["epe"], rel=1e-4)
     assert "72x72, 72x80" in text and (tmp_path / "flow.png").exists()
 
 
-def test_what_can_be_validated_on(data, kitti, tmp_path):
+def test_what_can_be_validated_on(data, kitti, tmp_path: pathlib.Path) -> None:
     """A set without training pairs is refused as --data, and one without validation pairs as the only
     one to validate on."""
     mixed, unseen = kitti
     check_refused(train(unseen, tmp_path / "run"), "no training pairs", "--validate")
-    everything = tiny.convert("kitti2015", mixed.parent / "release", tmp_path / "everything",
-                              "--split-file", tiny.split_file(tmp_path / "none.txt", []))
+    everything = tiny.convert(
+        "kitti2015",
+        mixed.parent / "release",
+        tmp_path / "everything",
+        "--split-file",
+        tiny.split_file(tmp_path / "none.txt", []),
+    )
     check_refused(train(everything, tmp_path / "run", batch=2), "split val has no pair", "--validate")
     job = train(data, tmp_path / "run", validate=[everything])
     check_refused(job, "everything: split val has no pair")
@@ -115,7 +134,7 @@ def test_what_can_be_validated_on(data, kitti, tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
+def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path: pathlib.Path) -> None:
     """A run from weights with normalised features has their error before its first step (one that is too
     small to change them), keeps the option, and so can be extended without the file."""
     from model import weights
@@ -126,20 +145,23 @@ def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
     weights.save_network(first, PWCNet(**options), options)
     recipe.write_text("crop: [64, 64]\nlearning_rate: 1.0e-30\n")
     known = {"recipe": recipe, "schedule": "milestones", "clip_norm": 1.0}
-    check_refused(train(data, run, init=first, normalize_features="false", **known),
-                  "normalize_features is false", f"{first} is of a network with normalize_features true")
+    check_refused(
+        train(data, run, init=first, normalize_features="false", **known),
+        "normalize_features is false",
+        f"{first} is of a network with normalize_features true",
+    )
     status, _, err = finish(train(data, run, 2, init=first, steps=1, **known))
     assert status == 0, err
-    status, _, err = finish(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", first,
-                                        "--batch", "2", "--out", tmp_path))
+    status, _, err = finish(
+        tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", first, "--batch", "2", "--out", tmp_path)
+    )
     assert status == 0, err
     result = json.loads((run / "result.json").read_text())
     assert result["epe"] == json.loads((tmp_path / "evaluation.json").read_text())["epe"]
     assert "normalize_features: true" in (run / "recipe.yaml").read_text()
 
     first.unlink()
-    changed = {"steps": 3, "log_every": 3, "validate_every": 1, "validation_batch": 1,
-               "checkpoint_every": 2}
+    changed = {"steps": 3, "log_every": 3, "validate_every": 1, "validation_batch": 1, "checkpoint_every": 2}
     status, _, err = finish(train(data, run, init=first, **known, **changed))
     assert status == 0 and "going on after step 1" in err and "steps 3 (was 1)" in err, err
     longer = json.loads((run / "result.json").read_text())
@@ -149,7 +171,7 @@ def test_fine_tuning_takes_the_options_of_the_weights(data, tmp_path):
     check_refused(train(data, run, **known, steps=2), "has done 3 steps", "steps=3")
 
 
-def test_what_may_not_change(data, tmp_path):
+def test_what_may_not_change(data, tmp_path: pathlib.Path) -> None:
     """The key that differs from the run's recipe is named with both values; as is a run folder of a newer
     version."""
     from train import recipe as recipes
@@ -166,7 +188,7 @@ def test_what_may_not_change(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_disturbed(data, tmp_path):
+def test_a_run_that_is_disturbed(data, tmp_path: pathlib.Path) -> None:
     """Another run in the same folder is refused; without SummaryRecord's writer, killed, it goes on; killed
     itself, it leaves a lock that holds nobody up, and an account of the steps that were lost."""
     run = tmp_path / "run"
@@ -174,7 +196,7 @@ def test_a_run_that_is_disturbed(data, tmp_path):
     job = train(data, run, steps=1000, **often)
     wait_for_step(job, run, 2)
     check_refused(train(data, run, 2, steps=1000, **often), str(run), f"process {job.pid}", "training run")
-    writer, = psutil.Process(job.pid).children()
+    (writer,) = psutil.Process(job.pid).children()
     writer.kill()
     wait_for_step(job, run, last_step(run) + 3)
     job.kill()
@@ -191,13 +213,15 @@ def test_a_run_that_is_disturbed(data, tmp_path):
     assert status == 0 and f"after step {kept}" in err, err
     account = json.loads((run / "result.json").read_text())["goodput"]
     assert account["starts"] == 2 and f"goodput {100 * account['goodput']:.0f} %" in out
-    assert all(account["seconds"][name] > 0 for name in (
-        "steps", "lost_steps", "startup", "compilation", "validation", "checkpoints"))
+    assert all(
+        account["seconds"][name] > 0
+        for name in ("steps", "lost_steps", "startup", "compilation", "validation", "checkpoints")
+    )
     assert sum(account["seconds"].values()) == pytest.approx(account["wall"])
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written(data, tmp_path):
+def test_a_checkpoint_that_cannot_be_written(data, tmp_path: pathlib.Path) -> None:
     """It ends the run with its name, and leaves the one before and nothing half written."""
     from model import weights
 
@@ -210,23 +234,26 @@ def test_a_checkpoint_that_cannot_be_written(data, tmp_path):
     assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
 
 
-@pytest.mark.parametrize("overrides,words", [
-    ({"learning_rat": 1}, ["learning_rat", "learning_rate"]),
-    ({"batch": 40}, ["11 training pairs", "batch"]),
-    ({"crop": "[128,128]"}, ["64x128", "128x128"]),
-    ({"crop": "[64,96]"}, ["multiples of 64"]),
-    ({"precision": "float8"}, ["float16"]),
-    ({"steps": -1}, ["steps", "at least 1"]),
-    ({"mixture": "[1,2]"}, ["2 shares", "1 set(s)"]),
-    ({"accumulate": 3}, ["batch is 4", "3 parts", "batch=6"]),
-])
-def test_a_bad_recipe(data, tmp_path, overrides, words):
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        ({"learning_rat": 1}, ["learning_rat", "learning_rate"]),
+        ({"batch": 40}, ["11 training pairs", "batch"]),
+        ({"crop": "[128,128]"}, ["64x128", "128x128"]),
+        ({"crop": "[64,96]"}, ["multiples of 64"]),
+        ({"precision": "float8"}, ["float16"]),
+        ({"steps": -1}, ["steps", "at least 1"]),
+        ({"mixture": "[1,2]"}, ["2 shares", "1 set(s)"]),
+        ({"accumulate": 3}, ["batch is 4", "3 parts", "batch=6"]),
+    ],
+)
+def test_a_bad_recipe(data, tmp_path: pathlib.Path, overrides, words) -> None:
     """One line says which key is wrong and what would be right; no run folder appears."""
     check_refused(train(data, tmp_path / "run", **overrides), *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_folders(data, tmp_path):
+def test_bad_folders(data, tmp_path: pathlib.Path) -> None:
     """No data set, somebody's own folder, another run's folder, an unknown recipe, no checkpoint."""
     check_refused(train(tmp_path / "nothing", tmp_path / "run"), "nothing")
     own = tmp_path / "own"
@@ -236,15 +263,14 @@ def test_bad_folders(data, tmp_path):
     (own / "recipe.yaml").write_text("steps: 7\n")
     check_refused(train(data, own), str(own), "another recipe")
     check_refused(train(data, tmp_path / "run", recipe="exampel"), "exampel", "example")
-    check_refused(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt",
-                              tmp_path / "none.ckpt"), "none.ckpt")
+    check_refused(tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", tmp_path / "none.ckpt"), "none.ckpt")
 
 
-def test_a_host_that_differs_is_named(data, network, tmp_path):
+def test_a_host_that_differs_is_named(data, two_hosts, tmp_path: pathlib.Path) -> None:
     """A shard that only one host lacks, and other code there; nothing is begun on either."""
-    if not network:
+    if not two_hosts:
         pytest.skip("takes root and iproute2 to make hosts")
-    for number in network.numbers:
+    for number in two_hosts.numbers:
         for folder in ("launch", "model", "prep", "train"):
             shutil.copytree(tiny.ROOT / folder, tmp_path / f"host{number}" / folder)
         shutil.copytree(data, tmp_path / f"host{number}" / "data")
@@ -253,17 +279,16 @@ def test_a_host_that_differs_is_named(data, network, tmp_path):
     whole = shard.read_bytes()
     for damaged, words in ((None, "not there"), (whole[:-1], f"{len(whole)} as the set's manifest")):
         shard.unlink() if damaged is None else shard.write_bytes(damaged)
-        job = train(local / "data", local / "run", network=network)
+        job = train(local / "data", local / "run", hosts=two_hosts)
         check_refused(job, f"rank 1 on host2: {local}/data/{shard.name}", words)
     shard.write_bytes(whole)
     with open(second / "train" / "loop.py", "a") as file:
         file.write("# another revision\n")
-    job = train(local / "data", local / "run", network=network,
-                program=(sys.executable, local / "train" / "main.py"))
+    job = train(local / "data", local / "run", hosts=two_hosts, program=(sys.executable, local / "train" / "main.py"))
     check_refused(job, "rank 1 on host2 has code ", "rank 0 on host1 has ", "same code")
-    assert not any((tmp_path / f"host{number}" / "run").exists() for number in network.numbers)
+    assert not any((tmp_path / f"host{number}" / "run").exists() for number in two_hosts.numbers)
 
 
-def test_ranks_are_told_once(data, tmp_path):
+def test_ranks_are_told_once(data, tmp_path: pathlib.Path) -> None:
     """A mistake that every rank sees is one line of output."""
     check_refused(train(data, tmp_path / "run", ranks=2, batch=3), "batch is 3", "multiple of 2")

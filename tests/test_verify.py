@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import shutil
 import sqlite3
@@ -15,25 +16,23 @@ import numpy as np
 import pytest
 import tiny
 
+from launch.errors import UserError
 from prep import shards, verify
-from prep.errors import UserError
-from prep.reader import Split
+from prep.reader import DatasetSplit
 from prep.shards import Manifest
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+def converted(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("set")
     data = tiny.chairs(folder / "data", 9)
     tiny.chairs(data, 3, width=56)  # two sizes
     list_file = tiny.split_file(folder / "split.txt", [0, 5])
-    return tiny.convert(
-        "flyingchairs", data, folder / "a set é?#", "--shards", 2, "--split-file", list_file
-    )
+    return tiny.convert("flyingchairs", data, folder / "a set é?#", "--shards", 2, "--split-file", list_file)
 
 
 @pytest.fixture
-def copy(converted, tmp_path):
+def copy(converted, tmp_path: pathlib.Path):
     return shutil.copytree(converted, tmp_path / "copy é?#")
 
 
@@ -47,7 +46,7 @@ def run_verify(*arguments, cwd=tiny.ROOT.parent):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def flip(path, offset):
+def flip(path, offset) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -60,13 +59,13 @@ def shards_of(folder):
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_good_set(converted, deep):
+def test_a_good_set(converted, deep) -> None:
     assert problems(converted, deep) == []
     done = run_verify(converted, *["--deep"] * deep, cwd=tiny.ROOT / "prep")
     assert done.returncode == 0 and "9 pairs in 3 shards, " in done.stdout, done.stderr
 
 
-def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy):
+def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy) -> None:
     rng = np.random.default_rng(0)
     for shard in shards_of(copy)[:2]:
         for suffix, size in (("", shard.bytes), (".db", shard.index_bytes)):
@@ -74,14 +73,12 @@ def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy):
             for offset in [0, size - 1, *rng.integers(0, size, 15)]:
                 flip(path, offset)
                 found = problems(copy, deep=True)
-                assert found and all(str(path) in line and "damaged" in line for line in found), (
-                    offset
-                )
+                assert found and all(str(path) in line and "damaged" in line for line in found), offset
                 flip(path, offset)
     assert problems(copy, deep=True) == []
 
 
-def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy):
+def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy) -> None:
     path = copy / "manifest.json"
     size = path.stat().st_size
     for offset in [0, size - 3, *np.random.default_rng(1).integers(0, size - 1, 200)]:
@@ -92,7 +89,7 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy):
     assert Manifest.load(copy)
 
 
-def test_every_damaged_pair_is_named_and_no_other(copy):
+def test_every_damaged_pair_is_named_and_no_other(copy) -> None:
     shard = shards_of(copy)[0]
     path = copy / shard.file
     offsets = [offset for offset, _ in shard.records(copy)]
@@ -106,7 +103,7 @@ def test_every_damaged_pair_is_named_and_no_other(copy):
     assert "its SHA-256 is not the one in the set's manifest" in found[2]
 
 
-def test_all_problems_are_printed_not_only_the_first(copy):
+def test_all_problems_are_printed_not_only_the_first(copy) -> None:
     first, second, third = [copy / shard.file for shard in shards_of(copy)]
     os.truncate(first, 5000)
     second.rename(copy / "renamed.mindrecord")
@@ -120,12 +117,12 @@ def test_all_problems_are_printed_not_only_the_first(copy):
     assert done.stderr.splitlines()[-1] == f"error: {copy}: 9 pairs in 3 shards, 3 problems (above)"
 
 
-def test_a_folder_that_is_not_a_set(tmp_path):
+def test_a_folder_that_is_not_a_set(tmp_path: pathlib.Path) -> None:
     done = run_verify(tmp_path)
     assert done.returncode == 1 and "expected a folder written by prep/convert.py" in done.stderr
 
 
-def test_a_manifest_that_is_of_other_pairs(copy):
+def test_a_manifest_that_is_of_other_pairs(copy) -> None:
     """Names and sizes are in the manifest too, and must be those of the records."""
     manifest = Manifest.load(copy)
     shard = manifest.shards[manifest.splits["train"][-1]]
@@ -146,7 +143,7 @@ def test_a_manifest_that_is_of_other_pairs(copy):
 # --- Sets that were made to do harm: their hashes are right ----------------------------------------
 
 
-def forge(folder, change):
+def forge(folder, change) -> None:
     """Change a set's manifest by `change(fields)` and make its hash right again."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
@@ -155,7 +152,7 @@ def forge(folder, change):
     path.write_text(json.dumps({**fields, "sha256": shards.hash_fields(fields)}))
 
 
-def forge_file(folder, suffix, change):
+def forge_file(folder, suffix, change) -> None:
     """Change the first shard's file or index by `change(path)` and make its hashes right again."""
     shard = shards_of(folder)[0]
     path = folder / (shard.file + suffix)
@@ -171,7 +168,7 @@ def put(*place):
     """A change of a manifest: the last of `place` becomes the value at the others."""
     *keys, last, value = place
 
-    def change(fields):
+    def change(fields) -> None:
         for key in keys:
             fields = fields[key]
         fields[last] = value
@@ -222,7 +219,7 @@ FIRST = ("shards", 0)
     (put(*FIRST, "sizes", [[4, 24, "40"]]), r"sizes\[0\]\[2\] is '40'"),
     (put(*FIRST, "sizes", [[3, 60000, 60000]]), "bytes can't hold a pair of 60000x60000"),
 ])  # fmt: skip
-def test_a_manifest_of_wrong_types_is_one_line(copy, change, message):
+def test_a_manifest_of_wrong_types_is_one_line(copy, change, message) -> None:
     forge(copy, lambda fields: None)
     assert problems(copy, deep=False) == [], "what is forged well is the same set"
     forge(copy, change)
@@ -231,7 +228,7 @@ def test_a_manifest_of_wrong_types_is_one_line(copy, change, message):
     assert len(str(raised.value)) < 1000
 
 
-def test_a_shard_outside_the_folder_is_not_opened(copy):
+def test_a_shard_outside_the_folder_is_not_opened(copy) -> None:
     """Whoever sends a set could else have any file read, and know whether it is there."""
     name = shards_of(copy)[0].file
     for suffix in ("", ".db"):
@@ -244,7 +241,7 @@ def test_a_shard_outside_the_folder_is_not_opened(copy):
 
 
 def change_index(*commands):
-    def change(path):
+    def change(path) -> None:
         with contextlib.closing(sqlite3.connect(path)) as index:
             for command in commands:
                 index.execute(command)
@@ -278,13 +275,13 @@ COMPUTED = (
     (ENDLESS, "its index is not a plain table"),
     (COMPUTED, "its index is not a plain table"),
 ])  # fmt: skip
-def test_an_index_that_leads_astray(copy, commands, message):
+def test_an_index_that_leads_astray(copy, commands, message) -> None:
     """Neither this toolkit nor MindSpore, which believes it, may follow it."""
     forge_file(copy, ".db", change_index(*commands))
     (line,) = problems(copy, deep=True)
     assert message in line and shards_of(copy)[0].file in line
     with pytest.raises(UserError, match=message):
-        Split.open(copy, "train")
+        DatasetSplit.open(copy, "train")
 
 
 @pytest.mark.parametrize("header,message", [
@@ -295,8 +292,8 @@ def test_an_index_that_leads_astray(copy, commands, message):
     (struct.pack("<Q", 16) + b'{"page_size": 0}', "page_size is 0"),
     (struct.pack("<Q", 49) + b'{"page_size": 131072, "shard_addresses": ["/a"]} ', "another shard's"),
 ])  # fmt: skip
-def test_a_header_that_leads_astray(copy, header, message):
-    def change(path):
+def test_a_header_that_leads_astray(copy, header, message) -> None:
+    def change(path) -> None:
         path.write_bytes(header + path.read_bytes()[len(header) :])
 
     forge_file(copy, "", change)

@@ -1,5 +1,6 @@
 """Files of weights without PyTorch: what they say of their network, and files that hold none."""
 
+import pathlib
 import tracemalloc
 import zipfile
 import zlib
@@ -11,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
 
+from launch.errors import UserError
 from model import checkpoint_file, weights
 from model.import_torch import LIGHTNING, UNUSED, check_zip, import_weights, tell_channels
 from model.pwcnet import PWCNet
-from prep.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
-def test_what_a_file_says_of_its_network(network, tmp_path):
+def test_what_a_file_says_of_its_network(network, tmp_path: pathlib.Path) -> None:
     """What it leaves out has the defaults with which it is built."""
     path = tmp_path / "in.ckpt"
     defaults = {"variant": "irr", "dense": True, "normalize_features": False, "warp_mode": "bilinear"}
@@ -31,30 +32,35 @@ def test_what_a_file_says_of_its_network(network, tmp_path):
     assert PWCNet(**defaults).variant == "irr"
 
 
-@pytest.mark.parametrize("options", [
-    {"depth": 3}, {"variant": "other"}, {"dense": 1}, {"warp_mode": ["nearest"]}, [1], "irr"])
-def test_options_of_another_version(network, tmp_path, options):
+@pytest.mark.parametrize(
+    "options", [{"depth": 3}, {"variant": "other"}, {"dense": 1}, {"warp_mode": ["nearest"]}, [1], "irr"]
+)
+def test_options_of_another_version(network, tmp_path: pathlib.Path, options) -> None:
     weights.save_network(tmp_path / "in.ckpt", network, options)
     with pytest.raises(UserError, match=r"in.ckpt: .*options .* are unknown to this version"):
         weights.network_options(tmp_path / "in.ckpt")
 
 
-VALUES = {"scalar": np.int32(7), "flag": np.bool_(True),
-          "small": np.arange(6, dtype=np.float32).reshape(2, 3),
-          "wide": np.arange(3, dtype=np.int64),
-          "half": np.ones((1, 2), np.float16)}
+VALUES = {
+    "scalar": np.int32(7),
+    "flag": np.bool_(True),
+    "small": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "wide": np.arange(3, dtype=np.int64),
+    "half": np.ones((1, 2), np.float16),
+}
 
 
 def small_file(path, crc_check=True):
     """A small checkpoint as MindSpore writes it; returns its bytes."""
     values = [{"name": name, "data": Tensor(value)} for name, value in VALUES.items()]
-    mindspore.save_checkpoint(values, str(path), crc_check=crc_check,
-                              append_dict={"text": "näher", "step": 3, "best": 2.5})
+    mindspore.save_checkpoint(
+        values, str(path), crc_check=crc_check, append_dict={"text": "näher", "step": 3, "best": 2.5}
+    )
     return path.read_bytes()
 
 
 @pytest.mark.parametrize("crc_check", [True, False])
-def test_a_file_holds_what_mindspore_reads_in_it(tmp_path, crc_check):
+def test_a_file_holds_what_mindspore_reads_in_it(tmp_path: pathlib.Path, crc_check) -> None:
     """Every type, shape and text, with and without a checksum."""
     path = tmp_path / "in.ckpt"
     small_file(path, crc_check)
@@ -69,11 +75,16 @@ def test_a_file_holds_what_mindspore_reads_in_it(tmp_path, crc_check):
 
 def message(*values):
     """Protobuf's encoding of (field number, integer or bytes)."""
+
     def varint(value):
         return (bytes([value & 127 | 128]) + varint(value >> 7)) if value > 127 else bytes([value])
 
-    return b"".join(varint(number << 3) + varint(value) if isinstance(value, int) else
-                    varint(number << 3 | 2) + varint(len(value)) + value for number, value in values)
+    return b"".join(
+        varint(number << 3) + varint(value)
+        if isinstance(value, int)
+        else varint(number << 3 | 2) + varint(len(value)) + value
+        for number, value in values
+    )
 
 
 def entry(name, kind, shape, content):
@@ -82,10 +93,12 @@ def entry(name, kind, shape, content):
     return message((1, message((1, name.encode()), (2, tensor))))
 
 
-def test_a_large_parameter_is_in_parts(tmp_path):
+def test_a_large_parameter_is_in_parts(tmp_path: pathlib.Path) -> None:
     """MindSpore cuts at 512 MB."""
-    parts = [entry("a", "Float32", (2, 3), np.arange(6, dtype="<f4").tobytes()[part]) for part in
-             (slice(8), slice(8, 20), slice(20, 24))]
+    parts = [
+        entry("a", "Float32", (2, 3), np.arange(6, dtype="<f4").tobytes()[part])
+        for part in (slice(8), slice(8, 20), slice(20, 24))
+    ]
     (tmp_path / "in.ckpt").write_bytes(b"".join([entry("b", "str", (0,), b""), *parts]))
     found = checkpoint_file.read_values(tmp_path / "in.ckpt")
     np.testing.assert_array_equal(found["a"], np.arange(6).reshape(2, 3))
@@ -98,8 +111,7 @@ WRONG = {
     "text": (b"no checkpoint", "unknown field"),
     "an old file of PyTorch": (b"\x80\2\x8a\x0al\xfc", "model/import_torch.py"),
     "a file of PyTorch": (b"PK\3\4" + b"\0" * 99, "model/import_torch.py"),
-    "more than there is": (entry("a", "Float32", (10**6, 10**6), b"1234"),
-                           "4 bytes, expected 4000000000000"),
+    "more than there is": (entry("a", "Float32", (10**6, 10**6), b"1234"), "4 bytes, expected 4000000000000"),
     "sides beyond NumPy": (entry("a", "Float32", (0, 2**62), b""), "is of the shape"),
     "negative sides": (entry("a", "Float32", (2**64 - 1,), b""), "is of the shape"),
     "less than there is": (entry("a", "Float32", (1,), b"12345678"), "8 bytes, expected 4"),
@@ -117,7 +129,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_file_that_is_no_checkpoint(tmp_path, kind, capfd):
+def test_a_file_that_is_no_checkpoint(tmp_path: pathlib.Path, kind, capfd: pytest.CaptureFixture[str]) -> None:
     """One error with its name, at once, without much memory, and not a word of MindSpore's."""
     content, words = WRONG[kind]
     (tmp_path / "in.ckpt").write_bytes(content)
@@ -132,16 +144,16 @@ def test_a_file_that_is_no_checkpoint(tmp_path, kind, capfd):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_a_checkpoint_cut_short(tmp_path, share):
+def test_a_checkpoint_cut_short(tmp_path: pathlib.Path, share) -> None:
     data = small_file(tmp_path / "in.ckpt")
     (tmp_path / "in.ckpt").chmod(0o600)
-    (tmp_path / "in.ckpt").write_bytes(data[:int(len(data) * share)])
+    (tmp_path / "in.ckpt").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match="damaged"):
         weights.read(tmp_path / "in.ckpt")
 
 
 @pytest.fixture(scope="module")
-def whole(graph_mode, tmp_path_factory):
+def whole(graph_mode, tmp_path_factory: pytest.TempPathFactory):
     """(a small checkpoint's bytes, a path to write others to)."""
     folder = tmp_path_factory.mktemp("bytes")
     return small_file(folder / "in.ckpt", crc_check=False), folder / "changed.ckpt"
@@ -149,13 +161,13 @@ def whole(graph_mode, tmp_path_factory):
 
 @settings(max_examples=500)
 @given(data=st.data())
-def test_any_bytes_are_a_checkpoint_or_refused(whole, data):
+def test_any_bytes_are_a_checkpoint_or_refused(whole, data) -> None:
     """Without a checksum to protect them; with one, no changed byte passes."""
     content, path = whole
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(1, 3))):
         place, kind = data.draw(st.integers(0, len(changed))), data.draw(st.integers(0, 2))
-        changed[place:place + kind] = data.draw(st.binary(max_size=3))
+        changed[place : place + kind] = data.draw(st.binary(max_size=3))
     checked = content + b"crc_num" + zlib.crc32(content).to_bytes(10, "big")
     path.write_bytes(changed)
     try:
@@ -166,15 +178,23 @@ def test_any_bytes_are_a_checkpoint_or_refused(whole, data):
     path.write_bytes(checked)
     assert checkpoint_file.read_values(path)["text"] == "näher"
     if bytes(changed) != content:
-        path.write_bytes(changed + checked[len(content):])
+        path.write_bytes(changed + checked[len(content) :])
         with pytest.raises(UserError, match="damaged"):
             checkpoint_file.read_values(path)
 
 
-@pytest.mark.parametrize("others,tensors,expected", [
-    ([], UNUSED, "bgr"), (["epoch"], UNUSED, "bgr"), ([LIGHTNING, "epoch"], [], "rgb"),
-    ([], [], "neither"), ([], UNUSED[:1], "neither"), ([LIGHTNING], UNUSED, "has the layer")])
-def test_which_order_of_colours_a_file_tells(others, tensors, expected):
+@pytest.mark.parametrize(
+    "others,tensors,expected",
+    [
+        ([], UNUSED, "bgr"),
+        (["epoch"], UNUSED, "bgr"),
+        ([LIGHTNING, "epoch"], [], "rgb"),
+        ([], [], "neither"),
+        ([], UNUSED[:1], "neither"),
+        ([LIGHTNING], UNUSED, "has the layer"),
+    ],
+)
+def test_which_order_of_colours_a_file_tells(others, tensors, expected) -> None:
     """NVlabs' files have a layer that ptlflow's lack; anything else needs the user."""
     tensors = ["conv1a.0.weight", *tensors]
     assert tell_channels("in.pth", "irr", tensors, others)[0] == "rgb"
@@ -193,24 +213,27 @@ def zip_file(path, compression=zipfile.ZIP_STORED, size=2**26):
     return path
 
 
-def overlap(path):
+def overlap(path) -> None:
     """A zip whose two entries are the same bytes."""
     data = bytearray(zip_file(path, size=2**20).read_bytes())
     second = data.rindex(b"PK\1\2")
-    data[second + 42:second + 46] = bytes(4)  # where it begins
-    del data[2**19 + 46:data.index(b"PK\1\2")]
+    data[second + 42 : second + 46] = bytes(4)  # where it begins
+    del data[2**19 + 46 : data.index(b"PK\1\2")]
     begin, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
-    data[end + 16:end + 20] = begin.to_bytes(4, "little")
+    data[end + 16 : end + 20] = begin.to_bytes(4, "little")
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda path: zip_file(path, zipfile.ZIP_DEFLATED), "holds 67108864 bytes in .*compressed"),
-    (lambda path: zip_file(path, zipfile.ZIP_BZIP2), "holds 67108864 bytes in .*compressed"),
-    (overlap, "holds 1048576 bytes in 5.*one over the other"),
-    (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "damaged or no checkpoint of PyTorch"),
-])
-def test_a_zip_with_more_in_it_than_bytes(tmp_path, make, words):
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda path: zip_file(path, zipfile.ZIP_DEFLATED), "holds 67108864 bytes in .*compressed"),
+        (lambda path: zip_file(path, zipfile.ZIP_BZIP2), "holds 67108864 bytes in .*compressed"),
+        (overlap, "holds 1048576 bytes in 5.*one over the other"),
+        (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "damaged or no checkpoint of PyTorch"),
+    ],
+)
+def test_a_zip_with_more_in_it_than_bytes(tmp_path: pathlib.Path, make, words) -> None:
     """Refused before PyTorch, which would unpack it, sees it; nothing is unpacked here."""
     make(tmp_path / "in.pth")
     tracemalloc.start()

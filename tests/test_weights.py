@@ -1,6 +1,7 @@
 """Weights of published networks in and out, checked against PyTorch; files that hold none."""
 
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
@@ -13,11 +14,11 @@ import pytest
 import tiny
 from mindspore import Tensor
 
+from launch.errors import UserError
 from model import weights
 from model.export_torch import export_weights
 from model.import_torch import import_weights
 from model.pwcnet import FlowPredictor, PWCNet
-from prep.errors import UserError
 from prep.synthesize import make_pair
 
 torch = pytest.importorskip("torch", reason="the exchange with PyTorch needs it: install .[torch]")
@@ -48,14 +49,13 @@ def published(variant, network):
 
 
 @pytest.fixture(scope="module", params=["irr", "nvlabs"])
-def imported(request, tmp_path_factory):
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """(variant, PyTorch network, its file, our checkpoint of it), the weights random."""
     variant = request.param
     folder = tmp_path_factory.mktemp(variant)
     network = random_network(variant)
     source, target = folder / "pwc_net.pth.tar", folder / "pwc_net.ckpt"
-    torch.save(published(variant, network), source,
-               _use_new_zipfile_serialization=variant == "irr")
+    torch.save(published(variant, network), source, _use_new_zipfile_serialization=variant == "irr")
     done = script("import_torch", source, target)
     assert done.returncode == 0, done.stderr
     assert f"variant {variant}" in done.stdout
@@ -69,8 +69,15 @@ def imported(request, tmp_path_factory):
 def script(name, *arguments, **environment):
     """Run a script of `model/` as a user does, from another folder."""
     command = [sys.executable, tiny.ROOT / "model" / f"{name}.py", *arguments]
-    return subprocess.run([*map(str, command)], env={**os.environ, **environment}, text=True,
-                          check=False, capture_output=True, timeout=120, cwd=tiny.ROOT.parent)
+    return subprocess.run(
+        [*map(str, command)],
+        env={**os.environ, **environment},
+        text=True,
+        check=False,
+        capture_output=True,
+        timeout=120,
+        cwd=tiny.ROOT.parent,
+    )
 
 
 def published_flow(variant, network, image1, image2):
@@ -89,7 +96,7 @@ def published_flow(variant, network, image1, image2):
 
 
 @pytest.mark.slow
-def test_an_imported_network_computes_the_published_flow(imported):
+def test_an_imported_network_computes_the_published_flow(imported) -> None:
     """To a thousandth of a pixel, whatever the size of the images."""
     variant, network, _, ckpt = imported
     image1, image2, _, _ = make_pair(5, 60, 120)
@@ -101,7 +108,7 @@ def test_an_imported_network_computes_the_published_flow(imported):
     np.testing.assert_allclose(flow, expected, rtol=0, atol=1e-3)
 
 
-def test_import_and_export_change_no_bit(imported, tmp_path):
+def test_import_and_export_change_no_bit(imported, tmp_path: pathlib.Path) -> None:
     """What comes out is what the publishers' code loads, in the format of their time."""
     variant, network, _, ckpt = imported
     done = script("export_torch", ckpt, tmp_path / "out.pth")
@@ -109,8 +116,7 @@ def test_import_and_export_change_no_bit(imported, tmp_path):
     assert not zipfile.is_zipfile(tmp_path / "out.pth")
     content = torch.load(tmp_path / "out.pth", weights_only=True)
     if variant == "irr":
-        content = {name.removeprefix("_model."): value
-                   for name, value in content["state_dict"].items()}
+        content = {name.removeprefix("_model."): value for name, value in content["state_dict"].items()}
     before = network.state_dict()
     again = {"irr": torch_pwcnet.IRR, "nvlabs": torch_pwcnet.NVlabs}[variant]()
     again.load_state_dict(content)
@@ -121,7 +127,7 @@ def test_import_and_export_change_no_bit(imported, tmp_path):
             assert torch.equal(content[name], value), name
 
 
-def test_the_first_network_took_bgr(imported):
+def test_the_first_network_took_bgr(imported) -> None:
     """The import turns round the channels of NVlabs' first convolution and of nothing else."""
     variant, network, _, ckpt = imported
     first = weights.read(ckpt)[weights.FIRST_LAYER].asnumpy()
@@ -136,7 +142,7 @@ def ptlflow(state):
     return {"epoch": 3, "pytorch-lightning_version": "1.3.1", "state_dict": state, "hyper_parameters": {}}
 
 
-def test_ptlflow_s_network_took_rgb(tmp_path):
+def test_ptlflow_s_network_took_rgb(tmp_path: pathlib.Path) -> None:
     """Its files have NVlabs' names, and the channels of their first convolution stay as they are."""
     network = random_network("nvlabs")
     torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
@@ -152,7 +158,7 @@ def test_ptlflow_s_network_took_rgb(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_imported_network_of_ptlflow_computes_its_flow(tmp_path):
+def test_an_imported_network_of_ptlflow_computes_its_flow(tmp_path: pathlib.Path) -> None:
     """Given the same RGB images; with its channels turned round it would be wrong by far more."""
     network = random_network("nvlabs")
     torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
@@ -166,7 +172,7 @@ def test_an_imported_network_of_ptlflow_computes_its_flow(tmp_path):
     assert np.abs(published_flow("nvlabs", network, *images) - flow).max() > 0.1
 
 
-def test_a_file_that_does_not_tell_its_channels(tmp_path):
+def test_a_file_that_does_not_tell_its_channels(tmp_path: pathlib.Path) -> None:
     """Nothing is guessed, and nothing written."""
     state = random_network("nvlabs").state_dict()
     alone = ptlflow(state)["state_dict"]
@@ -180,7 +186,7 @@ def test_a_file_that_does_not_tell_its_channels(tmp_path):
         (tmp_path / "out.ckpt").unlink()
 
 
-def test_parameter_counts(imported):
+def test_parameter_counts(imported) -> None:
     """As published; NVlabs' 9,374,340 are with a layer of 66 that is never called."""
     variant, network, _, ckpt = imported
     published = sum(parameter.numel() for parameter in network.parameters())
@@ -194,7 +200,7 @@ class Python2(pickle._Pickler):
 
     dispatch = dict(pickle._Pickler.dispatch)
 
-    def save_text(self, text):
+    def save_text(self, text) -> None:
         data = text.encode()
         self.write(pickle.SHORT_BINSTRING + struct.pack("<B", len(data)) + data)
         self.memoize(text)
@@ -208,36 +214,41 @@ class Python2(pickle._Pickler):
         return torch._utils._rebuild_tensor, (value._typed_storage(), *parts)
 
 
-def test_a_file_of_python_2(imported, tmp_path):
+def test_a_file_of_python_2(imported, tmp_path: pathlib.Path) -> None:
     """NVlabs' own file is of 2018: Python 2, PyTorch 0.2."""
     _, network, _, ckpt = imported
 
-    def dump(value, file, protocol=None):
+    def dump(value, file, protocol=None) -> None:
         Python2(file, protocol).dump(value)
 
-    torch.save(network.state_dict(), tmp_path / "old.pth.tar",
-               pickle_module=types.SimpleNamespace(
-                   __name__="python2", Pickler=Python2, dump=dump),
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        network.state_dict(),
+        tmp_path / "old.pth.tar",
+        pickle_module=types.SimpleNamespace(__name__="python2", Pickler=Python2, dump=dump),
+        _use_new_zipfile_serialization=False,
+    )
     assert b"_rebuild_tensor\n" in (tmp_path / "old.pth.tar").read_bytes()[:10_000]
     import_weights(tmp_path / "old.pth.tar", tmp_path / "out.ckpt")
     assert_same(weights.read(ckpt), weights.read(tmp_path / "out.ckpt"))
 
 
-def assert_same(first, second):
+def assert_same(first, second) -> None:
     """Two checkpoints hold the same."""
     assert first.keys() == second.keys()
     for name in first.keys() - {"model"}:
         np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
-    lambda state: {"state_dict": {f"module._model.{name}": value for name, value in state.items()}},
-    lambda state: {"model": {"state_dict": {f"model.{n}": v for n, v in state.items()}}, "lr": 1},
-    lambda state: {name: torch.nn.Parameter(value.double()) for name, value in state.items()},
-])
-def test_wrappers(imported, tmp_path, wrap):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {"state_dict": {f"module._model.{name}": value for name, value in state.items()}},
+        lambda state: {"model": {"state_dict": {f"model.{n}": v for n, v in state.items()}}, "lr": 1},
+        lambda state: {name: torch.nn.Parameter(value.double()) for name, value in state.items()},
+    ],
+)
+def test_wrappers(imported, tmp_path: pathlib.Path, wrap) -> None:
     """DataParallel, Lightning and trainers put names and dicts around the weights."""
     variant, network, _, ckpt = imported
     torch.save(wrap(network.state_dict()), tmp_path / "in.pt")
@@ -248,7 +259,7 @@ def test_wrappers(imported, tmp_path, wrap):
 class Intruder:
     """Runs a command when it is unpickled."""
 
-    def __init__(self, path):
+    def __init__(self, path) -> None:
         self.path = path
 
     def __reduce__(self):
@@ -257,8 +268,7 @@ class Intruder:
 
 def renamed(state):
     names = list(state)
-    return {f"strange{number}" if number < 30 else name: state[name]
-            for number, name in enumerate(names)}
+    return {f"strange{number}" if number < 30 else name: state[name] for number, name in enumerate(names)}
 
 
 def misshapen(state):
@@ -278,15 +288,18 @@ WRONG = {
     "no tensors": (lambda state: {"state_dict": {"a": 1}, "epoch": 3}, "holds no tensors but"),
     "a list": (lambda state: [torch.zeros(3)], "holds list"),
     "other names": (renamed, r"30 missing \(.*, ...\); 30 unknown \(strange0, .*strange9, ...\)"),
-    "other shapes": (misshapen, r"1 unknown \(flow_estimators.0.extra\); 1 of another shape \(flow_"
-                     r"estimators.0.conv1.0.bias has \(5,\), expected \(128,\)"),
+    "other shapes": (
+        misshapen,
+        r"1 unknown \(flow_estimators.0.extra\); 1 of another shape \(flow_"
+        r"estimators.0.conv1.0.bias has \(5,\), expected \(128,\)",
+    ),
     "not a number": (holed, "flow_estimators.0.conv1.0.bias is of .*NaN"),
     "integers": (lambda state: {name: value.int() for name, value in state.items()}, "int32"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_file(kind, tmp_path):
+def test_a_wrong_file(kind, tmp_path: pathlib.Path) -> None:
     """An error that names the file and what is wrong with it; what was there before is left."""
     content, message = WRONG[kind]
     source, target = tmp_path / "in.pth", tmp_path / "out.ckpt"
@@ -303,16 +316,16 @@ def test_a_wrong_file(kind, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.9999])
-def test_a_truncated_file(imported, tmp_path, share):
+def test_a_truncated_file(imported, tmp_path: pathlib.Path, share) -> None:
     """A download that broke off, in either format."""
     data = imported[2].read_bytes()
-    (tmp_path / "in.pth").write_bytes(data[:int(len(data) * share)])
+    (tmp_path / "in.pth").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match=r"in.pth: .*damaged .*download it again"):
         import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
 
 
-def test_the_wrong_variant(imported, tmp_path):
+def test_the_wrong_variant(imported, tmp_path: pathlib.Path) -> None:
     """Told, not guessed: the names must be of it."""
     variant, _, source, _ = imported
     other = {"irr": "nvlabs", "nvlabs": "irr"}[variant]
@@ -328,17 +341,16 @@ def error_line(done):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_code_in_a_file_does_not_run(tmp_path, is_zip):
+def test_code_in_a_file_does_not_run(tmp_path: pathlib.Path, is_zip) -> None:
     """Not even as far as to see that it is none."""
     touched = tmp_path / "touched"
-    torch.save({"state_dict": Intruder(touched)}, tmp_path / "in.pth",
-               _use_new_zipfile_serialization=is_zip)
+    torch.save({"state_dict": Intruder(touched)}, tmp_path / "in.pth", _use_new_zipfile_serialization=is_zip)
     line = error_line(script("import_torch", tmp_path / "in.pth", tmp_path / "out.ckpt"))
     assert "system, code that would run" in line and "weights_only" not in line
     assert not touched.exists() and not (tmp_path / "out.ckpt").exists()
 
 
-def test_targets_that_cannot_be_written(imported, tmp_path):
+def test_targets_that_cannot_be_written(imported, tmp_path: pathlib.Path) -> None:
     """No folder, another suffix: it is said, and nothing is left."""
     _, _, source, ckpt = imported
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "no")):
@@ -351,14 +363,14 @@ def test_targets_that_cannot_be_written(imported, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["import_torch", "export_torch"])
-def test_without_torch(tmp_path, name):
+def test_without_torch(tmp_path: pathlib.Path, name) -> None:
     """It says what to install."""
     (tmp_path / "torch.py").write_text("raise ImportError('no such thing')")
     done = script(name, tmp_path / "torch.py", tmp_path / "out.ckpt", PYTHONPATH=str(tmp_path))
     assert "pip install -e '.[torch]'" in error_line(done)
 
 
-def test_networks_that_were_never_published(tmp_path):
+def test_networks_that_were_never_published(tmp_path: pathlib.Path) -> None:
     """Weights that the publishers' code would load and compute something else with."""
     options = {"dense": False, "normalize_features": True}
     weights.save_network(tmp_path / "in.ckpt", PWCNet(**options), options)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from prep import reader
-from prep.flowio import write_flo
-from prep.images import write_ppm
+from prep.formats.flow import write_flo
+from prep.formats.image import write_ppm
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,9 +48,7 @@ def sintel(folder, scenes, height=24, width=40, masks=True):
     for scene, frames in scenes.items():
         for number in range(1, frames + 1):
             for kind in ("clean", "final"):
-                save(
-                    training / kind / scene / f"frame_{number:04}.png", picture(rng, height, width)
-                )
+                save(training / kind / scene / f"frame_{number:04}.png", picture(rng, height, width))
             if masks:
                 mask = 255 * rng.integers(0, 2, (height, width), np.uint8)
                 save(training / "invalid" / scene / f"frame_{number:04}.png", mask)
@@ -104,12 +102,8 @@ def spring(folder, scenes, height=12, width=20):
                 kind = f"flow_{direction}_{camera}"
                 (folder / "train" / scene / kind).mkdir()
                 for frame in numbers:
-                    with h5py.File(
-                        folder / "train" / scene / kind / f"{kind}_{frame:04}.flo5", "w"
-                    ) as file:
-                        file.create_dataset(
-                            "flow", data=flow(rng, 2 * height, 2 * width), compression=5
-                        )
+                    with h5py.File(folder / "train" / scene / kind / f"{kind}_{frame:04}.flo5", "w") as file:
+                        file.create_dataset("flow", data=flow(rng, 2 * height, 2 * width), compression=5)
     return folder
 
 
@@ -126,9 +120,7 @@ def flyingthings3d(folder, scenes, height=24, width=40):
                     path = folder / "optical_flow" / scene / direction / camera / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     rows = np.dstack([flow(rng, height, width), np.zeros((height, width))])[::-1]
-                    path.write_bytes(
-                        b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes()
-                    )
+                    path.write_bytes(b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes())
     return folder
 
 
@@ -152,7 +144,7 @@ def flyingthings3d_subset(folder, frames, height=24, width=40):
     return folder
 
 
-def save_kitti(path, flow, valid):
+def save_kitti(path, flow, valid) -> None:
     """Write a KITTI flow PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), kitti_pixels(flow, valid)[..., ::-1])
@@ -164,7 +156,7 @@ def kitti_pixels(flow, valid):
     return np.where(valid[..., None] != 0, pixels, 0).astype(np.uint16)
 
 
-def save(path, array):
+def save(path, array) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
 
@@ -201,8 +193,10 @@ def mpirun(ranks, *command, **keywords):
     )  # fmt: skip
 
 
-LAUNCHERS = {"mpirun": ["/usr/bin/mpirun", "--oversubscribe", "-n", "2"],
-             "srun": ["srun", "--mpi=pmix", "--overcommit", "-n", "2"]}
+LAUNCHERS = {
+    "mpirun": ["/usr/bin/mpirun", "--oversubscribe", "-n", "2"],
+    "srun": ["srun", "--mpi=pmix", "--overcommit", "-n", "2"],
+}
 """What starts two ranks beside this environment's mpirun: Debian's, and Slurm's."""
 
 
@@ -210,22 +204,29 @@ def launch(launcher, *program, **environment):
     """Start a Python program as two ranks by one of LAUNCHERS, with all that it prints in its stderr; a
     Popen. Where the launcher is not there, the test is skipped."""
     command = [*LAUNCHERS[launcher], sys.executable, *program]
-    if not shutil.which(command[0]) or launcher == "srun" and subprocess.run(
-            ["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode:
+    if not shutil.which(command[0]) or (
+        launcher == "srun"
+        and subprocess.run(["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode
+    ):
         pytest.skip(f"no {launcher} here beside this environment's mpirun")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
-        ["sh", "-c", 'exec "$@" >&2', "sh", *map(str, command)], text=True, cwd=ROOT,
-        env={**os.environ, **root, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        ["sh", "-c", 'exec "$@" >&2', "sh", *map(str, command)],
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **root, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def training(folder, **options):
     """Iterate over the reader's training batches of a converted set."""
-    split = reader.Split.open(folder, "train")
+    split = reader.DatasetSplit.open(folder, "train")
     return reader.training_batches(split, **options)
 
 
 def evaluation(folder, split, **options):
     """Iterate over the reader's evaluation batches of a converted set."""
-    split = reader.Split.open(folder, split)
+    split = reader.DatasetSplit.open(folder, split)
     return reader.evaluation_batches(split, **options)

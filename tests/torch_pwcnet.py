@@ -24,8 +24,7 @@ def cost_volume(features1, features2):
     """81 displacements, one slice of the padded second features each, activated."""
     height, width = features1.shape[2:]
     padded = functional.pad(features2, (4, 4, 4, 4))
-    slices = [(features1 * padded[:, :, y:y + height, x:x + width]).mean(1)
-              for y in range(9) for x in range(9)]
+    slices = [(features1 * padded[:, :, y : y + height, x : x + width]).mean(1) for y in range(9) for x in range(9)]
     return functional.leaky_relu(torch.stack(slices, 1), 0.1)
 
 
@@ -43,7 +42,7 @@ def warp(features, u, v):
 class Dense(nn.Module):
     """IRR's flow estimator."""
 
-    def __init__(self, channels):
+    def __init__(self, channels) -> None:
         super().__init__()
         for number, new in enumerate(DENSE, 1):
             setattr(self, f"conv{number}", layer(channels, new))
@@ -59,21 +58,22 @@ class Dense(nn.Module):
 class IRR(nn.Module):
     """Hur and Roth's variant, `PWCNet` of visinf/irr."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.feature_pyramid_extractor = nn.Module()
         self.feature_pyramid_extractor.convs = nn.ModuleList(
-            nn.Sequential(layer(CHANNELS[level - 1], CHANNELS[level], 2),
-                          layer(CHANNELS[level], CHANNELS[level])) for level in range(1, 7))
+            nn.Sequential(layer(CHANNELS[level - 1], CHANNELS[level], 2), layer(CHANNELS[level], CHANNELS[level]))
+            for level in range(1, 7)
+        )
         self.flow_estimators = nn.ModuleList(
-            Dense(81 if level == 6 else 81 + CHANNELS[level] + 2) for level in range(6, 1, -1))
+            Dense(81 if level == 6 else 81 + CHANNELS[level] + 2) for level in range(6, 1, -1)
+        )
         channels, layers = 81 + CHANNELS[2] + 2 + sum(DENSE) + 2, []
         for new, dilation in CONTEXT:
             layers.append(layer(channels, new, dilation=dilation))
             channels = new
         self.context_networks = nn.Module()
-        self.context_networks.convs = nn.Sequential(
-            *layers, nn.Sequential(nn.Conv2d(channels, 2, 3, padding=1)))
+        self.context_networks.convs = nn.Sequential(*layers, nn.Sequential(nn.Conv2d(channels, 2, 3, padding=1)))
 
     def forward(self, image1, image2):
         height, width = image1.shape[2:]
@@ -86,8 +86,7 @@ class IRR(nn.Module):
             if not flows:
                 x, flow = estimator(cost_volume(x1, x2))
             else:
-                flow = functional.interpolate(flow, x1.shape[2:], mode="bilinear",
-                                              align_corners=True)
+                flow = functional.interpolate(flow, x1.shape[2:], mode="bilinear", align_corners=True)
                 u = flow[:, 0] / 0.05 * (x1.shape[3] - 1) / (width - 1)
                 v = flow[:, 1] / 0.05 * (x1.shape[2] - 1) / (height - 1)
                 costs = cost_volume(x1, warp(x2, u, v))
@@ -100,7 +99,7 @@ class IRR(nn.Module):
 class NVlabs(nn.Module):
     """The authors' variant, `pwc_dc_net` of NVlabs/PWC-Net."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         for level in range(1, 7):
             before, new = CHANNELS[level - 1], CHANNELS[level]

@@ -19,7 +19,7 @@ from prep import reader
 GLOBAL_BATCH = 4
 
 
-def main(data, out, steps, parts, copy=None):
+def main(data, out, steps, parts, copy=None) -> None:
     with session.start(lambda: ({}, None)) as (comm, _):
         import mindspore
 
@@ -27,27 +27,34 @@ def main(data, out, steps, parts, copy=None):
         from model.losses import MultiScaleLoss
         from model.pwcnet import PWCNet
         from train.augment import Augment
-        from train.step import TrainStep
+        from train.step import StepOptions, TrainStep
 
         mindspore.set_seed(1)
         network = PWCNet(dense=False, normalize_features=True)
-        step = TrainStep(network, MultiScaleLoss(), comm=comm, parts=int(parts), clip_norm=1.0)
+        step = TrainStep(network, MultiScaleLoss(), StepOptions(accumulation_steps=int(parts), clip_norm=1.0), comm)
         if copy:
             step.sum_over_ranks = collective.HostSum(comm, in_place=False)
         batches = reader.training_batches(
-            reader.Split.open(data, "train"), batch=GLOBAL_BATCH // comm.size, rank=comm.rank,
-            ranks=comm.size, seed=1, steps=int(steps), transform=Augment((64, 64), flip=True))
+            reader.DatasetSplit.open(data, "train"),
+            batch=GLOBAL_BATCH // comm.size,
+            rank=comm.rank,
+            ranks=comm.size,
+            seed=1,
+            steps=int(steps),
+            transform=Augment((64, 64), flip=True),
+        )
         gradient = None
-        for sample in batches:
+        for batch in batches:
             if gradient is None:
-                step.compile(*sample[:4])
+                step.compile(batch)
                 comm.barrier()
-            losses = step(*sample[:4], 1e-3)[0].asnumpy()
+            losses = step(batch, 1e-3)[0].asnumpy()
             if gradient is None:  # the first moment is a tenth of it
                 gradient = step.state.moment1.asnumpy().copy()
         weights = {p.name: p.asnumpy() for p in network.get_parameters()}
-        np.savez(f"{out}/rank-{comm.rank}-of-{comm.size}-{copy or parts}.npz", losses=losses,
-                 gradient=gradient, **weights)
+        np.savez(
+            f"{out}/rank-{comm.rank}-of-{comm.size}-{copy or parts}.npz", losses=losses, gradient=gradient, **weights
+        )
 
 
 if __name__ == "__main__":

@@ -103,12 +103,14 @@ class Augment:
         height, width = self.crop
         full_height, full_width = sample["flow"].shape[:2]
         if height > full_height or width > full_width:
-            raise ValueError(f"a pair of {full_height}x{full_width} is smaller than the crop of "
-                             f"{height}x{width}; take a smaller crop, or an affine or scale option")
+            raise ValueError(
+                f"a pair of {full_height}x{full_width} is smaller than the crop of "
+                f"{height}x{width}; take a smaller crop, or an affine or scale option"
+            )
         top = rng.integers(full_height - height + 1)
         left = rng.integers(full_width - width + 1)
         mirrored = self.flip and rng.random() < 0.5, self.vertical_flip and rng.random() < 0.5
-        window = np.s_[top:top + height, left:left + width]
+        window = np.s_[top : top + height, left : left + width]
         pair = np.empty((2, height, width, 3), np.uint8)
         mirror(sample["image1"][window], mirrored, pair[0])
         mirror(sample["image2"][window], mirrored, pair[1])
@@ -124,10 +126,8 @@ class Augment:
         height, width = self.crop
         first, second = self.draw_motion(rng, *sample["flow"].shape[:2])
         pair = np.empty((2, height, width, 3), np.uint8)
-        for image, motion, result in ((sample["image1"], first, pair[0]),
-                                      (sample["image2"], second, pair[1])):
-            cv2.warpAffine(image, motion[:2], (width, height), result, cv2.INTER_LINEAR,
-                           cv2.BORDER_REPLICATE)
+        for image, motion, result in ((sample["image1"], first, pair[0]), (sample["image2"], second, pair[1])):
+            cv2.warpAffine(image, motion[:2], (width, height), result, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
         return pair, *warp_flow(sample["flow"], sample["valid"], first, second, self.crop)
 
     def draw_motion(self, rng, full_height, full_width):
@@ -164,8 +164,10 @@ class Augment:
         """3 x 3 matrix of the second frame's own motion, in pixels from the crop's middle."""
         strength = self.relative_affine
         angle, zoom, *shift = strength * rng.uniform(-1, 1, 4)
-        return affine_matrix((1 + RELATIVE_ZOOM * zoom) * rotation(RELATIVE_ROTATION * angle),
-                             RELATIVE_SHIFT * np.multiply(shift, [full_width, full_height]))
+        return affine_matrix(
+            (1 + RELATIVE_ZOOM * zoom) * rotation(RELATIVE_ROTATION * angle),
+            RELATIVE_SHIFT * np.multiply(shift, [full_width, full_height]),
+        )
 
     def change_colours(self, pair, rng):
         """Colours, hidden rectangles and noise of images (2, height, width, 3) uint8, likewise.
@@ -173,7 +175,7 @@ class Augment:
         The linear changes are one matrix, the curves one table: two passes over the images.
         """
         shape, pair = pair.shape, pair.reshape(-1, *pair.shape[2:])  # one picture, for one pass
-        image2 = np.s_[shape[1]:]
+        image2 = np.s_[shape[1] :]
         if self.jitter:
             pair = cv2.transform(pair, draw_colours(rng, self.jitter, mean_colour(pair)))
         if self.relative_jitter:
@@ -186,7 +188,7 @@ class Augment:
         if self.noise:
             strength = rng.uniform(-self.noise, self.noise) * 255 / POOL_SIGMA
             start = rng.integers(len(self.pool) - pair.size + 1)
-            noise = self.pool[start:start + pair.size].reshape(pair.shape)
+            noise = self.pool[start : start + pair.size].reshape(pair.shape)
             pair = cv2.addWeighted(pair, 1, noise, strength, 0, dtype=cv2.CV_8U)
         return pair.reshape(shape)
 
@@ -299,8 +301,8 @@ def interpolate(flow, x, y):
     right, down = x - left, y - top
     right, down = cv2.merge([right, right]), cv2.merge([down, down])
     upper, lower = (
-        interpolated(gather(flow[rows:], left, top), gather(flow[rows:, 1:], left, top), right)
-        for rows in (0, 1))
+        interpolated(gather(flow[rows:], left, top), gather(flow[rows:, 1:], left, top), right) for rows in (0, 1)
+    )
     return interpolated(upper, lower, down)
 
 
@@ -347,14 +349,14 @@ def draw_colours(rng, strength, mean):
     return brightness * np.hstack([linear, offset])
 
 
-def hide_rectangles(image, rng):
+def hide_rectangles(image, rng) -> None:
     """Fill one or two random rectangles of an image (H, W, 3) with its mean colour, in place."""
     height, width = image.shape[:2]
     colour = np.rint(mean_colour(image)).astype(np.uint8)
     for _ in range(rng.integers(1, 3)):
         rows, columns = (min(height, width) * rng.uniform(*HIDDEN_SIDES, 2)).astype(int)
         top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
-        image[top:top + rows, left:left + columns] = colour
+        image[top : top + rows, left : left + columns] = colour
 
 
 def normal_numbers(count):

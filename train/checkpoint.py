@@ -17,8 +17,8 @@ import numpy as np
 from mindspore import Tensor
 
 from launch.communicator import ALONE
+from launch.errors import UserError
 from model import weights
-from prep.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
 BEST = "best.ckpt"
@@ -45,7 +45,7 @@ class Checkpoints:
         validation: name of the dataset whose EPE says which weights are the best.
     """
 
-    def __init__(self, folder, model_options, every, keep=3, enabled=True, validation=""):
+    def __init__(self, folder, model_options, every, keep=3, enabled=True, validation="") -> None:
         self.folder = pathlib.Path(folder)
         self.model_options = json.dumps(model_options)
         self.every = every
@@ -57,7 +57,7 @@ class Checkpoints:
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.writing = []
         if enabled:  # what a killed run was about to write
-            for left in self.folder.glob("writing-*"):
+            for left in self.folder.glob("*.partial-*"):
                 left.unlink()
 
     def __enter__(self):
@@ -72,7 +72,7 @@ class Checkpoints:
         finally:
             self.writer.shutdown()
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until all is on the disk; OSError if it could not be written."""
         while self.writing:
             self.writing.pop(0).result()
@@ -84,7 +84,7 @@ class Checkpoints:
             self.writing.pop(0).result()
         return step % self.every == 0 or time.monotonic() - self.saved > AT_MOST
 
-    def save(self, step, state):
+    def save(self, step, state) -> None:
         """Write the checkpoint of a step and delete those that are no longer to be kept.
 
         Args:
@@ -93,34 +93,36 @@ class Checkpoints:
         """
         self.saved = time.monotonic()
         if self.enabled:
-            extra = {"step": step, "model": self.model_options, "best": repr(self.best),
-                     "validation": self.validation}
+            extra = {"step": step, "model": self.model_options, "best": repr(self.best), "validation": self.validation}
             self.write(self.folder / f"step-{step:08d}.ckpt", state, extra)
             self.writing.append(self.writer.submit(self.delete_others, step))
 
-    def save_if_best(self, step, network, epe):
+    def save_if_best(self, step, network, epe) -> None:
         """Write the weights of a network after a step if no earlier one had so small an error."""
         if epe < self.best:
             self.best = epe
             if self.enabled:
-                self.write(self.folder / BEST, network, {
-                    "model": self.model_options, "step": step, "best": repr(epe),
-                    "validation": self.validation})
+                self.write(
+                    self.folder / BEST,
+                    network,
+                    {"model": self.model_options, "step": step, "best": repr(epe), "validation": self.validation},
+                )
 
-    def write(self, path, cell, extra):
+    def write(self, path, cell, extra) -> None:
         self.wait()  # never more than one copy
         self.folder.mkdir(parents=True, exist_ok=True)
-        copy = [{"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())}
-                for parameter in cell.get_parameters()]
+        copy = [
+            {"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())} for parameter in cell.get_parameters()
+        ]
         self.writing.append(self.writer.submit(weights.write, path, copy, extra))
 
-    def delete_others(self, step):
+    def delete_others(self, step) -> None:
         """Delete the checkpoints that are not to be kept beside that of a step, the newest."""
         saved = {step_of(path): path for path in list_checkpoints(self.folder)}
         # Those of later steps are damaged: the run has gone on from one before them.
         whole = sorted(other for other in saved if other <= step)
         regular = [other for other in whole if other % self.every == 0]
-        for other in saved.keys() - {*whole[-2:], *regular[-self.keep:]}:
+        for other in saved.keys() - {*whole[-2:], *regular[-self.keep :]}:
             saved[other].unlink()
 
     def restore(self, state, comm=ALONE):
@@ -163,10 +165,11 @@ class Checkpoints:
                 raise UserError(f"{path}: has no training step; it was not written by this trainer")
             return str(path), to_arrays(values | {"best": self.read_best(values)})
         if saved:
-            raise UserError(f"{self.folder}: all of its {len(saved)} checkpoints are damaged; restore "
-                            "one from a copy, or start again with another --out")
+            raise UserError(
+                f"{self.folder}: all of its {len(saved)} checkpoints are damaged; restore "
+                "one from a copy, or start again with another --out"
+            )
         return None
-
 
     def read_best(self, values):
         """The EPE of the weights in best.ckpt, which may be of a step after the newest checkpoint, by the
@@ -179,7 +182,7 @@ class Checkpoints:
         return float(values.get("best", math.inf)) if same else math.inf
 
 
-def start_from(path, network, comm):
+def start_from(path, network, comm) -> None:
     """Load the weights of a checkpoint that rank 0 has into a network on every rank.
 
     Raises:
@@ -191,20 +194,20 @@ def start_from(path, network, comm):
 
 def to_arrays(values):
     """A checkpoint's values with NumPy arrays for parameters, as they go from rank to rank."""
-    return {name: value.asnumpy() if isinstance(value, Tensor) else value
-            for name, value in values.items()}
+    return {name: value.asnumpy() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def to_parameters(values):
     """The opposite of `to_arrays`."""
-    return {name: mindspore.Parameter(value, name=name) if isinstance(value, np.ndarray) else value
-            for name, value in values.items()}
+    return {
+        name: mindspore.Parameter(value, name=name) if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
 
 
 def list_checkpoints(folder):
     """The checkpoints of a folder that appeared, oldest first."""
-    return sorted(path for path in pathlib.Path(folder).glob("step-*.ckpt")
-                  if NAME.fullmatch(path.name))
+    return sorted(path for path in pathlib.Path(folder).glob("step-*.ckpt") if NAME.fullmatch(path.name))
 
 
 def step_of(path):

@@ -4,7 +4,7 @@
 python train/evaluate.py --data DIR --split val --ckpt FILE [--out DIR] [--pictures N] [--batch N]
 python train/evaluate.py --submission OUT --root DIR --ckpt FILE [--batch N]
 
-The first prints a table (how its means are formed: model/metrics.py) and writes evaluation.json,
+The first prints a table (how its means are formed: train/metrics.py) and writes evaluation.json,
 evaluation.md with the same as rows of a Markdown table, and pictures: flow.png of pairs spread over
 the split, worst.png of those with the largest error. The second takes the unpacked test set of
 Sintel or KITTI and writes the flow as its server wants it. Under mpirun both share the pairs over
@@ -29,13 +29,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from launch import session
-from launch.communicator import ALONE, Communicator
-from launch.watchdog import Phase
+from launch import progress, session
 from launch.arguments import Parser
-from model import metrics
-from prep.errors import UserError, run
-from train import submission
+from launch.communicator import ALONE, Communicator
+from launch.errors import UserError, run
+from launch.files import write_bytes, write_json
+from launch.watchdog import Phase
+from train import metrics, submission
 from train.submission import PASSES
 
 # Label, key of `metrics.figures` and unit of each figure, for the table and for Markdown.
@@ -54,8 +54,10 @@ FIGURES = (
     ("EPE matched", "epe_matched", "px"),
     ("EPE unmatched", "epe_unmatched", "px"),
 )
-NOTE = ("The EPE of zero flow is a mean over pairs, too; shares, and the EPE of each kind of "
-        "pixel, are over all pixels whose flow is known, of all pairs together.")
+NOTE = (
+    "The EPE of zero flow is a mean over pairs, too; shares, and the EPE of each kind of "
+    "pixel, are over all pixels whose flow is known, of all pairs together."
+)
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=Non
 
     Args:
         predictor: a `model.pwcnet.FlowPredictor`; it compiles a graph for each size of pairs, once.
-        split: an opened split, a `prep.reader.Split`.
+        split: an opened split, a `prep.reader.DatasetSplit`.
         comm: the ranks that call this together, a `launch.communicator.Communicator`.
         batch: pairs at a time, on each rank.
         pictures: positions in the split whose flow is wanted.
@@ -86,22 +88,21 @@ def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=Non
 
     sums = np.zeros((len(split), len(metrics.SUMS)))
     samples = {}
-    batches = reader.evaluation_batches(split, batch=batch, rank=comm.rank, ranks=comm.size,
-                                        occluded=True)
-    for image1, image2, flow, valid, occluded, index in batches:
+    batches = reader.evaluation_batches(split, batch=batch, rank=comm.rank, ranks=comm.size)
+    for pairs in batches:
         comm.progress(Phase.VALIDATING)
-        predicted = predictor(mindspore.Tensor(image1), mindspore.Tensor(image2)).asnumpy()
+        predicted = predictor(mindspore.Tensor(pairs.image1), mindspore.Tensor(pairs.image2)).asnumpy()
         # Others fill up the last batch.
-        places = {position: i for i, position in enumerate(index.tolist()) if position >= 0}
+        places = {position: i for i, position in enumerate(pairs.index.tolist()) if position >= 0}
         for position, i in places.items():
-            sums[position] = metrics.pair_sums(predicted[i], flow[i], valid[i], occluded[i])
+            sums[position] = metrics.pair_sums(predicted[i], pairs.flow[i], pairs.valid[i], pairs.occluded[i])
         # The worst of all ranks' pairs are among the worst of each.
         keep = {*pictures, *find_worst(sums, {*samples, *places}, worst)}
         samples = {position: samples[position] for position in keep & samples.keys()}
         for position in keep & places.keys():
             i = places[position]
-            known = np.where(valid[i][..., None] > 0, flow[i], np.float32(np.nan))
-            samples[position] = (image1[i].copy(), known, predicted[i].copy())
+            known = np.where(pairs.valid[i][..., None] > 0, pairs.flow[i], np.float32(np.nan))
+            samples[position] = (pairs.image1[i].copy(), known, predicted[i].copy())
         if on_batch:
             on_batch(len(places))
     comm.sum(sums)  # exact: each element is zero on all ranks but one
@@ -128,13 +129,13 @@ def gather_strips(result: dict, comm: Communicator, guard: Callable = contextlib
             this rank's pictures are missing.
 
     Returns:
-        Position to picture, uint8 (H, 4W, 3) RGB, as of `prep.picture.strip`; on every rank.
+        Position to picture, uint8 (H, 4W, 3) RGB, as of `prep.flow_viz.draw_prediction`; on every rank.
     """
-    from prep.picture import strip
+    from prep.flow_viz import draw_prediction
 
     drawn = []
     with guard("drawing flow"):
-        drawn = [[i, strip(*sample)] for i, sample in result["samples"].items()]
+        drawn = [[i, draw_prediction(*sample)] for i, sample in result["samples"].items()]
     return dict(itertools.chain(*comm.gather(drawn)))
 
 
@@ -142,18 +143,19 @@ def draw_pairs(split, result: dict, strips: dict, wanted: Iterable[int]) -> np.n
     """A picture of the pairs at the positions `wanted`, which may differ in size, with captions.
 
     Args:
-        split: the opened split, a `prep.reader.Split`.
+        split: the opened split, a `prep.reader.DatasetSplit`.
         result: of `evaluate` on it.
         strips: of `gather_strips`.
 
     Returns:
         uint8 (H, W, 3) RGB.
     """
-    from prep.picture import sheet
+    from prep.flow_viz import contact_sheet
 
-    captions = [f"{split.names[i]}: EPE {result['epe'][i]:.2f} px, "
-                f"zero flow {result['zero_epe'][i]:.2f} px" for i in wanted]
-    return sheet([strips[i] for i in wanted], captions)
+    captions = [
+        f"{split.names[i]}: EPE {result['epe'][i]:.2f} px, zero flow {result['zero_epe'][i]:.2f} px" for i in wanted
+    ]
+    return contact_sheet([strips[i] for i in wanted], captions)
 
 
 def summarize(result):
@@ -189,12 +191,15 @@ def group(split, result):
     scenes = sorted({part[1] for part in parts}) if split.dataset == "sintel" else []
 
     def figures_of(*wanted):
-        return summarize_pairs(
-            result, [i for i, part in enumerate(parts) if tuple(part[:len(wanted)]) == wanted])
+        return summarize_pairs(result, [i for i, part in enumerate(parts) if tuple(part[: len(wanted)]) == wanted])
 
-    return ({name: figures_of(name) for name in passes},
-            {scene: {name: figures_of(name, scene) for name in passes
-                     if [name, scene] in [part[:2] for part in parts]} for scene in scenes})
+    return (
+        {name: figures_of(name) for name in passes},
+        {
+            scene: {name: figures_of(name, scene) for name in passes if [name, scene] in [part[:2] for part in parts]}
+            for scene in scenes
+        },
+    )
 
 
 # --- What is printed and written ------------------------------------------------------------------
@@ -204,8 +209,11 @@ def table(split, summary, passes, scenes):
     """The figures of an opened split as lines of text: all pairs, and beside them each pass."""
     sizes = sorted({f"{height}x{width}" for height, width in split.sizes.tolist()})
     columns = {**passes, "all": summary} if len(passes) > 1 else {"": summary}
-    lines = [f"{split.dataset} {split.name}: {summary['pairs']} pairs of {', '.join(sizes)}, "
-             f"{summary['pixels']:,} pixels with known flow", ""]
+    lines = [
+        f"{split.dataset} {split.name}: {summary['pairs']} pairs of {', '.join(sizes)}, "
+        f"{summary['pixels']:,} pixels with known flow",
+        "",
+    ]
 
     def line(label, values, unit=""):
         return (f"  {label:<26}{''.join(f'{value:>12}' for value in values)}  {unit}").rstrip()
@@ -232,28 +240,17 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in cells) + f"\n{NOTE}\n"
 
 
-def show(value):
+def show(value) -> str:
     """A figure as text."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def json_ready(value):
-    """The same without nan and infinity, which JSON has not: None stands there."""
-    if isinstance(value, dict):
-        return {key: json_ready(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [json_ready(entry) for entry in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def report(args, comm, split):
+def report(args, comm, split) -> None:
     """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
     from model.pwcnet import FlowPredictor
     from model.weights import load_network
-    from prep import progress, reader
-    from prep.flowio import write_whole
-    from prep.picture import save_png
-    from prep.shards import write_json
+    from prep import reader
+    from prep.flow_viz import save_png
 
     names = split.names
     predictor = FlowPredictor(load_network(args.ckpt))
@@ -262,24 +259,38 @@ def report(args, comm, split):
         out.mkdir(parents=True, exist_ok=True)
     spread = np.unique(np.linspace(0, len(names) - 1, args.pictures).astype(int)).tolist()
     order = reader.evaluation_order(split.sizes, args.batch * comm.size)
-    mine = sum(real for pairs in order for _, real in pairs[comm.rank::comm.size])
+    mine = sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
     with progress.bar(total=mine, unit="pair", disable=comm.rank != 0) as bar:
-        result = evaluate(predictor, split, comm=comm, batch=args.batch,
-                          pictures=spread, worst=args.pictures, on_batch=bar.update)
+        result = evaluate(
+            predictor, split, comm=comm, batch=args.batch, pictures=spread, worst=args.pictures, on_batch=bar.update
+        )
     strips = gather_strips(result, comm)
     if comm.rank != 0:
         return
     summary, (passes, scenes) = summarize(result), group(split, result)
     columns = zip(names, *(result[key].tolist() for key in ("epe", "zero_epe", "sums")))
-    by_pair = [{"pair": name, "epe": epe, "zero_epe": zero_epe,
-                "sums": dict(zip(metrics.SUMS, sums))} for name, epe, zero_epe, sums in columns]
-    write_json(out / "evaluation.json", json_ready({
-        "data": str(args.data), "split": args.split, "checkpoint": str(args.ckpt), **summary,
-        "passes": passes, "scenes": scenes, "by_pair": by_pair}))
+    by_pair = [
+        {"pair": name, "epe": epe, "zero_epe": zero_epe, "sums": dict(zip(metrics.SUMS, sums))}
+        for name, epe, zero_epe, sums in columns
+    ]
+    write_json(
+        out / "evaluation.json",
+        {
+            "data": str(args.data),
+            "split": args.split,
+            "checkpoint": str(args.ckpt),
+            **summary,
+            "passes": passes,
+            "scenes": scenes,
+            "by_pair": by_pair,
+        },
+    )
     rows = list(passes.items()) if len(passes) > 1 else []
     title = f"{split.dataset} {split.name}, {args.ckpt.name}"
-    write_whole(out / "evaluation.md", markdown(
-        [*((f"{title}, {name}", figures) for name, figures in rows), (title, summary)]).encode())
+    write_bytes(
+        out / "evaluation.md",
+        markdown([*((f"{title}, {name}", figures) for name, figures in rows), (title, summary)]).encode(),
+    )
     print(table(split, summary, passes, scenes))
     print(f"\nfigures:  {out / 'evaluation.json'}, {out / 'evaluation.md'}")
     for file, wanted in (("flow.png", spread), ("worst.png", result["worst"])):
@@ -291,25 +302,30 @@ def report(args, comm, split):
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def main():
+def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, type=pathlib.Path, metavar="FILE",
-                        help="a checkpoint of a run, or network weights")
-    parser.add_argument("--data", type=pathlib.Path, metavar="DIR",
-                        help="a folder that prep/convert.py made")
-    parser.add_argument("--split", default="val", metavar="NAME",
-                        help="train, val (the default) or, of Sintel, one such as val-clean")
-    parser.add_argument("--out", type=pathlib.Path, metavar="DIR",
-                        help="for figures and pictures; default: beside the checkpoint")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N",
-                        help="how many pairs to draw, spread over the split, and how many of the "
-                             "worst (default 8)")
-    parser.add_argument("--submission", type=pathlib.Path, metavar="DIR",
-                        help="instead of that, write the flow of a test set here")
-    parser.add_argument("--root", type=pathlib.Path, metavar="DIR",
-                        help="the unpacked test set of Sintel or KITTI")
-    parser.add_argument("--batch", type=int, default=1, metavar="N",
-                        help="pairs at a time, on each rank (default 1)")
+    parser.add_argument(
+        "--ckpt", required=True, type=pathlib.Path, metavar="FILE", help="a checkpoint of a run, or network weights"
+    )
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a folder that prep/convert.py made")
+    parser.add_argument(
+        "--split", default="val", metavar="NAME", help="train, val (the default) or, of Sintel, one such as val-clean"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="for figures and pictures; default: beside the checkpoint"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=8,
+        metavar="N",
+        help="how many pairs to draw, spread over the split, and how many of the worst (default 8)",
+    )
+    parser.add_argument(
+        "--submission", type=pathlib.Path, metavar="DIR", help="instead of that, write the flow of a test set here"
+    )
+    parser.add_argument("--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time, on each rank (default 1)")
     session.add_options(parser)
     args = parser.parse_args()
 
@@ -332,8 +348,7 @@ def prepare(args):
     if args.batch < 1 or args.pictures < 0:
         raise UserError("--batch must be at least 1 and --pictures at least 0")
     if bool(args.submission) != bool(args.root) or bool(args.submission) == bool(args.data):
-        raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write "
-                        "a submission")
+        raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file")
     for folder in (args.out, args.submission):
@@ -345,7 +360,7 @@ def prepare(args):
         text = "\n".join(file for file, _, _ in pairs)
         settings["test set"] = hashlib.sha256(text.encode()).hexdigest()
         return settings, (name, submission.by_size(pairs))
-    split = reader.Split.open(args.data, args.split)
+    split = reader.DatasetSplit.open(args.data, args.split)
     manifest = (args.data / "manifest.json").read_bytes()
     return {**settings, "data": hashlib.sha256(manifest).hexdigest()}, split
 

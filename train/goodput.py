@@ -12,7 +12,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from prep.shards import write_json
+from launch.files import write_json
 
 PHASES = ("startup", "compilation", "validation", "checkpoints")
 """What time goes to beside steps: startup is all before the first compilation, with the imports;
@@ -44,7 +44,7 @@ class Goodput:
         first: how many steps lie behind.
     """
 
-    def __init__(self, path: pathlib.Path | None, started: float, first: int):
+    def __init__(self, path: pathlib.Path | None, started: float, first: int) -> None:
         self.path = path
         self.earlier = read(path) if path else []
         self.seconds = {"steps": 0.0, **dict.fromkeys(PHASES, 0.0)}
@@ -124,15 +124,24 @@ def account(starts: list[dict]) -> dict:
             seconds[phase] += start["seconds"][phase]
         counted = min(counted, start["first"])
     wall = sum(seconds.values())
-    return {"goodput": seconds["steps"] / wall if wall else 0.0, "wall": wall, "starts": len(starts),
-            "seconds": seconds}
+    return {
+        "goodput": seconds["steps"] / wall if wall else 0.0,
+        "wall": wall,
+        "starts": len(starts),
+        "seconds": seconds,
+    }
 
 
 def describe(summary: dict) -> str:
     """An `account` as a line of text."""
     wall = summary["wall"] or 1.0
-    rest = ", ".join(f"{name.replace('_', ' ')} {100 * value / wall:.0f} %"
-                     for name, value in summary["seconds"].items() if name != "steps")
+    rest = ", ".join(
+        f"{name.replace('_', ' ')} {100 * value / wall:.0f} %"
+        for name, value in summary["seconds"].items()
+        if name != "steps"
+    )
     number = summary["starts"]
-    return (f"goodput {100 * summary['goodput']:.0f} % of {summary['wall']:.0f} s in {number} "
-            f"start{'s' if number != 1 else ''}; the rest: {rest}")
+    return (
+        f"goodput {100 * summary['goodput']:.0f} % of {summary['wall']:.0f} s in {number} "
+        f"start{'s' if number != 1 else ''}; the rest: {rest}"
+    )

@@ -20,11 +20,9 @@ import time
 
 from launch import ranks, session, versions
 from launch.arguments import Parser
-from launch.doctor import git_revision
-from prep.errors import UserError, run
-from prep.flowio import write_whole
-from prep.lock import Lock
-from prep.shards import write_json
+from launch.errors import UserError, run
+from launch.files import write_bytes, write_json
+from launch.lock import Lock
 from train import goodput, plain_yaml
 from train import recipe as recipes
 
@@ -49,42 +47,58 @@ def prepare(args):
     passes = count * args.accumulate
     if recipe.batch % passes:
         parts = f" in {args.accumulate} parts each" if args.accumulate > 1 else ""
-        raise UserError(f"batch is {recipe.batch}, over {count} ranks{parts}: take a multiple of "
-                        f"{passes} (batch={-(-recipe.batch // passes) * passes}) or another mpirun -n")
+        raise UserError(
+            f"batch is {recipe.batch}, over {count} ranks{parts}: take a multiple of "
+            f"{passes} (batch={-(-recipe.batch // passes) * passes}) or another mpirun -n"
+        )
     if recipe.mixture and len(recipe.mixture) != len(args.data):
-        raise UserError(f"mixture has {len(recipe.mixture)} shares, --data names {len(args.data)} "
-                        "set(s): give one share for each, in their order")
+        raise UserError(
+            f"mixture has {len(recipe.mixture)} shares, --data names {len(args.data)} "
+            "set(s): give one share for each, in their order"
+        )
     training = [open_training(folder, recipe) for folder in args.data]
     validation = open_validation(args.data, args.validate)
     check_folder(args.out, recipe)
     new = not (args.out / "recipe.yaml").exists()
     if new and args.init and not args.init.is_file() and ranks.current().rank == 0:
         raise UserError(f"{args.init}: no such checkpoint file")
-    manifests = {str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-                 for folder in [*args.data, *args.validate]}
+    manifests = {
+        str(folder): hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+        for folder in [*args.data, *args.validate]
+    }
     settings = {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}
-    about = {**versions.software(), "revision": git_revision(), "ranks": count,
-             "parts of a rank's batch": args.accumulate, "data": manifests}
+    about = {
+        **versions.software(),
+        "revision": versions.git_revision(),
+        "ranks": count,
+        "parts of a rank's batch": args.accumulate,
+        "data": manifests,
+    }
     if ranks.current().rank == 0 and args.out.exists():  # another run may be there: look now
         lock(args)
     return settings, (recipe, training, validation, about)
 
 
 def open_training(folder: pathlib.Path, recipe: recipes.Recipe):
-    """The training split (`prep.reader.Split`) of a converted dataset that fits the recipe."""
+    """The training split (`prep.reader.DatasetSplit`) of a converted dataset that fits the recipe."""
     from prep import reader
 
-    training = reader.Split.open(folder, "train")
+    training = reader.DatasetSplit.open(folder, "train")
     if not len(training):
-        raise UserError(f"{folder}: has no training pairs; give it as --validate, or convert it again with "
-                        "another --split-file")
+        raise UserError(
+            f"{folder}: has no training pairs; give it as --validate, or convert it again with another --split-file"
+        )
     if len(training) < recipe.batch:
-        raise UserError(f"{folder}: {len(training)} training pairs are fewer than one global batch of "
-                        f"{recipe.batch}; choose a smaller batch=N or convert more pairs")
+        raise UserError(
+            f"{folder}: {len(training)} training pairs are fewer than one global batch of "
+            f"{recipe.batch}; choose a smaller batch=N or convert more pairs"
+        )
     size = training.sizes.min(0).tolist()  # of the lowest and of the narrowest
     if any(side < part for side, part in zip(size, recipe.crop)):
-        raise UserError(f"{folder}: has pairs of {size[0]}x{size[1]}, the recipe crops "
-                        f"{recipe.crop[0]}x{recipe.crop[1]}; choose a smaller crop=[H,W]")
+        raise UserError(
+            f"{folder}: has pairs of {size[0]}x{size[1]}, the recipe crops "
+            f"{recipe.crop[0]}x{recipe.crop[1]}; choose a smaller crop=[H,W]"
+        )
     return training
 
 
@@ -99,16 +113,20 @@ def open_validation(data: list[pathlib.Path], validate: list[pathlib.Path]) -> l
     from prep import reader
 
     folders = {folder.resolve(): folder for folder in [*validate, *data]}
-    splits = [(path, reader.Split.open(folder, "val")) for path, folder in folders.items()]
+    splits = [(path, reader.DatasetSplit.open(folder, "val")) for path, folder in folders.items()]
     for number, (path, split) in enumerate(splits):
         if not len(split) and (number == 0 or folders[path] in validate):
-            raise UserError(f"{folders[path]}: split val has no pair; convert the set with --split-file, "
-                            "or validate on another one, --validate DIR")
+            raise UserError(
+                f"{folders[path]}: split val has no pair; convert the set with --split-file, "
+                "or validate on another one, --validate DIR"
+            )
     names = [path.name for path, _ in splits]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--data and --validate name several folders {name}; the curves of the sets "
-                            "are told apart by these names")
+            raise UserError(
+                f"--data and --validate name several folders {name}; the curves of the sets "
+                "are told apart by these names"
+            )
     return [(path.name, split) for path, split in splits if len(split)]
 
 
@@ -118,19 +136,21 @@ def check_folder(out: pathlib.Path, recipe: recipes.Recipe) -> None:
     if saved.exists():
         starts = read_starts(out)
         if starts and (version := starts[-1].get("format", 0)) > FORMAT:
-            raise UserError(f"{out}: a run of format {version}, but this version knows formats up to "
-                            f"{FORMAT}; use the version that wrote it, or a newer one")
+            raise UserError(
+                f"{out}: a run of format {version}, but this version knows formats up to "
+                f"{FORMAT}; use the version that wrote it, or a newer one"
+            )
         stored, source = network_options(out, None)
         stored = {key: value for key, value in stored.items() if key not in recipe.sources}
         effective = recipes.adopt_network_options(recipe, stored, source)
         for key, old, new in recipes.differences(saved, effective):
             if key not in recipes.CHANGEABLE:
-                old, new = (recipes.to_text(list(value) if isinstance(value, tuple) else value)
-                            for value in (old, new))
+                old, new = (recipes.to_text(list(value) if isinstance(value, tuple) else value) for value in (old, new))
                 raise UserError(
                     f"{out}: holds a run with another recipe: there {key} is {old}, here {new}; give "
                     f"another --out, or {key}={old} to go on with that run (only "
-                    f"{', '.join(recipes.CHANGEABLE)} may change)")
+                    f"{', '.join(recipes.CHANGEABLE)} may change)"
+                )
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out takes a folder")
     elif out.exists() and any(path.name not in (LOGS, LOCK) for path in out.iterdir()):
@@ -143,8 +163,9 @@ def read_starts(out: pathlib.Path) -> list[dict]:
     try:
         return json.loads(path.read_text()) if path.exists() else []
     except ValueError:
-        raise UserError(f"{path}: no JSON; restore it from a copy, or remove it and what the run was made "
-                        "with is no longer known") from None
+        raise UserError(
+            f"{path}: no JSON; restore it from a copy, or remove it and what the run was made with is no longer known"
+        ) from None
 
 
 def network_options(out: pathlib.Path, init: pathlib.Path | None) -> tuple[dict, str]:
@@ -169,7 +190,7 @@ def network_options(out: pathlib.Path, init: pathlib.Path | None) -> tuple[dict,
 
 
 held = None
-"""The `prep.lock.Lock` on the run's folder, on rank 0."""
+"""The `launch.lock.Lock` on the run's folder, on rank 0."""
 
 
 def lock(args) -> None:
@@ -193,42 +214,60 @@ def enter(out, recipe, about, first):
         What is not as it was at the last start, as texts.
     """
     saved = out / "recipe.yaml"
-    changed = [f"{key} {recipes.to_text(new)} (was {recipes.to_text(old)})"
-               for key, old, new in (recipes.differences(saved, recipe) if saved.exists() else [])]
-    write_whole(saved, recipe.to_yaml().encode())
+    changed = [
+        f"{key} {recipes.to_text(new)} (was {recipes.to_text(old)})"
+        for key, old, new in (recipes.differences(saved, recipe) if saved.exists() else [])
+    ]
+    write_bytes(saved, recipe.to_yaml().encode())
     starts = read_starts(out)
     last = starts[-1] if starts else about
-    changed += [f"{key} {value} (was {last.get(key)})" for key, value in about.items()
-                if value != last.get(key)]
+    changed += [f"{key} {value} (was {last.get(key)})" for key, value in about.items() if value != last.get(key)]
     write_json(out / "starts.json", [*starts, {"after_step": first, "format": FORMAT, **about}])
     return changed
 
 
-def main():
+def main() -> None:
     parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="With an --out that holds a run of the same recipe, that run goes on. "
-        f"{', '.join(recipes.CHANGEABLE)} may have changed: a larger steps=N extends a run.")
-    parser.add_argument("--config", required=True, metavar="RECIPE",
-                        help="a recipe's name (example, chairs, ...) or a YAML file")
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="DIR", action="append",
-                        help="a folder that prep/convert.py made; once more for each further set of "
-                        "a mixture")
-    parser.add_argument("--validate", type=pathlib.Path, metavar="DIR", action="append", default=[],
-                        help="a further such folder, to validate on alone: it needs no training pairs; may "
-                        "be given again. The first --validate, or without one the first --data, decides "
-                        "what is the best checkpoint (best.ckpt) and has the curves validation/..., the "
-                        "others validation/NAME/...")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RUN",
-                        help="folder of the run")
-    parser.add_argument("--init", type=pathlib.Path, metavar="CKPT",
-                        help="a checkpoint or imported file whose weights to begin with")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS",
-                        help="take each rank's share of the batch in this many parts, to need less "
-                        "memory; the result is the same but for rounding")
+        f"{', '.join(recipes.CHANGEABLE)} may have changed: a larger steps=N extends a run.",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="RECIPE", help="a recipe's name (example, chairs, ...) or a YAML file"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        action="append",
+        help="a folder that prep/convert.py made; once more for each further set of a mixture",
+    )
+    parser.add_argument(
+        "--validate",
+        type=pathlib.Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further such folder, to validate on alone: it needs no training pairs; may "
+        "be given again. The first --validate, or without one the first --data, decides "
+        "what is the best checkpoint (best.ckpt) and has the curves validation/..., the "
+        "others validation/NAME/...",
+    )
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--init", type=pathlib.Path, metavar="CKPT", help="a checkpoint or imported file whose weights to begin with"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="PARTS",
+        help="take each rank's share of the batch in this many parts, to need less "
+        "memory; the result is the same but for rounding",
+    )
     session.add_options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
     args = parser.parse_args()
     if args.accumulate < 1:
         parser.error(f"--accumulate is {args.accumulate}, expected at least 1")
@@ -236,7 +275,7 @@ def main():
     started = goodput.process_start()
     job = session.start(lambda: prepare(args), args.device, args.collective, args.out / LOGS)
     with job as (comm, (recipe, training, validation, about)):
-        from train.loop import train
+        from train.trainer import train
 
         start = time.monotonic()
 
@@ -246,13 +285,24 @@ def main():
 
         # Those of the file where the recipe says nothing; the other ranks may not have the file.
         recipe = recipes.adopt_network_options(recipe, *comm.from_rank_0(claim))
-        result = train(recipe, training, validation, args.out, comm, parts=args.accumulate, init=args.init,
-                       enter=lambda first: enter(args.out, recipe, about, first), started=started)
+        result = train(
+            recipe,
+            training,
+            validation,
+            args.out,
+            comm,
+            parts=args.accumulate,
+            init=args.init,
+            enter=lambda first: enter(args.out, recipe, about, first),
+            started=started,
+        )
         if comm.rank == 0:
             result |= {"made_with": about, "seconds": round(time.monotonic() - start, 1)}
             write_json(args.out / "result.json", result)
-            print(f"validation EPE {result['epe']:.3f} px, {result['ratio']:.3f} of a flow of zero; "
-                  f"{goodput.describe(result['goodput'])}; figures: {args.out / 'result.json'}")
+            print(
+                f"validation EPE {result['epe']:.3f} px, {result['ratio']:.3f} of a flow of zero; "
+                f"{goodput.describe(result['goodput'])}; figures: {args.out / 'result.json'}"
+            )
             held.release()
 
 

@@ -16,9 +16,9 @@ from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from prep import progress
-from prep.errors import describe_os_error
-from prep.flowio import write_whole
+from launch import progress
+from launch.errors import describe_os_error
+from launch.files import write_bytes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals after which a training ends with the step that it is in."""
@@ -37,7 +37,7 @@ class SummaryProcess(_writer_pool.WriterPool):
     writes what it was given and ends; when it ends itself, the training goes on without it.
     """
 
-    def __init__(self, base_dir, max_file_size, num_process=1, raise_exception=False, **files):
+    def __init__(self, base_dir, max_file_size, num_process=1, raise_exception=False, **files) -> None:
         CONTEXT.Process.__init__(self)
         self._base_dir, self._filedict = base_dir, files
         self._max_file_size = max_file_size
@@ -48,7 +48,7 @@ class SummaryProcess(_writer_pool.WriterPool):
         self.start()
         self.reading.close()
 
-    def run(self):
+    def run(self) -> None:
         self.writing.close()
         for number in STOP_SIGNALS:  # they are for the training, and may be sent to all processes
             signal.signal(number, signal.SIG_IGN)
@@ -62,7 +62,7 @@ class SummaryProcess(_writer_pool.WriterPool):
         for writer in self._writers:
             writer.close()
 
-    def send(self, action, data=None):
+    def send(self, action, data=None) -> None:
         """Give the process something to do, or find out that it is gone."""
         if not self.lost:
             try:
@@ -70,13 +70,13 @@ class SummaryProcess(_writer_pool.WriterPool):
             except BrokenPipeError:
                 self.lose()
 
-    def write(self, data):
+    def write(self, data) -> None:
         self.send("WRITE", data)
 
-    def flush(self):
+    def flush(self) -> None:
         self.send("FLUSH")
 
-    def close(self):
+    def close(self) -> None:
         """Have it end; returns when everything is in the files."""
         self.send("END")
         self.writing.close()
@@ -84,14 +84,16 @@ class SummaryProcess(_writer_pool.WriterPool):
         if not self.lost and self.exitcode:
             self.lose()
 
-    def lose(self):
+    def lose(self) -> None:
         """Note that the process is gone, and say so once."""
         self.lost = True
         self.join()
         code = self.exitcode
         why = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-        warn(f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run "
-             "goes on without these curves (TensorBoard's go on)")
+        warn(
+            f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run "
+            "goes on without these curves (TensorBoard's go on)"
+        )
 
 
 summary_record.WriterPool = SummaryProcess
@@ -124,7 +126,7 @@ class EventFile:
     and leaves out the rest.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.file = None
         with self.guarded():
@@ -150,17 +152,19 @@ class EventFile:
             yield
         except OSError as error:
             self.file = None
-            warn(f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run goes on "
-                 "without these curves")
+            warn(
+                f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run goes on "
+                "without these curves"
+            )
 
 
 class Clock:
     """Measures the loop's speed and how much of its time went by waiting for data, from a step on."""
 
-    def __init__(self, step):
+    def __init__(self, step) -> None:
         self.restart(step)
 
-    def restart(self, step):
+    def restart(self, step) -> None:
         """Measure from this step on."""
         self.step, self.start, self.waited = step, time.perf_counter(), 0.0
 
@@ -190,7 +194,7 @@ def resident_memory():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def forget_after(folder, step):
+def forget_after(folder, step) -> None:
     """Take what was recorded after a step out of the event files in a folder, of either kind.
 
     An interrupted run goes on from its last checkpoint, and so passes again through the steps that it
@@ -203,13 +207,13 @@ def forget_after(folder, step):
             continue
         data, kept, position = path.read_bytes(), [], 0
         while position + 12 <= len(data):
-            end = position + 16 + int.from_bytes(data[position:position + 8], "little")
+            end = position + 16 + int.from_bytes(data[position : position + 8], "little")
             if end > len(data):
                 break
-            if Event.FromString(data[position + 12:end - 4]).step <= step:
+            if Event.FromString(data[position + 12 : end - 4]).step <= step:
                 kept.append(data[position:end])
             position = end
-        write_whole(path, b"".join(kept))
+        write_bytes(path, b"".join(kept))
 
 
 class Monitor:
@@ -224,7 +228,7 @@ class Monitor:
         steps: how many there are in all.
     """
 
-    def __init__(self, folder, first_step, steps, enabled=True):
+    def __init__(self, folder, first_step, steps, enabled=True) -> None:
         self.enabled = enabled
         if not enabled:
             return
@@ -244,12 +248,12 @@ class Monitor:
             self.events.close()
             self.summary.close()
 
-    def text(self, tag, text):
+    def text(self, tag, text) -> None:
         """Show a text in TensorBoard as it stands."""
         if self.enabled:
             self.events.add(0, tensorboard.text(tag, f"```\n{text}\n```"))
 
-    def scalars(self, step, values):
+    def scalars(self, step, values) -> None:
         """Add one point to each of several curves, tag to number."""
         if self.enabled:
             self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in values.items()))
@@ -257,7 +261,7 @@ class Monitor:
                 self.summary.add_value("scalar", tag, mindspore.Tensor(value, mindspore.float32))
             self.summary.record(step)
 
-    def picture(self, step, tag, image):
+    def picture(self, step, tag, image) -> None:
         """Add a picture, (H, W, 3) uint8."""
         if self.enabled:
             self.events.add(step, tensorboard.image(tag, image, dataformats="HWC"))
@@ -265,13 +269,13 @@ class Monitor:
             self.summary.add_value("image", tag, mindspore.Tensor(planar))
             self.summary.record(step)
 
-    def advance(self, step, **values):
+    def advance(self, step, **values) -> None:
         """Move the progress line to a step and show these figures on it."""
         if self.enabled:
             self.bar.set_postfix(values, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def say(self, line):
+    def say(self, line) -> None:
         """Print a line above the progress line."""
         if self.enabled:
             self.bar.clear()

@@ -9,7 +9,7 @@ import typing
 
 import yaml
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 LARGEST_FILE = 64 * 1024
 """In bytes; a recipe has about one thousand."""
@@ -33,7 +33,8 @@ class Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in TYPES]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     depth = 0
 
@@ -74,8 +75,7 @@ def read_file(path: pathlib.Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         data = file.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
-        raise UserError(f"{path}: has more than {LARGEST_FILE} bytes, which no recipe has; give another "
-                        "file")
+        raise UserError(f"{path}: has more than {LARGEST_FILE} bytes, which no recipe has; give another file")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -93,8 +93,7 @@ def read_file(path: pathlib.Path) -> dict[str, Entry]:
             if not isinstance(key, str):
                 raise UserError(f"{path}, line {line}: the key is {key!r}, expected a word")
             if key in found:
-                raise UserError(f"{path}, line {line}: {key} is already in line {found[key].line}; "
-                                "remove one of them")
+                raise UserError(f"{path}, line {line}: {key} is already in line {found[key].line}; remove one of them")
             found[key] = Entry(loader.construct(value_node), line)
         return found
 

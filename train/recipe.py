@@ -8,7 +8,7 @@ import typing
 
 import yaml
 
-from prep.errors import UserError
+from launch.errors import UserError
 from train import plain_yaml
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "recipes"
@@ -86,22 +86,30 @@ class Recipe:
             if smallest > largest:
                 raise UserError(f"{key} is [{smallest}, {largest}]; expected the smaller one first")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise UserError(f"milestones is {shorten(list(self.milestones))}; expected steps in rising "
-                            "order, each once")
+            raise UserError(
+                f"milestones is {shorten(list(self.milestones))}; expected steps in rising order, each once"
+            )
         if self.schedule == "milestones" and self.milestones and self.milestones[-1] >= self.steps:
-            raise UserError(f"milestones ends at {self.milestones[-1]} and steps is {self.steps}, so that "
-                            "it would have no effect; expected milestones below steps")
+            raise UserError(
+                f"milestones ends at {self.milestones[-1]} and steps is {self.steps}, so that "
+                "it would have no effect; expected milestones below steps"
+            )
         if self.warm_up > self.steps:
-            raise UserError(f"warm_up is {self.warm_up} and steps {self.steps}; expected a warm-up that "
-                            "ends within the run")
+            raise UserError(
+                f"warm_up is {self.warm_up} and steps {self.steps}; expected a warm-up that ends within the run"
+            )
         if self.start_from_coarser_flow and not self.dense:
-            raise UserError("start_from_coarser_flow is true and dense false; plain estimators do "
-                            "not see the coarser flow in their last layer: turn one of them round")
+            raise UserError(
+                "start_from_coarser_flow is true and dense false; plain estimators do "
+                "not see the coarser flow in their last layer: turn one of them round"
+            )
 
     def to_yaml(self):
         """The whole recipe, defaults written out, as YAML text."""
-        values = {key: list(value) if isinstance(value, tuple) else value
-                  for key, value in ((key, getattr(self, key)) for key in KEYS)}
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in ((key, getattr(self, key)) for key in KEYS)
+        }
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
@@ -136,8 +144,10 @@ def load(name, overrides=()):
         if not equals:
             raise UserError(f"{shorten(text)} on the command line: expected key=value")
         if key in given:
-            raise UserError(f"{key} is given twice on the command line, as {shorten(given[key])} and "
-                            f"{shorten(value)}; remove one of them")
+            raise UserError(
+                f"{key} is given twice on the command line, as {shorten(given[key])} and "
+                f"{shorten(value)}; remove one of them"
+            )
         given[key] = value
         values[key] = plain_yaml.read_value(value, f"{shorten(text)} on the command line")
         sources[key] = "the command line"
@@ -155,8 +165,7 @@ def check(values, sources, path):
             advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(KEYS)
             raise UserError(f"{where} is not a key of a recipe; {advice}")
         checked[key] = check_value(where, value, types[key], KEYS[key].metadata)
-    missing = [name for name, field in KEYS.items()
-               if name not in checked and field.default is dataclasses.MISSING]
+    missing = [name for name, field in KEYS.items() if name not in checked and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing; add a line `{missing[0]}: ...`")
     try:
@@ -214,7 +223,8 @@ def adopt_network_options(recipe: Recipe, options: dict, source: str | pathlib.P
         if key in recipe.sources and value != getattr(recipe, key):
             raise UserError(
                 f"{recipe.sources[key]}: {key} is {to_text(getattr(recipe, key))}, but {source} is of "
-                f"a network with {key} {to_text(value)}; remove {key} or use other weights")
+                f"a network with {key} {to_text(value)}; remove {key} or use other weights"
+            )
         where = f"{source}: {key}"
         adopted[key] = check_value(where, value, typing.get_type_hints(Recipe)[key], KEYS[key].metadata)
     return dataclasses.replace(recipe, **adopted)
@@ -237,8 +247,10 @@ def differences(path: pathlib.Path, recipe: Recipe) -> list[tuple]:
         UserError: the file is no recipe.
         OSError: it cannot be read.
     """
-    stored = {key: tuple(value) if isinstance(value, list) else value
-              for key, (value, _) in plain_yaml.read_file(path).items()}
+    stored = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, (value, _) in plain_yaml.read_file(path).items()
+    }
     pairs = {}
     for key, field in KEYS.items():
         default = None if field.default is dataclasses.MISSING else field.default
@@ -250,7 +262,7 @@ def differences(path: pathlib.Path, recipe: Recipe) -> list[tuple]:
 def shorten(value: object) -> str:
     """A value as an error shows it."""
     text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def to_text(value: object) -> str:

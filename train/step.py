@@ -6,6 +6,9 @@ which takes as long to compile as the network does.
 """
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import mindspore
 import numpy as np
@@ -13,18 +16,19 @@ from mindspore import Parameter, Tensor, float32, nn, ops
 from mindspore.ops.auto_generate import SplitWithSize
 
 from launch import collective
-from launch.communicator import ALONE
+from launch.communicator import ALONE, Communicator
 from model.layers import Convolution
 from model.pwcnet import to_network
 from model.reductions import ordered_sum
+from prep.reader import Batch
 
-LOSS_SCALE = {"start": 2.0 ** 16, "factor": 2.0, "every": 1000}
+LOSS_SCALE = {"start": 2.0**16, "factor": 2.0, "every": 1000}
 """Dynamic loss scaling: first scale, factor of change, steps without overflow before it grows."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """Of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
 
 
-def use_float16(network):
+def use_float16(network) -> None:
     """Have a network's convolutions compute in float16 and leave the rest in float32.
 
     Flow, warping, cost volume, loss and weight updates are sums of many or differences of close
@@ -35,68 +39,81 @@ def use_float16(network):
             cell.use_float16()
 
 
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How gradients become new weights."""
+
+    accumulation_steps: int = 1
+    """Equal parts in which a rank's batch goes through the network, to need less memory; the result is the same but
+    for rounding."""
+    clip_norm: float = 0.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no limit."""
+    loss_scaling: bool = False
+    """Dynamic loss scaling, for float16."""
+    weight_decay: float = 0.0
+    """Share of each weight that is added to its gradient."""
+    decoupled_decay: bool = False
+    """Weight decay apart from the gradient, a share of each weight per step and learning rate: AdamW (I. Loshchilov
+    and F. Hutter, "Decoupled Weight Decay Regularization", 2019)."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, such as 0.999. 0: no average."""
+
+
+class StepResult(NamedTuple):
+    """What a training step returns."""
+
+    losses: Tensor
+    """The loss vector, mean over micro-batches and ranks."""
+    gradient_norm: Tensor
+    """() global norm of the mean gradient, before clipping."""
+    finite: Tensor
+    """() bool; if False a gradient overflowed and the weights were left as they were."""
+
+
 class TrainStep:
     """A step on this rank's part of the global batch, by Adam or AdamW.
 
     Args:
         network: images to flows, a Cell.
         loss: (flows, flow, valid) to a vector whose sum is minimised, a Cell; the mean over a batch.
+        options: see `StepOptions`.
         comm: the ranks that share the batch; gradients and losses are their mean.
-        parts: in how many equal parts this rank's share goes through, to need less memory; the
-            result is the same but for rounding.
-        clip_norm: largest global gradient norm, larger ones are scaled down to it; 0: never.
-        loss_scaling: dynamic loss scaling, for float16.
-        weight_decay: the share of each weight that is added to its gradient.
-        decoupled: weight_decay apart from the gradient (I. Loshchilov and F. Hutter, "Decoupled
-            Weight Decay Regularization", 2019), a share of each weight per step and learning rate.
-        average: decay of an exponential moving average of the weights per step, as 0.999; 0: none.
 
     Attributes:
-        state: a Cell with all that a run must keep: network, moments, loss scale, average.
+        state: a Cell with all that a run must keep: network, moments, loss scale, moving average.
     """
 
-    def __init__(self, network, loss, *, comm=ALONE, parts=1, clip_norm=0.0, loss_scaling=False,
-                 weight_decay=0.0, decoupled=False, average=0.0):
-        self.parts = parts
+    def __init__(
+        self, network: nn.Cell, loss: nn.Cell, options: StepOptions | None = None, comm: Communicator = ALONE
+    ) -> None:
+        self.options = options or StepOptions()
         self.weights = tuple(network.trainable_params())
         self.sum_over_ranks = collective.create(comm)
         numbers = sum(weight.size for weight in self.weights)
-        self.state = State(network, numbers, loss_scaling, bool(average))
+        self.state = State(network, numbers, self.options)
         self.sums = hidden("losses", loss.length), hidden("gradient", numbers)
         self.add = AddGradients(network, loss, self.state, *self.sums)
-        self.update = Update(self.weights, self.state, *self.sums, passes=comm.size * parts,
-                             all_reduce=self.sum_over_ranks.in_graph, clip_norm=clip_norm, loss_scaling=loss_scaling,
-                             weight_decay=weight_decay, decoupled=decoupled, average=average)
+        passes = comm.size * self.options.accumulation_steps
+        self.update = Update(self.weights, self.state, self.sums, self.options, passes, self.sum_over_ranks.in_graph)
         self.put = PutWeights(self.weights)
 
-    def __call__(self, image1, image2, flow, valid, learning_rate):
-        """Do the step.
-
-        Args:
-            image1, image2: (N, H, W, 3) uint8 NumPy arrays.
-            flow: (N, H, W, 2) float32 in pixels.
-            valid: (N, H, W) uint8, non-zero where the flow is known.
-            learning_rate: a number.
-
-        Returns:
-            losses: the loss vector, mean over parts and ranks.
-            gradient_norm: () global norm before clipping, of the mean gradient.
-            finite: () bool; if False a gradient overflowed and the weights were left as they were.
-        """
-        for part in self.split(image1, image2, flow, valid):
+    def __call__(self, batch: Batch, learning_rate: float) -> StepResult:
+        """Do the step on this rank's part of a global batch."""
+        for part in self.micro_batches(batch):
             self.add(*part)
         self.sum_over_ranks(*self.sums)
-        return self.update(Tensor(learning_rate, float32))
+        return StepResult(*self.update(Tensor(learning_rate, float32)))
 
-    def compile(self, *batch):
-        """Compile both graphs for batches like this one."""
-        self.add.compile(*next(self.split(*batch)))
+    def compile(self, batch: Batch) -> None:
+        """Compile both graphs for batches of the same shape as this one."""
+        self.add.compile(*next(self.micro_batches(batch)))
         self.update.compile(Tensor(0.0, float32))
 
-    def split(self, *batch):
-        """Yield the parts of a batch as Tensors."""
-        for rows in np.split(np.arange(len(batch[0])), self.parts):
-            yield [Tensor(column[rows[0]:rows[-1] + 1]) for column in batch]
+    def micro_batches(self, batch: Batch) -> Iterator[list[Tensor]]:
+        """Yield image1, image2, flow and valid of each part of a batch."""
+        for rows in np.split(np.arange(len(batch.image1)), self.options.accumulation_steps):
+            part = slice(rows[0], rows[-1] + 1)
+            yield [Tensor(array[part]) for array in (batch.image1, batch.image2, batch.flow, batch.valid)]
 
     @property
     def loss_scale(self):
@@ -127,17 +144,17 @@ def hidden(name, *shape, value=0.0, dtype=float32):
 class State(nn.Cell):
     """What a run must keep to go on: the network's parameters, and these."""
 
-    def __init__(self, network, numbers, loss_scaling, average):
+    def __init__(self, network: nn.Cell, numbers: int, options: StepOptions) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.moment1 = hidden("moment1", numbers)
         self.moment2 = hidden("moment2", numbers)
         self.beta1_power = hidden("beta1_power", value=1.0)
         self.beta2_power = hidden("beta2_power", value=1.0)
-        self.loss_scale = hidden("loss_scale", value=LOSS_SCALE["start"] if loss_scaling else 1.0)
+        self.loss_scale = hidden("loss_scale", value=LOSS_SCALE["start"] if options.loss_scaling else 1.0)
         self.finite_steps = hidden("finite_steps", dtype=mindspore.int32)
         self.overflows = hidden("overflows", dtype=mindspore.int32)
-        if average:
+        if options.ema_decay:
             # Averaged weights minus weights.
             self.average_offset = hidden("average_offset", numbers)
 
@@ -145,15 +162,14 @@ class State(nn.Cell):
 class AddGradients(nn.Cell):
     """Forward and backward pass, adding loss vector and gradient to the two sums."""
 
-    def __init__(self, network, loss, state, losses, gradient):
+    def __init__(self, network, loss, state, losses, gradient) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.loss = loss
         self.loss_scale = state.loss_scale
         self.losses = losses
         self.gradient = gradient
-        self.value_and_grad = ops.value_and_grad(
-            self.forward, None, tuple(network.trainable_params()), has_aux=True)
+        self.value_and_grad = ops.value_and_grad(self.forward, None, tuple(network.trainable_params()), has_aux=True)
 
     def forward(self, image1, image2, flow, valid, scale):
         losses = self.loss(self.network(image1, image2), flow, valid)
@@ -161,8 +177,12 @@ class AddGradients(nn.Cell):
 
     def construct(self, image1, image2, flow, valid):
         (_, losses), gradients = self.value_and_grad(
-            to_network(image1), to_network(image2), flow.transpose(0, 3, 1, 2),
-            (valid > 0).astype(float32).expand_dims(1), self.loss_scale)
+            to_network(image1),
+            to_network(image2),
+            flow.transpose(0, 3, 1, 2),
+            (valid > 0).astype(float32).expand_dims(1),
+            self.loss_scale,
+        )
         ops.assign_add(self.losses, losses)
         ops.assign_add(self.gradient, flatten(gradients))
         return losses
@@ -171,21 +191,27 @@ class AddGradients(nn.Cell):
 class Update(nn.Cell):
     """From the two sums, over `passes` passes on all ranks, to new weights; empties the sums."""
 
-    def __init__(self, weights, state, losses, gradient, *, passes, all_reduce, clip_norm,
-                 loss_scaling, weight_decay, decoupled, average):
+    def __init__(
+        self,
+        weights: tuple[Parameter, ...],
+        state: State,
+        sums: tuple[Parameter, Parameter],
+        options: StepOptions,
+        passes: int,
+        all_reduce: ops.Primitive | None,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.weights = weights
         self.sizes = tuple(weight.size for weight in weights)
         self.state = state
-        self.losses = losses
-        self.gradient = gradient
-        self.change = hidden("change", *gradient.shape)
+        self.losses, self.gradient = sums
+        self.change = hidden("change", *self.gradient.shape)
         self.passes = passes
-        self.clip_norm = clip_norm
-        self.loss_scaling = loss_scaling
-        self.decay = 0.0 if decoupled else weight_decay
-        self.decoupled_decay = weight_decay if decoupled else 0.0
-        self.average = average
+        self.clip_norm = options.clip_norm
+        self.loss_scaling = options.loss_scaling
+        self.decay = 0.0 if options.decoupled_decay else options.weight_decay
+        self.decoupled_decay = options.weight_decay if options.decoupled_decay else 0.0
+        self.ema_decay = options.ema_decay
         self.all_reduce = all_reduce
         self.adam = ops.Adam()
         self.split = SplitWithSize()
@@ -211,15 +237,23 @@ class Update(nn.Cell):
             ops.assign(state.beta1_power, state.beta1_power * BETA1)
             ops.assign(state.beta2_power, state.beta2_power * BETA2)
             # Adam of weights that are zero gives what is to be added to the weights.
-            self.adam(self.change, state.moment1, state.moment2, state.beta1_power,
-                      state.beta2_power, learning_rate, BETA1, BETA2, EPSILON, gradient)
+            self.adam(
+                self.change,
+                state.moment1,
+                state.moment2,
+                state.beta1_power,
+                state.beta2_power,
+                learning_rate,
+                BETA1,
+                BETA2,
+                EPSILON,
+                gradient,
+            )
             if self.decoupled_decay > 0:
-                ops.assign_add(self.change, flatten(self.weights)
-                               * (-self.decoupled_decay * learning_rate))
-            if self.average > 0:
+                ops.assign_add(self.change, flatten(self.weights) * (-self.decoupled_decay * learning_rate))
+            if self.ema_decay > 0:
                 # average' - weights' = decay (average - weights'), weights' = weights + change
-                ops.assign(state.average_offset,
-                           (state.average_offset - self.change) * self.average)
+                ops.assign(state.average_offset, (state.average_offset - self.change) * self.ema_decay)
         self.each(add_part, self.weights, self.split(self.change, self.sizes, 0))
         ops.assign(self.losses, ops.zeros_like(self.losses))
         ops.assign(self.gradient, ops.zeros_like(self.gradient))
@@ -227,13 +261,12 @@ class Update(nn.Cell):
             self.adjust_loss_scale(finite)
         return losses / self.passes, norm, finite
 
-    def adjust_loss_scale(self, finite):
+    def adjust_loss_scale(self, finite) -> None:
         """Lower the scale after an overflow, raise it after many steps without one."""
         state = self.state
         steps = ops.select(finite, state.finite_steps + 1, ops.zeros_like(state.finite_steps))
         grow = steps >= LOSS_SCALE["every"]
-        scale = ops.select(finite, state.loss_scale,
-                           ops.maximum(state.loss_scale / LOSS_SCALE["factor"], 1.0))
+        scale = ops.select(finite, state.loss_scale, ops.maximum(state.loss_scale / LOSS_SCALE["factor"], 1.0))
         scale = ops.select(grow, scale * LOSS_SCALE["factor"], scale)
         ops.assign(state.loss_scale, scale)
         ops.assign_add(state.overflows, 1 - finite.astype(mindspore.int32))
@@ -246,7 +279,7 @@ class PutWeights(nn.Cell):
     A graph, because graphs that are compiled do not see what Parameter.set_data brings.
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights) -> None:
         super().__init__(auto_prefix=False)
         self.weights = weights
         self.sizes = tuple(weight.size for weight in weights)

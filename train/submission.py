@@ -3,7 +3,7 @@
 import re
 import sys
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 PASSES = ("clean", "final")
 """What a pair's name begins with in a set that is rendered twice."""
@@ -27,8 +27,7 @@ def list_test_pairs(root):
         UserError: no such layout, or an image is missing.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected the unpacked test set of Sintel or "
-                        "KITTI")
+        raise UserError(f"{root}: no such folder; expected the unpacked test set of Sintel or KITTI")
     for name, inner, folders, pairs_of, expected in (
         ("Sintel", "test", PASSES, list_sintel, 1104),
         ("KITTI 2015", "testing", ("image_2",), list_kitti_2015, 200),
@@ -40,19 +39,21 @@ def list_test_pairs(root):
             continue
         for folder in folders:
             if not (test / folder).is_dir():
-                raise UserError(f"{test / folder}: not there, but a submission to {name} needs it; "
-                                "download and unpack it too")
+                raise UserError(
+                    f"{test / folder}: not there, but a submission to {name} needs it; download and unpack it too"
+                )
         pairs = [pair for folder in folders for pair in pairs_of(test / folder)]
         if name == "Sintel":
             check_passes(test, pairs)
         if len(pairs) != expected:
-            print(f"note: the test set of {name} has {expected} pairs, {test} has {len(pairs)}",
-                  file=sys.stderr)
+            print(f"note: the test set of {name} has {expected} pairs, {test} has {len(pairs)}", file=sys.stderr)
         return name, pairs
     found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-    raise UserError(f"{root}: no test set in it (it has {found}); expected test/clean and "
-                    "test/final of Sintel, or testing/image_2 (KITTI 2015) or testing/colored_0 "
-                    "(KITTI 2012)")
+    raise UserError(
+        f"{root}: no test set in it (it has {found}); expected test/clean and "
+        "test/final of Sintel, or testing/image_2 (KITTI 2015) or testing/colored_0 "
+        "(KITTI 2012)"
+    )
 
 
 def list_sintel(folder):
@@ -64,22 +65,25 @@ def list_sintel(folder):
             raise UserError(f"{scene}: no frame in it; expected frame_0001.png and so on")
         numbers = range(1, max(frames) + 1)
         check_frames([scene / f"frame_{number:04}.png" for number in numbers])
-        pairs += [(f"{folder.name}/{scene.name}/frame{number:04}.flo", frames[number],
-                   frames[number + 1]) for number in numbers[:-1]]
+        pairs += [
+            (f"{folder.name}/{scene.name}/frame{number:04}.flo", frames[number], frames[number + 1])
+            for number in numbers[:-1]
+        ]
     if not pairs:
         raise UserError(f"{folder}: no pair in it; expected SCENE/frame_0001.png and so on")
     return pairs
 
 
-def check_passes(test, pairs):
+def check_passes(test, pairs) -> None:
     """UserError unless both passes of Sintel's test set have the same pairs."""
-    clean, final = ({file.split("/", 1)[1] for file, _, _ in pairs if file.startswith(name)}
-                    for name in PASSES)
+    clean, final = ({file.split("/", 1)[1] for file, _, _ in pairs if file.startswith(name)} for name in PASSES)
     if clean != final:
         file = min(clean ^ final)
         lacking = "final" if file in clean else "clean"
-        raise UserError(f"{test / lacking}: lacks the frames for {file}, which the other pass has; "
-                        "a submission needs both passes, so unpack the test set again")
+        raise UserError(
+            f"{test / lacking}: lacks the frames for {file}, which the other pass has; "
+            "a submission needs both passes, so unpack the test set again"
+        )
 
 
 def list_kitti(folder):
@@ -89,8 +93,7 @@ def list_kitti(folder):
         raise UserError(f"{folder}: no pair in it; expected 000000_10.png, 000000_11.png and so on")
     names = [f"{number:06}" for number in range(max(frames) + 1)]
     check_frames([folder / f"{name}_{frame}.png" for name in names for frame in (10, 11)])
-    return [(f"{name}_10.png", folder / f"{name}_10.png", folder / f"{name}_11.png")
-            for name in names]
+    return [(f"{name}_10.png", folder / f"{name}_10.png", folder / f"{name}_11.png") for name in names]
 
 
 def list_kitti_2015(folder):
@@ -104,24 +107,27 @@ def numbered(folder, pattern):
     return {int(match[1]): path for match, path in matches if match}
 
 
-def check_frames(paths):
+def check_frames(paths) -> None:
     """UserError unless all these frames are there; none of a test set may be missing."""
     if missing := [path for path in paths if not path.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: not there{more}; a submission needs every pair of the test "
-                        "set, so unpack it again")
+        raise UserError(
+            f"{missing[0]}: not there{more}; a submission needs every pair of the test set, so unpack it again"
+        )
 
 
 def by_size(pairs):
     """Pairs of `list_test_pairs` by (height, width); UserError if a pair's images differ in it."""
-    from prep.images import image_size
+    from prep.formats.image import image_size
 
     groups = {}
     for pair in pairs:
         size, other = map(image_size, pair[1:])
         if size != other:
-            raise UserError(f"{pair[2]}: {other[1]}x{other[0]} pixels, expected "
-                            f"{size[1]}x{size[0]} as {pair[1].name} has; unpack the test set again")
+            raise UserError(
+                f"{pair[2]}: {other[1]}x{other[0]} pixels, expected "
+                f"{size[1]}x{size[0]} as {pair[1].name} has; unpack the test set again"
+            )
         groups.setdefault(size, []).append(pair)
     return groups
 
@@ -129,35 +135,35 @@ def by_size(pairs):
 class Submission:
     """Writes flow into a folder under the pairs' names, in the format that these end with."""
 
-    def __init__(self, folder):
+    def __init__(self, folder) -> None:
         self.folder = folder
 
-    def write(self, pair, flow):
+    def write(self, pair, flow) -> None:
         """Write the flow of a pair, float32 (H, W, 2) in pixels."""
-        from prep.flowio import write_flo, write_kitti_png
+        from prep.formats.flow import write_flo, write_kitti_png
 
         path = self.folder / pair.name
         path.parent.mkdir(parents=True, exist_ok=True)
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
-def submit(args, comm, name, groups):
+def submit(args, comm, name, groups) -> None:
     """Predict this rank's share of a test set and write it."""
-    from model.predict import Pair, predict
+    from launch import progress
+    from model.predict import FramePair, predict
     from model.pwcnet import FlowPredictor
     from model.weights import load_network
-    from prep import progress
-    from prep.images import read_image
+    from prep.formats.image import read_image
 
     predictor = FlowPredictor(load_network(args.ckpt))
     predictor.set_train(False)
-    shares = [pairs[comm.rank::comm.size] for pairs in groups.values()]
+    shares = [pairs[comm.rank :: comm.size] for pairs in groups.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # a graph for each size
-            pairs = (Pair(file, read_image(first), read_image(second))
-                     for file, first, second in share)
-            predict(predictor, pairs, Submission(args.submission), batch=args.batch,
-                    overwrite=True, on_pairs=bar.update)
+            pairs = (FramePair(file, read_image(first), read_image(second)) for file, first, second in share)
+            predict(
+                predictor, pairs, Submission(args.submission), batch=args.batch, overwrite=True, on_pairs=bar.update
+            )
     comm.barrier()
     if comm.rank == 0:
         count = sum(map(len, groups.values()))

@@ -19,7 +19,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+
+from launch.files import cache_folder
+from launch.gpus import driver_version
 
 HERE = pathlib.Path(__file__).parent
 SWITCH = "PWCNET_NATIVE"
@@ -75,7 +77,7 @@ def library(device):
     return _load(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(device):
     try:
         path = os.environ.get(GPU_LIBRARY) if device == "GPU" else None
@@ -88,8 +90,11 @@ def _load(device):
         return ctypes.CDLL(os.path.abspath(path), mode=mode)
     except (Unavailable, OSError) as reason:
         if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)) == 0:
-            print(f"note: {reason}; the network runs on MindSpore's own operators, which are slower",
-                  file=sys.stderr, flush=True)
+            print(
+                f"note: {reason}; the network runs on MindSpore's own operators, which are slower",
+                file=sys.stderr,
+                flush=True,
+            )
         return None
 
 
@@ -103,8 +108,7 @@ def cpu_command():
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
     header, shared = find_onednn()
     if header and shared:
-        command += ["-DWITH_ONEDNN", f"-I{header.parent}", str(shared),
-                    f"-Wl,-rpath,{shared.parent}"]
+        command += ["-DWITH_ONEDNN", f"-I{header.parent}", str(shared), f"-Wl,-rpath,{shared.parent}"]
     return HERE / "ops.cpp", command
 
 
@@ -126,8 +130,7 @@ def gpu_command():
     """(source, command) that build the GPU's library, for every architecture that this nvcc knows."""
     compiler = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
     check_driver(compiler)
-    listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True,
-                            check=False).stdout.split()
+    listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     known = sorted(int(name.removeprefix("compute_")) for name in listed if name[8:].isdigit())
     wanted = [arch for arch in known if arch in (70, 75, 80, 86, 89, 90)]
     if not wanted:
@@ -138,7 +141,7 @@ def gpu_command():
     return HERE / "ops.cu", [*command, "-gencode", f"arch=compute_{wanted[-1]},code=compute_{wanted[-1]}"]
 
 
-def check_driver(compiler):
+def check_driver(compiler) -> None:
     """Raise Unavailable if this machine's driver, where there is one, is too old for an nvcc.
 
     The library holds nvcc's own CUDA runtime, linked in and hidden, beside the CUDA 11 one of
@@ -150,17 +153,8 @@ def check_driver(compiler):
     if found and driver and driver < (int(found[1]), 0):
         raise Unavailable(
             f"{compiler} is of CUDA {found[1].decode()}, the NVIDIA driver here serves programs up to "
-            f"CUDA {driver[0]}.{driver[1]}: name an older nvcc in NVCC, or update the driver")
-
-
-def driver_version():
-    """The newest CUDA version that this machine's NVIDIA driver serves, as (13, 0); None without."""
-    number = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
-    except OSError:
-        return None
-    return divmod(number.value // 10, 100) if number.value else None
+            f"CUDA {driver[0]}.{driver[1]}: name an older nvcc in NVCC, or update the driver"
+        )
 
 
 BUILDERS = {"CPU": cpu_command, "GPU": gpu_command}
@@ -185,6 +179,8 @@ def build(source, command):
     for part in (source.read_bytes(), "\0".join(command).encode(), describe(command[0]), processor()):
         key.update(len(part).to_bytes(8, "little") + part)
     folder = cache_folder()
+    if not folder:
+        raise Unavailable("no cache folder can be written; set XDG_CACHE_HOME to one")
     path = folder / f"{source.name.replace('.', '_')}-{key.hexdigest()[:32]}.so"
     if path.is_file():
         return path
@@ -192,12 +188,15 @@ def build(source, command):
         with contextlib.suppress(OSError):  # some shared file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
-            print(f"note: building the operators of {source.name} for this machine, once",
-                  file=sys.stderr, flush=True)
+            print(f"note: building the operators of {source.name} for this machine, once", file=sys.stderr, flush=True)
             partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
             try:
-                done = subprocess.run([*command[:1], str(source), *command[1:], "-o", str(partial)],
-                                      capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [*command[:1], str(source), *command[1:], "-o", str(partial)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
                 if done.returncode:
                     lines = [line for line in done.stderr.splitlines() if "error" in line]
                     reason = (lines or done.stderr.splitlines() or ["no message"])[0]
@@ -216,19 +215,5 @@ def describe(compiler):
 def processor():
     """What code compiled with -march=native depends on, as bytes."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", "rb") as file:
-        return b"".join(sorted({line for line in file
-                                if line.startswith((b"model name", b"flags", b"Features"))}))
+        return b"".join(sorted({line for line in file if line.startswith((b"model name", b"flags", b"Features"))}))
     return os.uname().machine.encode()
-
-
-def cache_folder():
-    """The folder that libraries are kept in; made if it is not there."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    mine = pathlib.Path(tempfile.gettempdir()) / f"pwcnet-mindspore-{os.getuid()}"
-    for folder in (pathlib.Path(home) / "pwcnet-mindspore", mine):
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Nobody else may have put a library there for us to run.
-            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-                return folder
-    raise Unavailable(f"neither {home} nor {mine.parent} can be written")

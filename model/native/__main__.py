@@ -3,11 +3,11 @@ library's path. The GPU's needs no GPU to be built."""
 
 import argparse
 
+from launch.errors import UserError, run
 from model.native import BUILDERS, Unavailable, build
-from prep.errors import UserError, run
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.native", description=__doc__)
     parser.add_argument("device", type=str.upper, choices=sorted(BUILDERS))
     try:

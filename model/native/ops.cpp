@@ -2,7 +2,7 @@
 //
 // Each exported function has the signature of `ops.Custom(..., func_type="aot")`: `params` are the
 // inputs, then the outputs, all contiguous NCHW float32; `shapes` are theirs. What they compute is
-// said in model/ops.py and model/layers.py, which are the only ones to call them.
+// said in model/operators.py and model/layers.py, which are the only ones to call them.
 //
 // One operator runs at a time: each uses all of OpenMP's threads, and they share scratch memory that
 // is kept, since the system takes longer to hand out fresh pages than most operators take to run.

@@ -1,6 +1,6 @@
 // Cost volume and warping on the GPU, behind MindSpore's ahead-of-time custom operators.
 //
-// What they compute is defined by cost_volume and warp in model/ops.py; all tensors are NCHW. Each
+// What they compute is defined by cost_volume and warp in model/operators.py; all tensors are NCHW. Each
 // exported function takes its inputs and then its outputs, as its comment at the end of this file
 // lists them. Features may be float32 or float16; sums are float32 always, and so is the flow.
 //

@@ -7,7 +7,7 @@ A data set is a module with
     VALIDATION  the file in prep/splits that lists its validation pairs; None if its pairs say
                 themselves which are held out, as the release does or as whole scenes
     PARTS       its parts, each holding the same scenes under the same split; ("",) if it has none
-    list_pairs(root, part) -> list[Pair], in the order that the split's indices mean
+    list_pairs(root, part) -> list[PairFiles], in the order that the split's indices mean
 """
 
 import os
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prep.errors import UserError
-from prep.flowio import MAX_PIXELS, flow_size, read_flow
-from prep.images import image_size, read_image
+from launch.errors import UserError
+from prep.formats.flow import MAX_PIXELS, flow_size, read_flow
+from prep.formats.image import image_size, read_image
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairFiles:
     """The files of one pair: two frames, the flow between them and the masks that the set has.
 
     invalid, occluded  pictures, not 0 where the flow is not to be trusted or where the pixel can't
@@ -81,9 +81,7 @@ def pair_size(pair):
     """(H, W) of a pair from its files' headers; UserError if a header is wrong or they differ."""
     size = tuple(-(-side // pair.flow_step) for side in flow_size(pair.flow))
     if size[0] * size[1] > MAX_PIXELS:
-        raise UserError(
-            f"{pair.flow}: {size[1]}x{size[0]} pixels, expected {MAX_PIXELS} in all at most"
-        )
+        raise UserError(f"{pair.flow}: {size[1]}x{size[0]} pixels, expected {MAX_PIXELS} in all at most")
     for path in (pair.image1, pair.image2, *filter(None, pair.masks())):
         check_size(path, image_size(path), pair.flow, size)
     if pair.visible:
@@ -91,7 +89,7 @@ def pair_size(pair):
     return size
 
 
-def check_size(path, found, other, expected):
+def check_size(path, found, other, expected) -> None:
     """UserError if two files of one pair are not of the same (H, W)."""
     if found != expected:
         raise UserError(
@@ -100,7 +98,7 @@ def check_size(path, found, other, expected):
         )
 
 
-def check_folder(path, expected):
+def check_folder(path, expected) -> None:
     """UserError unless `path` is a folder; `expected` says what it should hold."""
     if not os.path.isdir(path):
         found = "is not a folder" if os.path.exists(path) else "does not exist"
@@ -114,14 +112,14 @@ def find_folder(root, inner, expected):
     return path if os.path.isdir(path) else root
 
 
-def check_present(paths, reason):
+def check_present(paths, reason) -> None:
     """UserError, with the `reason`, if one of the files `paths` is not there."""
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise missing_files(missing, reason)
 
 
-def check_run(numbers, path_of):
+def check_run(numbers, path_of) -> None:
     """UserError if frame `numbers` don't run from 1 without a gap; `path_of(number)` is a file."""
     gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
     if gaps:

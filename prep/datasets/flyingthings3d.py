@@ -13,8 +13,8 @@ import os
 import re
 import sys
 
-from prep.datasets import Pair, check_folder
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_folder
 
 TITLE = "FlyingThings3D"
 PAIRS = None  # how many the list leaves
@@ -31,9 +31,7 @@ def list_pairs(root, part):
     has no pair, as has a flow whose second frame does not exist.
     """
     flows = os.path.join(root, "optical_flow")
-    check_folder(
-        flows, "the flow of the FlyingThings3D release, TRAIN/A/0000/into_future/left/*.pfm"
-    )
+    check_folder(flows, "the flow of the FlyingThings3D release, TRAIN/A/0000/into_future/left/*.pfm")
     frames = os.path.join(root, f"frames_{part}pass")
     if part == "final" and not os.path.isdir(frames):
         return []
@@ -55,18 +53,13 @@ def list_pairs(root, part):
 def _list_flows(flows, frames, part, scene, camera, direction, word, step):
     folder, pairs = os.path.join(flows, scene, direction, camera), []
     pattern = re.compile(rf"OpticalFlow{word}_(\d{{4}})_[LR]\.pfm")
-    for match in map(
-        pattern.fullmatch, sorted(os.listdir(folder) if os.path.isdir(folder) else [])
-    ):
+    for match in map(pattern.fullmatch, sorted(os.listdir(folder) if os.path.isdir(folder) else [])):
         if match:
-            first, second = (
-                os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png")
-                for n in (0, step)
-            )
+            first, second = (os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png") for n in (0, step))
             # A scene's last frame has flow too, to one that was not rendered.
             if os.path.exists(second):
                 pairs.append(
-                    Pair(
+                    PairFiles(
                         name=f"{part}/{scene}/{camera}/{direction}/{match[1]}",
                         image1=first,
                         image2=second,

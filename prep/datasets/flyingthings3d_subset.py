@@ -9,8 +9,8 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatas
 import os
 import re
 
-from prep.datasets import Pair, check_folder
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_folder
 
 TITLE = "FlyingThings3D subset"
 PAIRS = None
@@ -54,7 +54,7 @@ def _list_flows(root, part, split, camera, direction, step):
         first, second = f"{match[1]}.png", f"{int(match[1]) + step:07}.png"
         if second in there:
             pairs.append(
-                Pair(
+                PairFiles(
                     name=f"{part}/{split}/{camera}/{direction}/{match[1]}",
                     image1=os.path.join(frames, first),
                     image2=os.path.join(frames, second),

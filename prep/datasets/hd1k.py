@@ -8,8 +8,8 @@ Source: http://hci-benchmark.iwr.uni-heidelberg.de
 import os
 import re
 
-from prep.datasets import Pair, check_folder, check_present
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_folder, check_present
 
 TITLE = "HD1K"
 PAIRS = None
@@ -32,7 +32,7 @@ def list_pairs(root, part):
         "every frame has its flow; complete the folder",
     )
     pairs = [
-        Pair(
+        PairFiles(
             name=file.removesuffix(".png"),
             image1=os.path.join(frames, file),
             image2=os.path.join(frames, following),

@@ -9,8 +9,8 @@ Source: https://www.cvlibs.net/datasets/kitti/eval_flow.php
 import os
 import re
 
-from prep.datasets import Pair, check_folder, check_present, find_folder
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_folder, check_present, find_folder
 
 FLOW = re.compile(r"(\d{6})_10\.png")
 
@@ -21,9 +21,7 @@ def list_kitti(root, frame_folders):
 
     `root` is the release's folder or its training folder.
     """
-    training = find_folder(
-        root, "training", "the KITTI release (with training/ in it) or its training folder"
-    )
+    training = find_folder(root, "training", "the KITTI release (with training/ in it) or its training folder")
     flows, seen = os.path.join(training, "flow_occ"), os.path.join(training, "flow_noc")
     check_folder(flows, "the flow, NNNNNN_10.png")
     frames = [os.path.join(training, name) for name in frame_folders]
@@ -33,7 +31,7 @@ def list_kitti(root, frame_folders):
     if not numbers:
         raise UserError(f"{flows}: no pair in it; expected 000000_10.png and so on")
     pairs = [
-        Pair(
+        PairFiles(
             name=number,
             image1=os.path.join(frames, number + "_10.png"),
             image2=os.path.join(frames, number + "_11.png"),

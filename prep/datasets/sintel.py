@@ -8,8 +8,8 @@ http://sintel.is.tue.mpg.de
 import os
 import re
 
-from prep.datasets import Pair, check_folder, check_present, check_run, find_folder, missing_files
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_folder, check_present, check_run, find_folder, missing_files
 
 TITLE = "MPI-Sintel"
 PAIRS = 1041
@@ -24,9 +24,7 @@ def list_pairs(root, part):
 
     `root` is the release's folder or its training folder.
     """
-    training = find_folder(
-        root, "training", "the MPI-Sintel release (with training/ in it) or its training folder"
-    )
+    training = find_folder(root, "training", "the MPI-Sintel release (with training/ in it) or its training folder")
     images = os.path.join(training, part)
     check_folder(images, f"the {part} pass, SCENE/frame_NNNN.png")
     check_folder(os.path.join(training, "flow"), "the flow, SCENE/frame_NNNN.flo")
@@ -48,9 +46,7 @@ def _list_scene(training, part, scene):
     if len(os.listdir(flows) if os.path.isdir(flows) else []) >= len(numbers):
         # Only frames at a scene's end can be missing here, and the flow tells that they are.
         last = os.path.join(folder, f"frame_{numbers[-1] + 1:04}.png")
-        raise missing_files(
-            [last], "the scene has as many flow files as frames, expected one fewer"
-        )
+        raise missing_files([last], "the scene has as many flow files as frames, expected one fewer")
 
     def mask(kind, frame):
         path = os.path.join(training, kind, scene, frame + ".png")
@@ -60,7 +56,7 @@ def _list_scene(training, part, scene):
     for number in numbers[:-1]:
         frame = f"frame_{number:04}"
         pairs.append(
-            Pair(
+            PairFiles(
                 name=f"{part}/{scene}/{frame}",
                 image1=os.path.join(folder, frame + ".png"),
                 image2=os.path.join(folder, f"frame_{number + 1:04}.png"),

@@ -3,7 +3,7 @@
 import hashlib
 import os
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "splits")
 
@@ -20,9 +20,7 @@ def read_list(path):
         line = line.strip()
         if line and not line.startswith("#"):
             if not (line.isascii() and line.isdigit() and len(line) < 10):
-                raise UserError(
-                    f"{path}: line {number} is {line[:40]!r}, expected a pair's 0-based index"
-                )
+                raise UserError(f"{path}: line {number} is {line[:40]!r}, expected a pair's 0-based index")
             indices.append(int(line))
     if len(set(indices)) != len(indices):
         twice = next(i for n, i in enumerate(indices) if i in indices[:n])

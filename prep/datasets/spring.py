@@ -10,8 +10,8 @@ each is taken, as the benchmark's own loader does. Source: https://spring-benchm
 import os
 import re
 
-from prep.datasets import Pair, check_present, check_run, find_folder
-from prep.errors import UserError
+from launch.errors import UserError
+from prep.datasets import PairFiles, check_present, check_run, find_folder
 
 TITLE = "Spring"
 PAIRS = 19852
@@ -37,12 +37,8 @@ def list_pairs(root, part):
         for pair in _list_scene(train, scene, camera, direction, step)
     ]
     if not pairs:
-        raise UserError(
-            f"{train}: no pair in it; expected 0001/frame_left and 0001/flow_FW_left and so on"
-        )
-    check_present(
-        [pair.flow for pair in pairs], "every frame but a scene's last (BW: first) needs its flow"
-    )
+        raise UserError(f"{train}: no pair in it; expected 0001/frame_left and 0001/flow_FW_left and so on")
+    check_present([pair.flow for pair in pairs], "every frame but a scene's last (BW: first) needs its flow")
     return pairs
 
 
@@ -59,7 +55,7 @@ def _list_scene(train, scene, camera, direction, step):
     numbers = sorted(int(m[1]) for m in map(pattern.fullmatch, os.listdir(frames)) if m)
     check_run(numbers, frame)
     return [
-        Pair(
+        PairFiles(
             name=f"{scene}/{direction}_{camera}/{number:04}",
             image1=frame(number),
             image2=frame(number + step),

@@ -44,7 +44,8 @@ PARTS = {
 
 def measure(pool, threads, view, sample, views):
     """Seconds per view, of `views` on each of the pool's threads: by the clock, of a processor."""
-    def work(seed):
+
+    def work(seed) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(views):
             view(sample, rng)
@@ -55,7 +56,7 @@ def measure(pool, threads, view, sample, views):
     return [(after - before) / views / threads for before, after in zip(start, end)]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     material.add_options(parser)
     parser.set_defaults(pairs=1)

@@ -8,9 +8,8 @@ import importlib
 import statistics
 import time
 
-import material
-
 import cv2
+import material
 import numpy as np
 import zstandard
 
@@ -142,12 +141,10 @@ def measure(codecs, arrays, repeats):
     return rows
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
-    parser.add_argument(
-        "--synthetic", type=int, default=4, metavar="N", help="pairs; default: %(default)s"
-    )
+    parser.add_argument("--synthetic", type=int, default=4, metavar="N", help="pairs; default: %(default)s")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     kinds = {"synthetic": material.samples("synthetic", options.synthetic)}

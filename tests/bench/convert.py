@@ -24,7 +24,7 @@ def run(root, out, workers, codec):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peaks, begun = {}, []
 
-    def watch():
+    def watch() -> None:
         while process.poll() is None:
             if not begun and any(".partial-" in name for name in listing(out + ".partial")):
                 begun.append(time.perf_counter())
@@ -66,7 +66,7 @@ def private_bytes(pid):
         return 0
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     material.add_options(parser)
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
@@ -80,9 +80,7 @@ def main():
         for _ in range(options.repeats):  # interleaved, so that a busy moment hits all alike
             for codec, workers in found:
                 out = os.path.join(folder, "out")
-                found[codec, workers].append(
-                    (*run(root, out, workers, codec), material.stored(out))
-                )
+                found[codec, workers].append((*run(root, out, workers, codec), material.stored(out)))
                 material.free(out)
         rows = []
         for (codec, workers), runs in found.items():

@@ -40,7 +40,7 @@ class Job:
         environment: what tests/collective.py reads.
     """
 
-    def __init__(self, folder: pathlib.Path, network: hosts.Hosts | None, **environment: str):
+    def __init__(self, folder: pathlib.Path, network: hosts.Hosts | None, **environment: str) -> None:
         self.network = network
         settings = [f"{key}={value}" for key, value in {**PORTS, **environment}.items()]
         logs = (folder / "local" if network else folder) / "logs"
@@ -49,10 +49,14 @@ class Job:
 
     def processes(self, rank: int) -> list[psutil.Process]:
         """A rank's watchdog and the rank itself."""
-        found = (self.network.processes() if self.network
-                 else psutil.Process(self.mpirun.pid).children(recursive=True))
-        own = [process for process in found if process.environ().get("OMPI_COMM_WORLD_RANK") == str(rank)
-               and str(PROGRAM) in process.cmdline() and "env" != process.name()]
+        found = self.network.processes() if self.network else psutil.Process(self.mpirun.pid).children(recursive=True)
+        own = [
+            process
+            for process in found
+            if process.environ().get("OMPI_COMM_WORLD_RANK") == str(rank)
+            and str(PROGRAM) in process.cmdline()
+            and process.name() != "env"
+        ]
         return sorted(own, key=lambda process: process.parent() in own)
 
     def signal(self, rank: int, number: int, watchdog: bool = False) -> None:
@@ -68,8 +72,24 @@ def firewall(network: hosts.Hosts, target: str) -> None:
     """Have the hosts drop or reject what arrives at Open MPI's ports or comes from them."""
     for number in network.numbers:
         for way in ("--dport", "--sport"):
-            subprocess.run(["ip", "netns", "exec", f"{network.tag}h{number}", "iptables", "-A", "INPUT", "-p", "tcp", way,
-                            "20000:21000", "-j", target], check=True)
+            subprocess.run(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    f"{network.tag}h{number}",
+                    "iptables",
+                    "-A",
+                    "INPUT",
+                    "-p",
+                    "tcp",
+                    way,
+                    "20000:21000",
+                    "-j",
+                    target,
+                ],
+                check=True,
+            )
 
 
 ON_ONE: dict[str, tuple[dict[str, str], Event | None]] = {
@@ -97,8 +117,10 @@ ON_HOSTS: dict[str, Event] = {
     "a firewall drops Open MPI's messages": lambda job: firewall(job.network, "DROP"),
 }
 """Name to what happens."""
-BEFORE = {"a firewall drops Open MPI's messages from the start": "DROP",
-          "a firewall rejects Open MPI's messages from the start": "REJECT"}
+BEFORE = {
+    "a firewall drops Open MPI's messages from the start": "DROP",
+    "a firewall rejects Open MPI's messages from the start": "REJECT",
+}
 """Name to the firewall's target."""
 
 

@@ -7,14 +7,16 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[0] = ROOT  # `prep`, and not this folder's neighbours
 
-from prep import flowio, images, synthesize
+from prep import synthesize
 from prep.datasets import flyingchairs, read_pair
+from prep.formats import flow as flow_format
+from prep.formats import image as image_format
 from prep.shards import Manifest
 
 SAMPLES = os.path.join(os.path.dirname(ROOT), "shared", "samples", "FlyingChairs_release")
 
 
-def add_options(parser):
+def add_options(parser) -> None:
     """Declare --data and --pairs."""
     parser.add_argument(
         "--data", choices=("real", "synthetic"),
@@ -43,30 +45,25 @@ def write_set(folder, kind, pairs):
     different = samples(kind, min(pairs, 40))
     for number in range(pairs):
         sample, stem = different[number % len(different)], os.path.join(folder, f"{number + 1:05}")
-        images.write_ppm(f"{stem}_img1.ppm", sample["image1"])
-        images.write_ppm(f"{stem}_img2.ppm", sample["image2"])
-        flowio.write_flo(f"{stem}_flow.flo", sample["flow"])
+        image_format.write_ppm(f"{stem}_img1.ppm", sample["image1"])
+        image_format.write_ppm(f"{stem}_img2.ppm", sample["image2"])
+        flow_format.write_flo(f"{stem}_flow.flo", sample["flow"])
     return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 def stored(folder):
     """The bytes on disk of a converted set's shards."""
-    return sum(
-        512 * os.stat(os.path.join(folder, name)).st_blocks for name in Manifest.load(folder).shards
-    )
+    return sum(512 * os.stat(os.path.join(folder, name)).st_blocks for name in Manifest.load(folder).shards)
 
 
-def print_table(header, rows):
+def print_table(header, rows) -> None:
     """Print rows of text as a table in Markdown."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = (
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths))
-        )
+        cells = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def free(folder):
+def free(folder) -> None:
     """Remove a folder that a benchmark made."""
     shutil.rmtree(folder, ignore_errors=True)

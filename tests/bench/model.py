@@ -27,12 +27,16 @@ FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
 class Child:
     """One line of the table, as a process that does what it is told and says how long it took."""
 
-    def __init__(self, python, kind, variables, options):
+    def __init__(self, python, kind, variables, options) -> None:
         here = os.path.dirname(os.path.abspath(__file__))
         words = [python, os.path.join(here, "model_child.py"), kind, options.batch, *options.size]
         self.process = subprocess.Popen(
-            [str(word) for word in words], text=True, env={**os.environ, **variables},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [str(word) for word in words],
+            text=True,
+            env={**os.environ, **variables},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def ask(self, what):
         """Seconds for one "inference" or "step"; bytes for "memory"."""
@@ -45,20 +49,23 @@ class Child:
         os.kill(self.process.pid, signal.SIGSTOP)
         return float(answer)
 
-    def end(self):
+    def end(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
-                        help="an interpreter that has PyTorch (default: this one)")
+    parser.add_argument(
+        "--torch-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="an interpreter that has PyTorch (default: this one)",
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--stock", action="store_true",
-                        help="also with MindSpore's own operators, which take 10 GB")
+    parser.add_argument("--stock", action="store_true", help="also with MindSpore's own operators, which take 10 GB")
     options = parser.parse_args()
     kinds = dict(KINDS)
     if not options.stock:
@@ -81,21 +88,42 @@ def main():
     for name, child in children.items():
         rows[name]["memory"] = child.ask("memory")
         child.end()
-    print(f"batch {options.batch}, {options.size[0]}x{options.size[1]}, float32, "
-          f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians of seconds\n")
+    print(
+        f"batch {options.batch}, {options.size[0]}x{options.size[1]}, float32, "
+        f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians of seconds\n"
+    )
 
-    def share(name, what, base):
+    def share(name, what, base) -> str:
         if base not in rows:
             return "-"
         pairs = zip(rows[name][what], rows[base][what], strict=True)
         return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
-    header = ["", "inference", "of floor", "of PyTorch", "step", "of floor", "of PyTorch",
-              "compile + first step", "peak GB"]
-    table = [[name, f"{statistics.median(row['inference']):.2f}", share(name, "inference", FLOOR),
-              share(name, "inference", PEER), f"{statistics.median(row['step']):.2f}",
-              share(name, "step", FLOOR), share(name, "step", PEER), f"{row['first']:.1f}",
-              f"{row['memory'] / 1e9:.1f}"] for name, row in rows.items()]
+    header = [
+        "",
+        "inference",
+        "of floor",
+        "of PyTorch",
+        "step",
+        "of floor",
+        "of PyTorch",
+        "compile + first step",
+        "peak GB",
+    ]
+    table = [
+        [
+            name,
+            f"{statistics.median(row['inference']):.2f}",
+            share(name, "inference", FLOOR),
+            share(name, "inference", PEER),
+            f"{statistics.median(row['step']):.2f}",
+            share(name, "step", FLOOR),
+            share(name, "step", PEER),
+            f"{row['first']:.1f}",
+            f"{row['memory'] / 1e9:.1f}",
+        ]
+        for name, row in rows.items()
+    ]
     material.print_table(header, table)
 
 

@@ -29,7 +29,8 @@ def in_mindspore(images, flow, floor):
 
     from model import pwcnet
     from model.losses import MultiScaleLoss
-    from train.step import TrainStep
+    from prep.reader import Batch
+    from train.step import StepOptions, TrainStep
 
     class NoCostVolume(nn.Cell):
         def construct(self, first, second):
@@ -42,17 +43,17 @@ def in_mindspore(images, flow, floor):
     network = pwcnet.PWCNet()
     if floor:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
-    step = TrainStep(network, MultiScaleLoss(), clip_norm=1.0)
+    step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0))
     valid = np.ones(flow.shape[:3], np.uint8)
     predictor = pwcnet.FlowPredictor(network)
 
-    def infer():
+    def infer() -> None:
         network.set_train(False)
         predictor(*map(Tensor, images)).asnumpy()
 
-    def train():
+    def train() -> None:
         network.set_train()
-        step(*images, flow, valid, RATE)[0].asnumpy()
+        step(Batch(*images, flow, valid), RATE)[0].asnumpy()
 
     return infer, train
 
@@ -74,11 +75,11 @@ def in_torch(images, flow):
     def forward():
         return network(*(image.permute(0, 3, 1, 2).float() / 255 for image in images))
 
-    def infer():
+    def infer() -> None:
         with torch.no_grad():
             functional.interpolate(forward()[-1], size, mode="bilinear", align_corners=True) / 0.05
 
-    def train():
+    def train() -> None:
         loss = 0
         for weight, found in zip((0.32, 0.08, 0.02, 0.01, 0.005), forward(), strict=True):
             target = functional.adaptive_avg_pool2d(flow, found.shape[2:]) * 0.05
@@ -91,7 +92,7 @@ def in_torch(images, flow):
     return infer, train
 
 
-def main():
+def main() -> None:
     kind, batch, height, width = sys.argv[1], *map(int, sys.argv[2:])
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)

@@ -32,7 +32,7 @@ def read(folder, pairs, workers):
     """Pairs per second of the toolkit's reader over as many batches as the others read."""
     steps, start = pairs // BATCH, 0
     batches = reader.training_batches(
-        reader.Split.open(folder, "train"), batch=BATCH, steps=steps, transform=crop, workers=workers
+        reader.DatasetSplit.open(folder, "train"), batch=BATCH, steps=steps, transform=crop, workers=workers
     )
     for number, _ in enumerate(batches, 1):
         if number == SKIP:
@@ -43,7 +43,7 @@ def read(folder, pairs, workers):
 class Torch:
     """PyTorch's loader in a process of its own, which stays warm between the measurements."""
 
-    def __init__(self, python, root, workers, as_float):
+    def __init__(self, python, root, workers, as_float) -> None:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "torch_loader.py")
         command = [python, script, root, "--workers", workers, "--batch", BATCH,
                    "--crop", HEIGHT, WIDTH, "--skip", SKIP, *["--float"] * as_float]  # fmt: skip
@@ -59,11 +59,11 @@ class Torch:
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
-    def end(self):
+    def end(self) -> None:
         self.process.communicate()
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     material.add_options(parser)
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
@@ -103,9 +103,7 @@ def main():
             **{name: peer.read for name, peer in peers.items()},
         }  # fmt: skip
         rates = {name: [] for name in readers}
-        for repeat in range(
-            1 + options.repeats
-        ):  # interleaved; the first time warms all of them up
+        for repeat in range(1 + options.repeats):  # interleaved; the first time warms all of them up
             for name, measure in readers.items():
                 rate = measure()
                 if repeat:

@@ -59,9 +59,13 @@ def run(command: list[str], kill_at: pathlib.Path | None = None) -> None:
         while kill_at and not kill_at.exists() and job.poll() is None:
             time.sleep(0.05)
         if kill_at and job.poll() is None:
-            rank, = (process for process in psutil.Process(job.pid).children(recursive=True)
-                     if process.environ().get("OMPI_COMM_WORLD_RANK") == "1" and process.ppid() != job.pid
-                     and process.cmdline() == process.parent().cmdline())
+            (rank,) = (
+                process
+                for process in psutil.Process(job.pid).children(recursive=True)
+                if process.environ().get("OMPI_COMM_WORLD_RANK") == "1"
+                and process.ppid() != job.pid
+                and process.cmdline() == process.parent().cmdline()
+            )
             rank.kill()
         status = job.wait()
         if bool(status) != bool(kill_at):
@@ -90,9 +94,11 @@ def read_result(out: pathlib.Path, steps: int) -> Result:
     values = weights.read(out / "checkpoints" / f"step-{steps:08}.ckpt")
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    return Result({name: value.asnumpy().tobytes() for name, value in values.items() if hasattr(value, "asnumpy")},
-                  {point.step: point.value for point in events.Scalars("train/loss")},
-                  json.loads((out / "result.json").read_text())["epe"])
+    return Result(
+        {name: value.asnumpy().tobytes() for name, value in values.items() if hasattr(value, "asnumpy")},
+        {point.step: point.value for point in events.Scalars("train/loss")},
+        json.loads((out / "result.json").read_text())["epe"],
+    )
 
 
 def make_data(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -102,8 +108,21 @@ def make_data(folder: pathlib.Path) -> list[pathlib.Path]:
         raw, converted = folder / f"raw-{number}", folder / f"data-{number}"
         if not converted.exists():
             run([sys.executable, "prep/synthesize.py", "--out", str(raw), "--seed", str(number), "--pairs", str(pairs)])
-            run([sys.executable, "prep/convert.py", "flyingchairs", "--root", str(raw), "--out", str(converted),
-                 "--split-file", str(raw / "validation.txt"), "--shards", "4"])
+            run(
+                [
+                    sys.executable,
+                    "prep/convert.py",
+                    "flyingchairs",
+                    "--root",
+                    str(raw),
+                    "--out",
+                    str(converted),
+                    "--split-file",
+                    str(raw / "validation.txt"),
+                    "--shards",
+                    "4",
+                ]
+            )
         made.append(converted)
     return made
 
@@ -128,9 +147,23 @@ def main() -> None:
             reference = None
             for kind in ("idle", "loaded", "killed, resumed") if whole else ("idle", "killed, resumed"):
                 out = folder / f"{name}, {kind}".replace(",", "").replace(" ", "-")
-                command = ["mpirun", "--oversubscribe", "-n", "2", "launch/train.sh", "--config", "example", *data,
-                           "--out", str(out), f"steps={steps}", "log_every=1", f"validate_every={steps}",
-                           f"checkpoint_every={max(1, steps // 5)}", *CASES[name]]
+                command = [
+                    "mpirun",
+                    "--oversubscribe",
+                    "-n",
+                    "2",
+                    "launch/train.sh",
+                    "--config",
+                    "example",
+                    *data,
+                    "--out",
+                    str(out),
+                    f"steps={steps}",
+                    "log_every=1",
+                    f"validate_every={steps}",
+                    f"checkpoint_every={max(1, steps // 5)}",
+                    *CASES[name],
+                ]
                 start = time.monotonic()
                 with busy_cores() if kind == "loaded" else contextlib.nullcontext():
                     if "killed" in kind:
@@ -140,8 +173,11 @@ def main() -> None:
                 reference = reference or result
                 same = result.arrays == reference.arrays, result.losses == reference.losses
                 equal = equal and all(same)
-                print(f"| {name} | {steps} | {kind} | {'yes' if same[0] else 'NO'} | {'yes' if same[1] else 'NO'} | "
-                      f"{result.epe:.6f} | {time.monotonic() - start:.0f} |", flush=True)
+                print(
+                    f"| {name} | {steps} | {kind} | {'yes' if same[0] else 'NO'} | {'yes' if same[1] else 'NO'} | "
+                    f"{result.epe:.6f} | {time.monotonic() - start:.0f} |",
+                    flush=True,
+                )
     sys.exit(not equal)
 
 

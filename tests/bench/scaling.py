@@ -5,7 +5,7 @@ python tests/bench/scaling.py [--ranks 1 2] [--batch N] [--size H W] [--steps N]
 
 Ranks are on this machine, with one thread each (OMP_NUM_THREADS=1), so that two ranks have twice the
 cores of one; the jobs of a repeat follow each other. A bare MPI_Allreduce of the same vector is timed in the
-same job. The prediction for GPUs is arithmetic, from the gradient's bytes and rates of links that are printed
+same job; so are steps that exchange nothing, which show what the machine itself allows. The prediction for GPUs is arithmetic, from the gradient's bytes and rates of links that are printed
 with it; nothing of it was measured.
 """
 
@@ -18,8 +18,12 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
 WEIGHTS = 8_639_230
 BYTES = 4 * WEIGHTS
 """Of the gradient, float32."""
@@ -31,11 +35,21 @@ seconds per step of the ring."""
 
 def job(ranks, options):
     """What rank 0 of a job of so many ranks found, a dict of seconds."""
-    words = ["mpirun", "--oversubscribe", "-n", ranks, sys.executable,
-             os.path.join(HERE, "scaling_child.py"), options.batch, *options.size, options.steps,
-             time.time()]
-    done = subprocess.run([str(word) for word in words], text=True, stdout=subprocess.PIPE,
-                          env=ENVIRONMENT, check=False)
+    words = [
+        "mpirun",
+        "--oversubscribe",
+        "-n",
+        ranks,
+        sys.executable,
+        os.path.join(HERE, "scaling_child.py"),
+        options.batch,
+        *options.size,
+        options.steps,
+        time.time(),
+    ]
+    done = subprocess.run(
+        [str(word) for word in words], text=True, stdout=subprocess.PIPE, env=ENVIRONMENT, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         sys.exit(f"error: the job of {ranks} rank(s) ended with status {done.returncode}")
@@ -45,9 +59,14 @@ def job(ranks, options):
 def import_seconds(ranks):
     """Seconds that importing MindSpore takes in so many processes at once, the slowest one."""
     program = "import time; start = time.time(); import mindspore; print(time.time() - start)"
-    done = subprocess.run(["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", program], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
-                          env=ENVIRONMENT)
+    done = subprocess.run(
+        ["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", program],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        env=ENVIRONMENT,
+    )
     return max(float(line) for line in done.stdout.split())
 
 
@@ -56,41 +75,55 @@ def ring(ranks, bytes_per_second):
     return 2 * (ranks - 1) * (BYTES / ranks / bytes_per_second + LATENCY)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--batch", type=int, default=2, help="pairs on each rank (default 2)")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 192), metavar=("H", "W"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--gpu-step", type=float, nargs="+", default=(50, 100, 200), metavar="MS",
-                        help="milliseconds of a step on one GPU, for the prediction")
+    parser.add_argument(
+        "--gpu-step",
+        type=float,
+        nargs="+",
+        default=(50, 100, 200),
+        metavar="MS",
+        help="milliseconds of a step on one GPU, for the prediction",
+    )
     options = parser.parse_args()
 
     found = {ranks: [] for ranks in options.ranks}
     for _ in range(options.repeats):
         for ranks in options.ranks:
             found[ranks].append({**job(ranks, options), "import": import_seconds(ranks)})
-    median = {ranks: {key: statistics.median(entry[key] for entry in entries)
-                      for key in entries[0]} for ranks, entries in found.items()}
+    median = {
+        ranks: {key: statistics.median(entry[key] for entry in entries) for key in entries[0]}
+        for ranks, entries in found.items()
+    }
 
     height, width = options.size
-    print(f"batch {options.batch} a rank, {height}x{width}, one thread a rank, float32, "
-          f"{options.steps} steps, medians of {options.repeats} job(s)\n")
-    print("| ranks | s a step | pairs/s | efficiency | sum of gradients, ms | to bare MPI_Allreduce | "
-          "first sum after, s | of it MindSpore's import | equal weights |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    print(
+        f"batch {options.batch} a rank, {height}x{width}, one thread a rank, float32, "
+        f"{options.steps} steps, medians of {options.repeats} job(s)\n"
+    )
+    print(
+        "| ranks | s a step | pairs/s | efficiency | without sums | sum of gradients, ms | to bare MPI_Allreduce | "
+        "first sum after, s | of it MindSpore's import | equal weights |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     base = options.ranks[0]
     for ranks, entry in median.items():
         rate = ranks * options.batch / entry["step"]
-        efficiency = statistics.median(
-            one["step"] / many["step"] for one, many in zip(found[base], found[ranks]))
+        efficiency = statistics.median(one["step"] / many["step"] for one, many in zip(found[base], found[ranks]))
+        alone = statistics.median(one["step"] / many["step alone"] for one, many in zip(found[base], found[ranks]))
         sums = "- | -"
         if ranks > 1:
             sums = f"{1e3 * entry['sum in step']:.1f} | {entry['sum in step'] / entry[f'bare {WEIGHTS}']:.2f}"
-        print(f"| {ranks} | {entry['step']:.3f} | {rate:.2f} | {efficiency:.2f} | {sums} | "
-              f"{entry['first_collective']:.1f} | {entry['import']:.1f} | "
-              f"{'yes' if entry['equal weights'] else 'NO'} |")
+        print(
+            f"| {ranks} | {entry['step']:.3f} | {rate:.2f} | {efficiency:.2f} | {alone:.2f} | {sums} | "
+            f"{entry['first_collective']:.1f} | {entry['import']:.1f} | "
+            f"{'yes' if entry['equal weights'] else 'NO'} |"
+        )
     for ranks, entry in median.items():
         if ranks > 1:
             print(f"\nSum over {ranks} ranks, beside a bare MPI_Allreduce:\n")
@@ -99,9 +132,11 @@ def main():
                 seconds, bare = entry[f"sum {size}"], entry[f"bare {size}"]
                 print(f"| {size:,} | {1e3 * seconds:.2f} | {1e3 * bare:.2f} | {4e-6 * size / seconds:.0f} |")
 
-    print(f"\nExpected of GPUs, by arithmetic: {BYTES / 1e6:.1f} MB of gradient, a ring over {NVLINK / 1e9:.0f} "
-          f"GB/s inside a machine,\n{NETWORK / 1e9:.0f} GB/s between machines, {1e6 * LATENCY:.0f} us a hop, after "
-          "the backward pass and not beside it:\n")
+    print(
+        f"\nExpected of GPUs, by arithmetic: {BYTES / 1e6:.1f} MB of gradient, a ring over {NVLINK / 1e9:.0f} "
+        f"GB/s inside a machine,\n{NETWORK / 1e9:.0f} GB/s between machines, {1e6 * LATENCY:.0f} us a hop, after "
+        "the backward pass and not beside it:\n"
+    )
     print("| ms a step on one | 8 GPUs, one machine | 64 GPUs, eight machines |")
     print("| ---: | ---: | ---: |")
     for step in options.gpu_step:

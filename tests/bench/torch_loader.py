@@ -16,15 +16,13 @@ import torch
 class Pairs(torch.utils.data.Dataset):
     """Pairs of a folder, randomly cropped, as float tensors (C, H, W) or as they are."""
 
-    def __init__(self, folder, height, width, as_float):
+    def __init__(self, folder, height, width, as_float) -> None:
         self.stems = sorted(
-            os.path.join(folder, name[:-9])
-            for name in os.listdir(folder)
-            if name.endswith("_flow.flo")
+            os.path.join(folder, name[:-9]) for name in os.listdir(folder) if name.endswith("_flow.flo")
         )
         self.size, self.as_float = (height, width), as_float
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.stems)
 
     def __getitem__(self, index):
@@ -34,9 +32,7 @@ class Pairs(torch.utils.data.Dataset):
         y, x = (np.random.randint(whole - part + 1) for whole, part in zip(one.shape, self.size))
         cut = [a[y : y + self.size[0], x : x + self.size[1]] for a in (one, two, flow)]
         if self.as_float:
-            return [
-                torch.from_numpy(np.ascontiguousarray(a.transpose(2, 0, 1))).float() for a in cut
-            ]
+            return [torch.from_numpy(np.ascontiguousarray(a.transpose(2, 0, 1))).float() for a in cut]
         return [torch.from_numpy(np.ascontiguousarray(a)) for a in cut]
 
 
@@ -49,7 +45,7 @@ def read_ppm(path):
         return np.frombuffer(file.read(), np.uint8).reshape(height, width, 3)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--workers", type=int, required=True)

@@ -19,8 +19,13 @@ import numpy as np
 
 REGIONS = ("s0_10", "s10_40", "s40_plus", "matched", "unmatched")
 OUTLIERS = ("fl_all", "over_1px", "over_3px", "over_5px")
-SUMS = ("pixels", "epe", "zero_epe", *OUTLIERS,
-        *(f"{kind}_{region}" for region in REGIONS for kind in ("pixels", "epe")))
+SUMS = (
+    "pixels",
+    "epe",
+    "zero_epe",
+    *OUTLIERS,
+    *(f"{kind}_{region}" for region in REGIONS for kind in ("pixels", "epe")),
+)
 """What `pair_sums` returns: numbers of pixels, and sums of EPE over pixels in pixels."""
 
 
@@ -35,22 +40,6 @@ def end_point_error(prediction, flow):
     """
     difference = np.asarray(prediction, np.float32) - flow
     return np.sqrt(np.square(difference).sum(-1))
-
-
-def mean_epe(prediction, flow, valid):
-    """Mean EPE of one pair over its known pixels, summed in float64.
-
-    Args:
-        prediction, flow: (H, W, 2) in pixels.
-        valid: (H, W), non-zero where the flow is known.
-
-    Returns:
-        float in pixels; nan if no pixel is known.
-    """
-    known = np.asarray(valid) > 0
-    if not known.any():
-        return float("nan")
-    return float(end_point_error(prediction, flow)[known].mean(dtype=np.float64))
 
 
 def pair_sums(prediction, flow, valid, occluded):
@@ -71,8 +60,13 @@ def pair_sums(prediction, flow, valid, occluded):
     length = end_point_error(np.zeros_like(flow), flow)
     slow, fast = length < 10, length > 40
     over = [~(error <= limit) for limit in (1, 3, 5)]
-    sums = [error.size, error.sum(dtype=np.float64), length.sum(dtype=np.float64),
-            (over[1] & ~(error <= 0.05 * length)).sum(), *(far.sum() for far in over)]
+    sums = [
+        error.size,
+        error.sum(dtype=np.float64),
+        length.sum(dtype=np.float64),
+        (over[1] & ~(error <= 0.05 * length)).sum(),
+        *(far.sum() for far in over),
+    ]
     for region in (slow, ~(slow | fast), fast, ~hidden, hidden):
         sums += [region.sum(), error[region].sum(dtype=np.float64)]
     return np.array(sums, np.float64)
@@ -107,15 +101,18 @@ def figures(sums):
     total = dict(zip(SUMS, sums.sum(0)))
     pixels = total["pixels"]
     any_known = sums[:, 0] > 0
-    epe, zero_epe = (float(means[any_known].mean()) if any_known.any() else float("nan")
-                     for means in pair_means(sums))
-    result = {"pairs": len(sums), "pixels": int(pixels), "epe": epe,
-              "epe_pixels": total["epe"] / pixels if pixels else None, "zero_epe": zero_epe,
-              "ratio": epe / zero_epe if zero_epe else float("nan")}
+    epe, zero_epe = (float(means[any_known].mean()) if any_known.any() else float("nan") for means in pair_means(sums))
+    result = {
+        "pairs": len(sums),
+        "pixels": int(pixels),
+        "epe": epe,
+        "epe_pixels": total["epe"] / pixels if pixels else None,
+        "zero_epe": zero_epe,
+        "ratio": epe / zero_epe if zero_epe else float("nan"),
+    }
     for name in OUTLIERS:
         result[name] = 100 * total[name] / pixels if pixels else None
     for region in REGIONS:
         count = total[f"pixels_{region}"]
         result[f"epe_{region}"] = total[f"epe_{region}"] / count if count else None
-    return {name: float(value) if isinstance(value, np.floating) else value
-            for name, value in result.items()}
+    return {name: float(value) if isinstance(value, np.floating) else value for name, value in result.items()}

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 
-from prep.errors import UserError
+from launch.errors import UserError
 
 BEAT = 3
 """Seconds between two heartbeats."""
@@ -37,7 +37,7 @@ class Lock:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: pathlib.Path, what: str):
+    def __init__(self, path: pathlib.Path, what: str) -> None:
         self.path, self.what = path, what
         self.file = open(path, "a+", encoding="utf-8")
         try:
@@ -88,8 +88,10 @@ class Lock:
     def refuse(self) -> None:
         """Raise the UserError."""
         host, process = self.holder()
-        raise UserError(f"{self.path.parent}: another {self.what} is writing it, process {process} on "
-                        f"{host}; wait for its end, or give another folder")
+        raise UserError(
+            f"{self.path.parent}: another {self.what} is writing it, process {process} on "
+            f"{host}; wait for its end, or give another folder"
+        )
 
     def note(self, text: str) -> None:
         """Have the file say who holds it."""

@@ -11,14 +11,14 @@ class Lines:
     mpirun passes on whole lines only, and a log of carriage returns is one long line.
     """
 
-    def __init__(self, file):
+    def __init__(self, file) -> None:
         self.file = file
 
-    def write(self, text):
+    def write(self, text) -> None:
         if text := text.strip("\r\n "):
             self.file.write(text + "\n")
 
-    def flush(self):
+    def flush(self) -> None:
         self.file.flush()
 
 

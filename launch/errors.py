@@ -1,6 +1,5 @@
 """Errors that a user can act on, and the one place where a command turns them into a line."""
 
-import contextlib
 import errno
 import os
 import re
@@ -14,7 +13,7 @@ class UserError(Exception):
     """
 
 
-def run(main):
+def run(main) -> None:
     """Run a command's `main()` and leave the process with its exit status.
 
     `main` takes no argument and returns None or an exit status. A UserError or an operating-system
@@ -41,29 +40,18 @@ def run(main):
     sys.exit(status)
 
 
-def drop_output():
+def drop_output() -> None:
     """Drop what is left to print, at whose writing the flush at exit would complain again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def naming(path):
-    """Give operating-system errors from inside that name no file, as writing's, the name `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-
-
-def fail(message):
+def fail(message) -> None:
     """Report the message and leave with status 1."""
-    report(message)
+    print_error(message)
     sys.exit(1)
 
 
-def report(message):
+def print_error(message) -> None:
     """Print `error: message` as one line on stderr."""
     print("error: " + one_line(message, None), file=sys.stderr, flush=True)
 

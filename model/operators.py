@@ -40,8 +40,8 @@ def cost_volume(features1, features2, search_range=SEARCH_RANGE):
         # All products of a row of image 1 with a row of image 2, as one matrix product. Of pixel
         # x only columns x to x + 2 r are wanted; a row length that is one longer turns this
         # diagonal band into a straight one. No temporary of (2 r + 1)^2 x C x H x W is ever made.
-        products = multiply(rows1, rows2[:, dy:dy + h])
-        skewed = products.reshape(n, h, (w + 1) * padded)[:, :, :w * (padded + 1)]
+        products = multiply(rows1, rows2[:, dy : dy + h])
+        skewed = products.reshape(n, h, (w + 1) * padded)[:, :, : w * (padded + 1)]
         bands.append(skewed.reshape(n, h, w, padded + 1)[:, :, :, :side])
     return ops.concat(bands, 3).transpose(0, 3, 1, 2)
 
@@ -61,9 +61,7 @@ def warp(features, flow, mode="bilinear"):
     _, _, h, w = features.shape
     x = flow[:, 0] + Tensor(np.arange(w).reshape(1, 1, w), float32)
     y = flow[:, 1] + Tensor(np.arange(h).reshape(1, h, 1), float32)
-    inside = ops.logical_and(
-        ops.logical_and(x >= 0, x <= w - 1), ops.logical_and(y >= 0, y <= h - 1)
-    )
+    inside = ops.logical_and(ops.logical_and(x >= 0, x <= w - 1), ops.logical_and(y >= 0, y <= h - 1))
     # A side of one pixel has no extent to normalise by: its only place inside is 0.
     grid = ops.stack([x * (2 / max(w - 1, 1)) - 1, y * (2 / max(h - 1, 1)) - 1], 3)
     sampled = ops.grid_sample(features, grid, mode, "zeros", True)
@@ -73,18 +71,17 @@ def warp(features, flow, mode="bilinear"):
 class CostVolume(nn.Cell):
     """`cost_volume` followed by LeakyReLU 0.1; the sums over channels are in float32."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.activation = nn.LeakyReLU(0.1)
-        gradients = native.operator(
-            "CostVolumeGradient", lambda a, b, costs, dy: (a, b), lambda *_: (float32, float32))
+        gradients = native.operator("CostVolumeGradient", lambda a, b, costs, dy: (a, b), lambda *_: (float32, float32))
 
         def bprop(features1, features2, costs, gradient):
             return gradients(features1, features2, costs, gradient)
 
         self.fused = native.operator(
-            "CostVolume", lambda a, b: [a[0], (2 * SEARCH_RANGE + 1) ** 2, a[2], a[3]],
-            lambda *_: float32, bprop)
+            "CostVolume", lambda a, b: [a[0], (2 * SEARCH_RANGE + 1) ** 2, a[2], a[3]], lambda *_: float32, bprop
+        )
 
     def construct(self, features1, features2):
         """(N, C, H, W) float32 twice to (N, 81, H, W) float32."""
@@ -96,20 +93,19 @@ class CostVolume(nn.Cell):
 class Warp(nn.Cell):
     """`warp` in one of its modes."""
 
-    def __init__(self, mode="bilinear"):
+    def __init__(self, mode="bilinear") -> None:
         super().__init__()
         self.mode = mode
         gradients = native.operator(
-            "WarpGradient", lambda features, flow, dy: (features, flow),
-            lambda *_: (float32, float32))
+            "WarpGradient", lambda features, flow, dy: (features, flow), lambda *_: (float32, float32)
+        )
 
         def bprop(features, flow, warped, gradient):
             return gradients(features, flow, gradient)
 
         self.fused = None
         if mode == "bilinear":
-            self.fused = native.operator(
-                "Warp", lambda features, flow: features, lambda *_: float32, bprop)
+            self.fused = native.operator("Warp", lambda features, flow: features, lambda *_: float32, bprop)
 
     def construct(self, features, flow):
         """(N, C, H, W) float32 and flow (N, 2, H, W) float32 to (N, C, H, W) float32."""

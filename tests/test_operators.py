@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from model import native
 from model.layers import Convolution
-from model.ops import CostVolume, Warp
+from model.operators import CostVolume, Warp
 
 SHAPES = [(1, 3, 1, 1), (2, 5, 1, 7), (1, 4, 9, 1), (2, 3, 5, 12), (1, 16, 13, 11)]
 
@@ -19,7 +19,7 @@ def cost_volume_numpy(features1, features2, gradient):
     costs, gradient1, gradient2 = [], np.zeros_like(features1), np.zeros_like(padded)
     for dy in range(9):
         for dx in range(9):
-            window = np.s_[:, :, dy:dy + h, dx:dx + w]
+            window = np.s_[:, :, dy : dy + h, dx : dx + w]
             costs.append((features1 * padded[window]).mean(1))
             upstream = gradient[:, 9 * dy + dx, None] / c
             gradient1 += upstream * padded[window]
@@ -39,10 +39,11 @@ def warp_numpy(features, flow, gradient):
         left, top = int(np.floor(u)), int(np.floor(v))
         a, b = u - left, v - top
         for row, column, weight, by_u, by_v in (
-                (top, left, (1 - a) * (1 - b), b - 1, a - 1),
-                (top, left + 1, a * (1 - b), 1 - b, -a),
-                (top + 1, left, (1 - a) * b, -b, 1 - a),
-                (top + 1, left + 1, a * b, b, a)):
+            (top, left, (1 - a) * (1 - b), b - 1, a - 1),
+            (top, left + 1, a * (1 - b), 1 - b, -a),
+            (top + 1, left, (1 - a) * b, -b, 1 - a),
+            (top + 1, left + 1, a * b, b, a),
+        ):
             if row > h - 1 or column > w - 1:  # on the last row or column: weight 0
                 continue
             value, upstream = features[i, :, row, column], gradient[i, :, y, x]
@@ -57,25 +58,27 @@ def convolution_numpy(x, weight, bias, stride, dilation, activation, gradient):
     """A 3x3 convolution with LeakyReLU in float64, and the gradients of its product."""
     h, w = x.shape[2:]
     padded = np.pad(x, ((0, 0), (0, 0), (dilation, dilation), (dilation, dilation)))
-    windows = {(i, j): np.s_[:, :, i * dilation:i * dilation + h:stride,
-                             j * dilation:j * dilation + w:stride] for i, j in np.ndindex(3, 3)}
+    windows = {
+        (i, j): np.s_[:, :, i * dilation : i * dilation + h : stride, j * dilation : j * dilation + w : stride]
+        for i, j in np.ndindex(3, 3)
+    }
     y = bias[None, :, None, None] + sum(
-        np.einsum("nchw,oc->nohw", padded[window], weight[:, :, i, j])
-        for (i, j), window in windows.items())
+        np.einsum("nchw,oc->nohw", padded[window], weight[:, :, i, j]) for (i, j), window in windows.items()
+    )
     slope = np.where(y > 0, 1.0, 0.1 if activation else 1.0)
     before = gradient * slope
     to_padded, to_weight = np.zeros_like(padded), np.zeros_like(weight)
     for (i, j), window in windows.items():
         to_padded[window] += np.einsum("nohw,oc->nchw", before, weight[:, :, i, j])
         to_weight[:, :, i, j] = np.einsum("nohw,nchw->oc", before, padded[window])
-    to_x = to_padded[:, :, dilation:dilation + h, dilation:dilation + w]
+    to_x = to_padded[:, :, dilation : dilation + h, dilation : dilation + w]
     return y * slope, to_x, to_weight, before.sum((0, 2, 3))
 
 
 class Product(nn.Cell):
     """The sum of a function's value times a gradient, so that its gradients are known."""
 
-    def __init__(self, function):
+    def __init__(self, function) -> None:
         super().__init__()
         self.function = function
 
@@ -95,7 +98,7 @@ def run_with_gradients(cell, gradient, *inputs):
 
 
 @pytest.fixture(params=["own", "MindSpore's"])
-def own(request, graph_mode):
+def own(request: pytest.FixtureRequest, graph_mode):
     """Whether the Cells are built of the project's own operators; both kinds must agree."""
     if request.param == "own":
         if native.library("CPU") is None:
@@ -107,7 +110,7 @@ def own(request, graph_mode):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cost_volume(shape, own):
+def test_cost_volume(shape, own) -> None:
     """Values, channel order (rows outer), zero padding, mean over channels, both gradients."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, *shape))
@@ -116,21 +119,25 @@ def test_cost_volume(shape, own):
     assert (cell.fused is not None) == own
     slope = np.where(cost_volume_numpy(first, second, gradient)[0] > 0, 1, 0.1)
     costs, *gradients = cost_volume_numpy(first, second, gradient * slope)
-    for found, expected in zip(run_with_gradients(cell, gradient, first, second),
-                               (costs * slope, *gradients), strict=True):
+    for found, expected in zip(
+        run_with_gradients(cell, gradient, first, second), (costs * slope, *gradients), strict=True
+    ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fraction", "zero", "integer", "far"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_warp(shape, kind, own):
+def test_warp(shape, kind, own) -> None:
     """Values and gradients inside, at the border and outside; zero flow changes nothing."""
     rng = np.random.default_rng(1)
     features, gradient = rng.normal(size=(2, *shape))
     size = (shape[0], 2, *shape[2:])
-    flow = {"fraction": rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size),
-            "zero": np.zeros(size), "integer": rng.integers(-2, 3, size).astype(float),
-            "far": rng.choice([-1e6, 1e4], size)}[kind]
+    flow = {
+        "fraction": rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size),
+        "zero": np.zeros(size),
+        "integer": rng.integers(-2, 3, size).astype(float),
+        "far": rng.choice([-1e6, 1e4], size),
+    }[kind]
     cell = Warp()
     assert (cell.fused is not None) == own
     value, to_features, to_flow = run_with_gradients(cell, gradient, features, flow)
@@ -143,7 +150,7 @@ def test_warp(shape, kind, own):
         np.testing.assert_allclose(to_flow, expected[2], atol=2e-3)
 
 
-def test_warp_nearest(graph_mode):
+def test_warp_nearest(graph_mode) -> None:
     """The nearest mode takes the whole value of the nearest pixel."""
     rng = np.random.default_rng(2)
     features = rng.normal(size=(1, 3, 6, 7)).astype(np.float32)
@@ -153,14 +160,18 @@ def test_warp_nearest(graph_mode):
     np.testing.assert_array_equal(found[:, :, 2:, :6], features[:, :, 1:5, 1:])
 
 
-@pytest.mark.parametrize("channels,stride,dilation,activation,concatenate", [
-    ((3, 16), 2, 1, True, False),  # the first of the pyramid
-    ((19, 32), 1, 1, True, True),  # of a dense estimator, channels of no multiple of a vector
-    ((40, 2), 1, 1, False, False),  # a flow
-    ((17, 33), 1, 4, True, False), ((32, 16), 1, 16, True, False),  # of the context network
-])
+@pytest.mark.parametrize(
+    "channels,stride,dilation,activation,concatenate",
+    [
+        ((3, 16), 2, 1, True, False),  # the first of the pyramid
+        ((19, 32), 1, 1, True, True),  # of a dense estimator, channels of no multiple of a vector
+        ((40, 2), 1, 1, False, False),  # a flow
+        ((17, 33), 1, 4, True, False),
+        ((32, 16), 1, 16, True, False),  # of the context network
+    ],
+)
 @pytest.mark.parametrize("size", [(1, 9), (13, 22)])
-def test_convolution(size, channels, stride, dilation, activation, concatenate, own):
+def test_convolution(size, channels, stride, dilation, activation, concatenate, own) -> None:
     """Values and gradients with every combination of settings that the network uses."""
     if size[0] == 1 and stride == 2:
         pytest.skip("levels of one row are not halved")
@@ -174,9 +185,9 @@ def test_convolution(size, channels, stride, dilation, activation, concatenate, 
     total = channels[1] + (channels[0] if concatenate else 0)
     gradient = rng.normal(size=(2, total, *(-(-side // stride) for side in size)))
     y, to_x, to_weight, to_bias = convolution_numpy(
-        x, weight, bias, stride, dilation, activation, gradient[:, :channels[1]])
+        x, weight, bias, stride, dilation, activation, gradient[:, : channels[1]]
+    )
     if concatenate:
-        y, to_x = np.concatenate([y, x], 1), to_x + gradient[:, channels[1]:]
-    for found, expected in zip(run_with_gradients(cell, gradient, x),
-                               (y, to_x, to_weight, to_bias), strict=True):
+        y, to_x = np.concatenate([y, x], 1), to_x + gradient[:, channels[1] :]
+    for found, expected in zip(run_with_gradients(cell, gradient, x), (y, to_x, to_weight, to_bias), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

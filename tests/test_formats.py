@@ -1,6 +1,7 @@
 """Flow and image files: what is written comes back, and no bytes get more than their own error."""
 
 import io
+import pathlib
 import resource
 import signal
 import struct
@@ -17,16 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from prep import errors, flowio, images, picture, shards
-from prep.errors import UserError
+from launch import errors, files
+from launch.errors import UserError
+from prep import flow_viz
+from prep.formats import flow as flow_format
+from prep.formats import image as image_format
 
 flows = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9).map(lambda s: (*s, 2)),
     elements=st.floats(width=32, allow_nan=True, allow_infinity=True),
 )  # fmt: skip
-pictures = hnp.arrays(
-    np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9).map(lambda s: (*s, 3))
-)
+pictures = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9).map(lambda s: (*s, 3)))
 VALID_FLO = struct.pack("<4sii", b"PIEH", 2, 1) + bytes(16)
 
 
@@ -37,18 +39,16 @@ def encoded(array, **options):
 
 
 @given(flows)
-def test_flo_round_trip_is_bit_for_bit(tmp_path_factory, flow):
+def test_flo_round_trip_is_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, flow) -> None:
     path = tmp_path_factory.mktemp("flo") / "é x.flo"
-    flowio.write_flo(path, flow)
-    assert flowio.read_flo(path).tobytes() == flow.tobytes()
-    assert flowio.flow_size(path) == flow.shape[:2]
+    flow_format.write_flo(path, flow)
+    assert flow_format.read_flo(path).tobytes() == flow.tobytes()
+    assert flow_format.flow_size(path) == flow.shape[:2]
 
 
-def test_flo_is_what_the_middlebury_page_says(tmp_path):
-    (tmp_path / "a.flo").write_bytes(
-        struct.pack("<fii", 202021.25, 2, 1) + struct.pack("<4f", 1, 2, 3, 4)
-    )
-    assert flowio.read_flo(tmp_path / "a.flo").tolist() == [[[1, 2], [3, 4]]]
+def test_flo_is_what_the_middlebury_page_says(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.flo").write_bytes(struct.pack("<fii", 202021.25, 2, 1) + struct.pack("<4f", 1, 2, 3, 4))
+    assert flow_format.read_flo(tmp_path / "a.flo").tolist() == [[[1, 2], [3, 4]]]
 
 
 @pytest.mark.parametrize("data,message", [
@@ -60,19 +60,19 @@ def test_flo_is_what_the_middlebury_page_says(tmp_path):
     (struct.pack("<4sii", b"PIEH", -2, -1) + bytes(16), "-2 wide and -1 high"),
     (struct.pack("<4sii", b"PIEH", 2**31 - 1, 2**31 - 1), "cut short"),
 ])  # fmt: skip
-def test_damaged_flo(tmp_path, data, message):
+def test_damaged_flo(tmp_path: pathlib.Path, data, message) -> None:
     path = tmp_path / "a.flo"
     path.write_bytes(data)
-    for read in (flowio.read_flo, flowio.flow_size):
+    for read in (flow_format.read_flo, flow_format.flow_size):
         with pytest.raises(UserError) as raised:
             read(path)
         assert message in str(raised.value) and str(path) in str(raised.value)
 
 
 @given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda b: b"PIEH" + b))
-def test_any_bytes_are_a_flow_or_an_error(data):
+def test_any_bytes_are_a_flow_or_an_error(data) -> None:
     try:
-        assert flowio.parse_flo(data, "f").nbytes == len(data) - 12
+        assert flow_format.parse_flo(data, "f").nbytes == len(data) - 12
     except UserError:
         pass
 
@@ -97,68 +97,70 @@ def flo5(data, name="flow", **options):
     return file.getvalue()
 
 
-def test_pfm_rows_run_from_the_bottom_up():
+def test_pfm_rows_run_from_the_bottom_up() -> None:
     data = b"PF\n2 2\n-1\n" + struct.pack("<12f", 5, 6, 0, 7, 8, 0, 1, 2, 0, 3, 4, 0)
-    assert flowio.parse_pfm(data, "f").tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+    assert flow_format.parse_pfm(data, "f").tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
 
 
 @given(flows, st.sampled_from([("<", b"-1"), ("<", b"-1.000000"), (">", b"1"), (">", b"+1.0e0")]))
-def test_pfm_is_read_bit_for_bit_in_both_byte_orders(tmp_path_factory, flow, order):
+def test_pfm_is_read_bit_for_bit_in_both_byte_orders(tmp_path_factory: pytest.TempPathFactory, flow, order) -> None:
     path = tmp_path_factory.mktemp("pfm") / "é x.pfm"
     path.write_bytes(pfm(flow, *order))
-    found, valid = flowio.read_flow(path)
+    found, valid = flow_format.read_flow(path)
     # Swapping the bytes of a NaN may set its quiet bit.
     assert np.array_equal(found, flow, equal_nan=True) and found.flags.c_contiguous
-    assert np.array_equal(valid, flowio.known(flow)) and flowio.flow_size(path) == flow.shape[:2]
+    assert np.array_equal(valid, flow_format.known(flow)) and flow_format.flow_size(path) == flow.shape[:2]
 
 
-def test_kitti_png_is_what_the_development_kit_says(tmp_path):
+def test_kitti_png_is_what_the_development_kit_says(tmp_path: pathlib.Path) -> None:
     """R and G are 64 times the flow after 2^15, B is whether it is valid."""
-    pixels = np.array(
-        [[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16
-    )
+    pixels = np.array([[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16)
     path = tmp_path / "a.png"
     path.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
-    flow, valid = flowio.read_flow(path)
+    flow, valid = flow_format.read_flow(path)
     assert flow[valid == 1].tolist() == [[1, -0.5], [0, -512], [511.984375, -511.984375]]
     assert valid.tolist() == [[1, 1], [0, 1]] and np.isnan(flow[1, 0]).all()
-    assert flowio.flow_size(path) == (2, 2)
+    assert flow_format.flow_size(path) == (2, 2)
 
 
-def test_flo5(tmp_path):
+def test_flo5(tmp_path: pathlib.Path) -> None:
     flow = np.random.default_rng(0).normal(0, 9, (6, 8, 2)).astype(np.float32)
     flow[0, 0] = np.nan
-    for number, options in enumerate((
-        {}, {"compression": "gzip", "compression_opts": 5}, {"chunks": (4, 3, 1)},
-        {"chunks": (4, 3, 2), "shuffle": True, "compression": 9},
-        {"chunks": (9, 9, 2), "maxshape": (9, 9, 2)},
-    )):
+    for number, options in enumerate(
+        (
+            {},
+            {"compression": "gzip", "compression_opts": 5},
+            {"chunks": (4, 3, 1)},
+            {"chunks": (4, 3, 2), "shuffle": True, "compression": 9},
+            {"chunks": (9, 9, 2), "maxshape": (9, 9, 2)},
+        )
+    ):
         path = tmp_path / f"{number} é.flo5"
         path.write_bytes(flo5(flow, **options))
-        found, valid = flowio.read_flow(path)
-        assert found.tobytes() == flow.tobytes() and flowio.flow_size(path) == (6, 8)
+        found, valid = flow_format.read_flow(path)
+        assert found.tobytes() == flow.tobytes() and flow_format.flow_size(path) == (6, 8)
         assert valid.sum() == 47
 
 
-def test_flo5_says_what_to_install(tmp_path, monkeypatch):
+def test_flo5_says_what_to_install(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     path = tmp_path / "a.flo5"
     path.touch()
     with pytest.raises(UserError, match="a.flo5: an HDF5 file; reading it needs h5py"):
-        flowio.read_flow(path)
+        flow_format.read_flow(path)
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
 WRITERS = {
-    ".flo": lambda path: flowio.write_flo(path, np.zeros((400, 500, 2), np.float32)),
-    ".png": lambda path: picture.save_png(path, NOISE),
-    ".ppm": lambda path: images.write_ppm(path, np.zeros((400, 500, 3), np.uint8)),
-    ".json": lambda path: shards.write_json(path, ["x" * 200000]),
+    ".flo": lambda path: flow_format.write_flo(path, np.zeros((400, 500, 2), np.float32)),
+    ".png": lambda path: flow_viz.save_png(path, NOISE),
+    ".ppm": lambda path: image_format.write_ppm(path, np.zeros((400, 500, 3), np.uint8)),
+    ".json": lambda path: files.write_json(path, ["x" * 200000]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path, suffix):
+def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path: pathlib.Path, suffix) -> None:
     """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
     path, before = tmp_path / f"a{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -194,14 +196,14 @@ PFM, PNG = pfm(ZEROS), kitti_png(ZEROS, ZEROS[..., 0] == 0)
     (".png", encoded(np.zeros((4, 5), np.uint16), format="PNG"), "of 16 bits and colour type 0"),
     (".exr", b"", "not a flow file that is known here; expected .flo, .pfm, .png, .flo5"),
 ])  # fmt: skip
-def test_damaged_pfm_and_png(tmp_path, suffix, data, message):
+def test_damaged_pfm_and_png(tmp_path: pathlib.Path, suffix, data, message) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path}: .*{message}"):
-        flowio.read_flow(path)
+        flow_format.read_flow(path)
 
 
-def test_damaged_flo5(tmp_path):
+def test_damaged_flo5(tmp_path: pathlib.Path) -> None:
     sound = flo5(ZEROS)
     huge = flo5(None, shape=(9999, 9999, 2), dtype=np.float32, chunks=(10, 10, 2))
     for data, message in (
@@ -215,7 +217,7 @@ def test_damaged_flo5(tmp_path):
         path = tmp_path / "a.flo5"
         path.write_bytes(data)
         with pytest.raises(UserError, match=f"{path}: {message}"):
-            flowio.read_flow(path)
+            flow_format.read_flow(path)
 
 
 def chunk(kind, body, length=None):
@@ -249,12 +251,12 @@ HOSTILE_PNG = [
 
 
 @pytest.mark.parametrize("data,message", HOSTILE_PNG)
-def test_a_flow_png_whose_chunks_are_wrong(data, message):
+def test_a_flow_png_whose_chunks_are_wrong(data, message) -> None:
     with pytest.raises(UserError, match=f"^a.png: .*{message}"):
-        flowio.parse_kitti_png(data, "a.png")
+        flow_format.parse_kitti_png(data, "a.png")
 
 
-def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path):
+def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path: pathlib.Path) -> None:
     """libpng would allocate what a chunk claims, and has an error output of its own."""
     grey = encoded(np.zeros((4, 5), np.uint8), format="PNG")
     broad = struct.pack(">IIBBBBB", 10000, 10000, 8, 0, 0, 0, 0)
@@ -263,12 +265,14 @@ def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path):
         (tmp_path / f"{number:02}.png").write_bytes(data)
     done = subprocess.run([sys.executable, "-c", f"""if True:
         import pathlib, resource
-        from prep import errors, flowio, images
+        from launch import errors
+        from prep.formats import flow as flow_format
+        from prep.formats import image as image_format
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         before, refused = peak(), 0
         for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
-            for read in flowio.read_flow, images.read_image, images.image_size:
+            for read in flow_format.read_flow, image_format.read_image, image_format.image_size:
                 try:
                     read(path)
                 except errors.UserError:
@@ -282,24 +286,24 @@ def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path):
 
 @settings(deadline=None)
 @given(flows, st.integers(1, 9), st.integers(1, 400))
-def test_a_flow_png_in_many_parts_with_other_chunks_between(flow, levels, size):
+def test_a_flow_png_in_many_parts_with_other_chunks_between(flow, levels, size) -> None:
     """Rows come back whatever the compression, the filters and the parts that IDAT is in."""
     flow = np.clip(np.nan_to_num(np.rint(64 * flow) / 64), -512, 511).astype(np.float32)
     pixels = tiny.kitti_pixels(flow, np.ones(flow.shape[:2]))[..., ::-1]
     whole = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, levels])[1].tobytes()
-    body = b"".join(flowio.png_data(whole))
+    body = b"".join(flow_format.png_data(whole))
     parts = [chunk(b"IDAT", body[i : i + size]) for i in range(0, len(body), size)]
     data = flow_png(*flow.shape[1::-1], chunk(b"gAMA", bytes(4)), *parts, chunk(b"IEND", b""), b"more")
-    assert np.array_equal(flowio.parse_kitti_png(data, "f"), flow)
+    assert np.array_equal(flow_format.parse_kitti_png(data, "f"), flow)
 
 
-def test_a_flo5_file_reads_no_other_file(tmp_path):
+def test_a_flo5_file_reads_no_other_file(tmp_path: pathlib.Path) -> None:
     """HDF5 follows links and external storage into any file of the user's."""
     h5py = pytest.importorskip("h5py")
     (tmp_path / "secret").write_bytes(bytes(160))
     (tmp_path / "other.flo5").write_bytes(flo5(ZEROS))
     (tmp_path / "ours.flo5").write_bytes(flo5(ZEROS))
-    assert flowio.read_flow(tmp_path / "ours.flo5")[0].shape == ZEROS.shape
+    assert flow_format.read_flow(tmp_path / "ours.flo5")[0].shape == ZEROS.shape
     layout = h5py.VirtualLayout(ZEROS.shape, np.float32)
     layout[:] = h5py.VirtualSource(str(tmp_path / "other.flo5"), "flow", ZEROS.shape)
     secret = [(str(tmp_path / "secret"), 0, 160)]
@@ -314,17 +318,17 @@ def test_a_flo5_file_reads_no_other_file(tmp_path):
         with h5py.File(path, "w") as file:
             write(file)
         with pytest.raises(UserError, match=f"{kind}.flo5: "):
-            flowio.read_flow(path)
+            flow_format.read_flow(path)
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.sampled_from(["pfm", "png", "flo5"]))
-def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind):
+def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind) -> None:
     """Damaged copies of each format: cut, or with some bytes overwritten."""
     parse, sound = {
-        "pfm": (flowio.parse_pfm, lambda: PFM),
-        "png": (flowio.parse_kitti_png, lambda: PNG),
-        "flo5": (flowio.parse_flo5, lambda: flo5(ZEROS)),
+        "pfm": (flow_format.parse_pfm, lambda: PFM),
+        "png": (flow_format.parse_kitti_png, lambda: PNG),
+        "flo5": (flow_format.parse_flo5, lambda: flo5(ZEROS)),
     }[kind]
     seed = bytearray(data.draw(st.just(sound()) | st.binary(max_size=60)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)))):
@@ -342,26 +346,26 @@ def test_any_bytes_are_a_flow_or_an_error_in_every_format(data, kind):
 # --- What is not known ----------------------------------------------------------------------------
 
 
-def test_unknown_flow_is_nan_or_from_1e9_on():
+def test_unknown_flow_is_nan_or_from_1e9_on() -> None:
     below = np.nextafter(np.float32(1e9), np.float32(0))
     flow = np.zeros((1, 7, 2), np.float32)
     flow[0, 1, 0], flow[0, 2, 1], flow[0, 3, 0], flow[0, 4, 1] = np.nan, 1e10, -np.inf, -1e9
     flow[0, 5] = below, -below
-    assert flowio.known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
-    assert flowio.known(flow[:, 5:]).tolist() == [[1, 1]]
+    assert flow_format.known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
+    assert flow_format.known(flow[:, 5:]).tolist() == [[1, 1]]
 
 
 @given(pictures)
-def test_ppm_and_png_come_back_bit_for_bit(tmp_path_factory, image):
+def test_ppm_and_png_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, image) -> None:
     folder = tmp_path_factory.mktemp("image")
-    images.write_ppm(folder / "a b.ppm", image)
+    image_format.write_ppm(folder / "a b.ppm", image)
     Image.fromarray(image).save(folder / "ü.png")
     for path in folder.iterdir():
-        assert np.array_equal(images.read_image(path), image)
-        assert images.image_size(path) == image.shape[:2]
+        assert np.array_equal(image_format.read_image(path), image)
+        assert image_format.image_size(path) == image.shape[:2]
 
 
-def test_grey_and_palette_pictures_become_rgb():
+def test_grey_and_palette_pictures_become_rgb() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     rgb = np.repeat(grey[..., None], 3, 2)
     palette = Image.fromarray(grey).convert("P")
@@ -370,8 +374,8 @@ def test_grey_and_palette_pictures_become_rgb():
     opaque = np.concatenate([rgb, np.full((3, 4, 1), 255, np.uint8)], 2)
     for data in (encoded(grey, format="PNG"), encoded(grey, format="PPM"), file.getvalue(),
                  encoded(opaque, format="PNG")):  # fmt: skip
-        assert np.array_equal(images.parse_image(data, "f"), rgb)
-    assert images.parse_image(encoded(grey > 99, format="PNG"), "f").max() == 255
+        assert np.array_equal(image_format.parse_image(data, "f"), rgb)
+    assert image_format.parse_image(encoded(grey > 99, format="PNG"), "f").max() == 255
 
 
 def sixteen_bit_rgb():
@@ -394,17 +398,17 @@ def sixteen_bit_rgb():
     (encoded(np.zeros((4, 4, 4), np.uint8), format="PNG"), "transparent"),
     (b"GIF89a not this kind either", "not a readable image"),
 ])  # fmt: skip
-def test_pictures_that_cannot_be_taken(data, message):
+def test_pictures_that_cannot_be_taken(data, message) -> None:
     with pytest.raises(UserError, match=message):
-        images.parse_image(data, "file.png")
+        image_format.parse_image(data, "file.png")
 
 
-def test_a_picture_that_claims_to_be_huge_gets_no_memory():
+def test_a_picture_that_claims_to_be_huge_gets_no_memory() -> None:
     data = bytearray(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
     data[16:24] = struct.pack(">II", 9000, 9000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(UserError, match="9000x9000, far more than"):
-        images.parse_image(bytes(data), "f")
+        image_format.parse_image(bytes(data), "f")
 
 
 SEEDS = [encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), format=f)
@@ -413,7 +417,7 @@ SEEDS = [encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), format=f)
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_any_bytes_are_a_picture_or_an_error(data):
+def test_any_bytes_are_a_picture_or_an_error(data) -> None:
     """Damaged copies of every format: cut, or with some bytes overwritten."""
     seed = bytearray(data.draw(st.sampled_from(SEEDS) | st.binary(max_size=80)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)))):
@@ -421,7 +425,7 @@ def test_any_bytes_are_a_picture_or_an_error(data):
             seed[place] = value
     seed = bytes(seed[: data.draw(st.integers(0, len(seed)))])
     try:
-        image = images.parse_image(seed, "f")
+        image = image_format.parse_image(seed, "f")
         assert image.dtype == np.uint8 and image.ndim == 3 and image.nbytes <= 4000 * len(seed)
     except UserError:
         pass

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from model.metrics import end_point_error
-from prep import flowio
+from launch import files
+from prep.formats import flow as flow_format
 
 # The colour wheel: how many steps from one of its six colours to the next.
 WHEEL = [
@@ -24,10 +24,21 @@ WHEEL = [
 # The colours of the KITTI flow benchmark's error pictures: up to 0.19 px, then doubling to 48 px;
 # blue below 3 px, the benchmark's bound for an outlier, yellow to red above.
 ERROR_BOUNDS = 3.0 * 2.0 ** np.arange(-4, 5)
-ERROR_COLOURS = np.array([
-    (49, 54, 149), (69, 117, 180), (116, 173, 209), (171, 217, 233), (224, 243, 248),
-    (254, 224, 144), (253, 174, 97), (244, 109, 67), (215, 48, 39), (165, 0, 38),
-], np.uint8)
+ERROR_COLOURS = np.array(
+    [
+        (49, 54, 149),
+        (69, 117, 180),
+        (116, 173, 209),
+        (171, 217, 233),
+        (224, 243, 248),
+        (254, 224, 144),
+        (253, 174, 97),
+        (244, 109, 67),
+        (215, 48, 39),
+        (165, 0, 38),
+    ],
+    np.uint8,
+)
 
 NOTE = "pwcnet"  # the key under which a PNG file holds a note
 
@@ -61,7 +72,7 @@ def flow_to_color(flow, max_flow=None):
     Returns:
         uint8 H x W x 3, RGB.
     """
-    known = flowio.known(flow).astype(bool)
+    known = flow_format.known(flow).astype(bool)
     flow = np.where(known[..., None], flow, 0)
     length = np.hypot(flow[..., 0], flow[..., 1])
     if max_flow is None:
@@ -88,7 +99,7 @@ def error_map(epe):
     return colour
 
 
-def strip(image, true_flow, predicted_flow):
+def draw_prediction(image, true_flow, predicted_flow):
     """One row: image, true flow, predicted flow, end-point error; uint8 H x 4W x 3, RGB.
 
     Both flows (H x W x 2, pixels) have the true one's scale: full saturation at the length that 99
@@ -98,20 +109,23 @@ def strip(image, true_flow, predicted_flow):
     Args:
         image: uint8 H x W x 3, RGB.
     """
-    known = flowio.known(true_flow).astype(bool)
+    known = flow_format.known(true_flow).astype(bool)
     length = np.hypot(true_flow[..., 0], true_flow[..., 1])[known]
     longest = float(np.percentile(length, 99)) if length.size else 0.0
-    epe = np.where(flowio.known(true_flow), end_point_error(predicted_flow, true_flow), np.nan)
+    epe = np.where(flow_format.known(true_flow), np.linalg.norm(predicted_flow - true_flow, axis=2), np.nan)
     mean = epe[known].mean() if known.any() else np.nan
-    return np.concatenate([
-        label(image, "image"),
-        label(flow_to_color(true_flow, longest), f"true, to {longest:.1f} px"),
-        label(flow_to_color(predicted_flow, longest), "predicted"),
-        label(error_map(epe), f"error, mean {mean:.2f} px"),
-    ], axis=1)
+    return np.concatenate(
+        [
+            draw_label(image, "image"),
+            draw_label(flow_to_color(true_flow, longest), f"true, to {longest:.1f} px"),
+            draw_label(flow_to_color(predicted_flow, longest), "predicted"),
+            draw_label(error_map(epe), f"error, mean {mean:.2f} px"),
+        ],
+        axis=1,
+    )
 
 
-def label(image, text):
+def draw_label(image, text):
     """`image` with a small text in its top left corner, or as it is if the text does not fit."""
     left, top, right, bottom = text_box(text)
     height, width = image.shape[:2]
@@ -136,15 +150,14 @@ def text_box(text):
     return 0, 0, int(right) + 2 * MARGIN, TEXT_SIZE + 2 * MARGIN + 2
 
 
-def sheet(rows, captions):
+def contact_sheet(rows, captions):
     """Pictures (uint8 H x W x 3, of any sizes) under one another, each below its caption.
 
     Returns uint8 H x W x 3, RGB, as wide as the widest picture or caption.
     Raises ValueError if there are not as many captions as rows, or none.
     """
     if len(rows) != len(captions) or not len(rows):
-        raise ValueError(f"{len(rows)} rows and {len(captions)} captions, expected as many, "
-                         "one at least")
+        raise ValueError(f"{len(rows)} rows and {len(captions)} captions, expected as many, one at least")
     boxes = [text_box(caption) for caption in captions]
     width = max([row.shape[1] for row in rows] + [box[2] for box in boxes])
     parts = []
@@ -156,7 +169,7 @@ def sheet(rows, captions):
     return np.concatenate(parts)
 
 
-def usual_length(flow):
+def typical_max_flow(flow):
     """The length in pixels that 99 percent of a flow (H x W x 2) stay under, 1 at least.
 
     A good full saturation for a picture of one flow: a small fast shape does not leave all else
@@ -165,7 +178,7 @@ def usual_length(flow):
     return max(1.0, float(np.percentile(np.hypot(flow[..., 0], flow[..., 1]), 99)))
 
 
-def overlay(image, flow, max_flow=None):
+def overlay_flow(image, flow, max_flow=None):
     """Image 1 (uint8 H x W x 3, RGB) in grey, painted with the colours of its flow; the same type.
 
     What stands still keeps its grey; `flow` and `max_flow` as of `flow_to_color`.
@@ -175,7 +188,7 @@ def overlay(image, flow, max_flow=None):
     return (light[..., None] * flow_to_color(flow, max_flow)).astype(np.uint8)
 
 
-def warp_check(image1, image2, flow):
+def draw_warp_check(image1, image2, flow):
     """Image 1, image 2 brought back by the flow, and what differs without and with the flow.
 
     Where the flow is right the last panel is black, but for what is hidden in image 2.
@@ -192,15 +205,15 @@ def warp_check(image1, image2, flow):
     place = (flow + np.stack([x, y], 2)).astype(np.float32)
     back = cv2.remap(image2, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     panels = [
-        label(image1, "image 1"),
-        label(back, "image 2 brought back by the flow"),
-        label(cv2.absdiff(image1, image2), "|image 1 - image 2|"),
-        label(cv2.absdiff(image1, back), "|image 1 - image 2 brought back|"),
+        draw_label(image1, "image 1"),
+        draw_label(back, "image 2 brought back by the flow"),
+        draw_label(cv2.absdiff(image1, image2), "|image 1 - image 2|"),
+        draw_label(cv2.absdiff(image1, back), "|image 1 - image 2 brought back|"),
     ]
     return np.concatenate([np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)])
 
 
-def save_png(path, image, note=None):
+def save_png(path, image, note=None) -> None:
     """Write uint8 H x W x 3, RGB, as a PNG file that appears when it is whole.
 
     A text given as `note` goes into the file too, unseen; `png_note` gets it back.
@@ -209,7 +222,7 @@ def save_png(path, image, note=None):
     if note is not None:
         info.add_text(NOTE, note)
     Image.fromarray(image).save(data, "PNG", pnginfo=info)
-    flowio.write_whole(path, data.getvalue())
+    files.write_bytes(path, data.getvalue())
 
 
 def png_note(path):

@@ -15,7 +15,8 @@ import zlib
 import cv2
 import numpy as np
 
-from prep.errors import UserError, naming, one_line
+from launch.errors import UserError, one_line
+from launch.files import write_bytes
 
 # Middlebury .flo: the float 202021.25 as a little-endian tag, int32 width, int32 height, then the
 # rows of (u, v) float32. Source: https://vision.middlebury.edu/flow/code/flow-code/README.txt
@@ -28,9 +29,7 @@ UNKNOWN_FLOW = 1e9
 
 # "PF" (three channels; "Pf" has one), width, height and a scale whose sign is the byte order, then
 # the rows of float32 from the bottom up. Source: https://www.pauldebevec.com/Research/HDR/PFM
-PFM_HEADER = re.compile(
-    rb"P([Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?[\d.]{1,20}(?:[eE][-+]?\d{1,3})?)\s"
-)
+PFM_HEADER = re.compile(rb"P([Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([-+]?[\d.]{1,20}(?:[eE][-+]?\d{1,3})?)\s")
 
 # KITTI: a 16-bit RGB PNG of 64 u + 2^15, 64 v + 2^15 and, where these are known, a number that is
 # not 0. Source: the development kit of https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
@@ -69,22 +68,20 @@ def format_of(path):
     """The (parse, size) functions for a flow file's suffix; UserError for an unknown one."""
     suffix = os.path.splitext(path)[1]
     if suffix not in FORMATS:
-        raise UserError(
-            f"{path}: not a flow file that is known here; expected {', '.join(FORMATS)}"
-        )
+        raise UserError(f"{path}: not a flow file that is known here; expected {', '.join(FORMATS)}")
     return FORMATS[suffix]
 
 
 def known(flow):
     """uint8 (H, W): 1 where the flow is known, 0 where it is NaN or from `UNKNOWN_FLOW` on."""
     # Nearly every flow is known everywhere, and its extremes say so in a tenth of the time.
-    if -UNKNOWN_FLOW < flow.min() and flow.max() < UNKNOWN_FLOW:
+    if flow.min() > -UNKNOWN_FLOW and flow.max() < UNKNOWN_FLOW:
         return np.ones(flow.shape[:2], np.uint8)
     with np.errstate(invalid="ignore"):
         return (np.abs(flow) < UNKNOWN_FLOW).all(axis=2).astype(np.uint8)
 
 
-def check_size(name, width, height, expected, length):
+def check_size(name, width, height, expected, length) -> None:
     """UserError unless a file has the `length` that is `expected` for its width and height."""
     if width < 1 or height < 1:
         raise UserError(f"{name}: says it is {width} wide and {height} high; the file is damaged")
@@ -123,19 +120,17 @@ def flo_size(file, length, name):
         )
     tag, width, height = FLO_HEADER.unpack(header)
     if tag != FLO_TAG:
-        raise UserError(
-            f"{name}: begins with {tag!r}, expected a .flo file, which begins {FLO_TAG!r}"
-        )
+        raise UserError(f"{name}: begins with {tag!r}, expected a .flo file, which begins {FLO_TAG!r}")
     check_size(name, width, height, FLO_HEADER.size + 8 * width * height, length)
     return height, width
 
 
-def write_flo(path, flow):
+def write_flo(path, flow) -> None:
     """Write float32 (H, W, 2) as a Middlebury .flo file, bit for bit."""
     if flow.ndim != 3 or flow.shape[2] != 2 or flow.dtype != np.float32:
         raise ValueError(f"flow is {flow.dtype} {flow.shape}, expected float32 (H, W, 2)")
     height, width, _ = flow.shape
-    write_whole(path, FLO_HEADER.pack(FLO_TAG, width, height) + flow.astype("<f4").tobytes())
+    write_bytes(path, FLO_HEADER.pack(FLO_TAG, width, height) + flow.astype("<f4").tobytes())
 
 
 # --- .pfm: FlyingThings3D -------------------------------------------------------------------------
@@ -155,10 +150,7 @@ def pfm_size(file, length, name):
     start = file.read(100)
     header = PFM_HEADER.match(start)
     if not header:
-        raise UserError(
-            f"{name}: begins with {start[:8]!r}, expected a .pfm file, which begins b'PF', width, "
-            "height"
-        )
+        raise UserError(f"{name}: begins with {start[:8]!r}, expected a .pfm file, which begins b'PF', width, height")
     width, height = int(header[2]), int(header[3])
     try:
         scale = float(header[4])
@@ -188,9 +180,7 @@ def parse_kitti_png(data, name):
             f"{name}: a PNG file that can't be decoded ({one_line(error)}); copy or unpack it again"
         ) from None
     if np.frombuffer(rows, np.uint8)[:: 1 + 6 * width].max() >= PNG_FILTERS:
-        raise UserError(
-            f"{name}: a PNG file that can't be decoded (a row's filter); copy or unpack it again"
-        )
+        raise UserError(f"{name}: a PNG file that can't be decoded (a row's filter); copy or unpack it again")
     pixels = cv2.imdecode(np.frombuffer(make_png(rows, height, width), np.uint8), cv2.IMREAD_UNCHANGED)
     del rows
     # OpenCV's order of channels is blue, green, red. The numbers are all exact in float32.
@@ -220,10 +210,7 @@ def kitti_png_size(file, length, name):
         or width * height > MAX_PIXELS
         or max(width, height) > PNG_SIDE
     ):
-        raise UserError(
-            f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is "
-            "damaged"
-        )
+        raise UserError(f"{name}: says it is {width}x{height}, which its {length} bytes can't be; the file is damaged")
     return height, width
 
 
@@ -273,7 +260,7 @@ def make_png(rows, height: int, width: int) -> bytes:
     return b"".join(parts)
 
 
-def write_kitti_png(path, flow):
+def write_kitti_png(path, flow) -> None:
     """Write float32 (H, W, 2) as a KITTI flow .png; where it is unknown, so it is there.
 
     The format rounds to 1/64 px and ends at -512 and 511.98 px: what is beyond becomes that.
@@ -286,7 +273,7 @@ def write_kitti_png(path, flow):
     pixels = np.dstack([valid, values[..., 1], values[..., 0]]) * valid[..., None]
     written, data = cv2.imencode(".png", pixels.astype(np.uint16))
     assert written
-    write_whole(path, data.tobytes())
+    write_bytes(path, data.tobytes())
 
 
 # --- .flo5: Spring --------------------------------------------------------------------------------
@@ -310,9 +297,7 @@ def use_flo5(file, length, name, use):
     try:
         import h5py
     except ImportError:
-        raise UserError(
-            f"{name}: an HDF5 file; reading it needs h5py, `pip install h5py`"
-        ) from None
+        raise UserError(f"{name}: an HDF5 file; reading it needs h5py, `pip install h5py`") from None
     try:
         with h5py.File(file, "r") as opened:
             flow = opened["flow"]
@@ -326,12 +311,8 @@ def use_flo5(file, length, name, use):
                     raise ValueError("its data is in another file")
                 return use(flow)
     except Exception as error:  # h5py raises a dozen kinds on damaged files
-        raise UserError(
-            f"{name}: not a readable .flo5 file ({one_line(error)}); copy or unpack it again"
-        ) from None
-    raise UserError(
-        f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold"
-    )
+        raise UserError(f"{name}: not a readable .flo5 file ({one_line(error)}); copy or unpack it again") from None
+    raise UserError(f"{name}: holds {found}, expected float32 (H, W, 2) that {length} bytes can hold")
 
 
 def read_chunks(flow, data) -> np.ndarray:
@@ -383,21 +364,3 @@ FORMATS = {
 
 
 # --- Writing --------------------------------------------------------------------------------------
-
-
-def write_whole(path, data):
-    """Write bytes to a file that appears under its name only when it is whole.
-
-    An OSError names the file, and what was written of it is removed.
-    """
-    partial = f"{path}.partial-{os.getpid()}"
-    try:
-        with naming(path), open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise

@@ -8,16 +8,15 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from prep.errors import UserError, one_line
-from prep.flowio import MAX_EXPANSION, MAX_PIXELS, write_whole
+from launch.errors import UserError, one_line
+from launch.files import write_bytes
+from prep.formats.flow import MAX_EXPANSION, MAX_PIXELS
 
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")
 
 # "P6" (binary RGB; P5 is grey, P3 and P2 the same as digits), width, height and the largest value,
 # each after white space or comments, then one white space and the pixels.
-PPM_HEADER = re.compile(
-    rb"P([2356])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,5})\s"
-)
+PPM_HEADER = re.compile(rb"P([2356])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,5})\s")
 
 # Pillow tells of damaged files by warnings too, which are not for the user: what it can't read is an
 # error, and what is too large is one here.
@@ -55,8 +54,7 @@ def parse_image(data, name):
     header = PPM_HEADER.match(data[:4096])
     if header and int(header[4]) != 255:  # Pillow would scale it without a word
         raise UserError(
-            f"{name}: an image of values up to {int(header[4])}, expected 255 (8 bits per channel); "
-            "convert it first"
+            f"{name}: an image of values up to {int(header[4])}, expected 255 (8 bits per channel); convert it first"
         )
     if header and header[1] == b"6":
         # FlyingChairs: parsed here, without a copy, as Pillow takes several times longer
@@ -81,9 +79,7 @@ def parse_image(data, name):
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise unreadable(name, error) from None
     if depth > 8:
-        raise UserError(
-            f"{name}: an image of {depth} bits per channel, expected 8; reduce it to 8 bits first"
-        )
+        raise UserError(f"{name}: an image of {depth} bits per channel, expected 8; reduce it to 8 bits first")
     raise UserError(
         f"{name}: says it is {image.width}x{image.height}, far more than its {len(data)} bytes can "
         "hold; the file is damaged"
@@ -96,8 +92,7 @@ def unreadable(name, error):
     if not isinstance(error, UnidentifiedImageError):
         reason = one_line(error)
     return UserError(
-        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, "
-        "copy or unpack it again"
+        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, copy or unpack it again"
     )
 
 
@@ -117,9 +112,9 @@ def to_rgb(image, name):
     return np.asarray(image.convert("RGB"))
 
 
-def write_ppm(path, image):
+def write_ppm(path, image) -> None:
     """Write uint8 (H, W, 3), RGB, as a binary PPM (P6) file, bit for bit."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
     height, width, _ = image.shape
-    write_whole(path, b"P6\n%d %d\n255\n" % (width, height) + image.tobytes())
+    write_bytes(path, b"P6\n%d %d\n255\n" % (width, height) + image.tobytes())

