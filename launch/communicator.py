@@ -170,6 +170,11 @@ def configure_open_mpi() -> None:
     # for one.
     if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
         os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
+    # The gradient is one long vector. Open MPI's own choice for it takes three times as long on one host.
+    if not any(name.startswith("OMPI_MCA_coll_tuned_") for name in os.environ):
+        os.environ["OMPI_MCA_coll_tuned_use_dynamic_rules"] = "1"
+        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm"] = "5"  # segmented ring
+        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize"] = str(1 << 20)
     # When a rank is gone, Open MPI aborts the ranks connected to it. Its watchdog knows the reason, so wait for that.
     os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "50")
     os.environ.setdefault("OMPI_MCA_opal_signal", "")  # a rank that crashes would be delayed too

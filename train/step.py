@@ -92,7 +92,7 @@ class TrainStep:
         numbers = sum(weight.size for weight in self.weights)
         self.state = State(network, numbers, self.options)
         self.sums = hidden("losses", loss.length), hidden("gradient", numbers)
-        self.add = AddGradients(network, loss, self.state, *self.sums)
+        self.add = AddGradients(network, loss, self.state, *self.sums, self.options.accumulation_steps > 1)
         passes = comm.size * self.options.accumulation_steps
         self.update = Update(self.weights, self.state, self.sums, self.options, passes, self.sum_over_ranks.in_graph)
         self.put = PutWeights(self.weights)
@@ -160,15 +160,16 @@ class State(nn.Cell):
 
 
 class AddGradients(nn.Cell):
-    """Forward and backward pass, adding loss vector and gradient to the two sums."""
+    """Forward and backward pass, adding loss vector and gradient to the two sums, or replacing them."""
 
-    def __init__(self, network, loss, state, losses, gradient) -> None:
+    def __init__(self, network, loss, state, losses, gradient, accumulate: bool) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.loss = loss
         self.loss_scale = state.loss_scale
         self.losses = losses
         self.gradient = gradient
+        self.put = ops.assign_add if accumulate else ops.assign
         self.value_and_grad = ops.value_and_grad(self.forward, None, tuple(network.trainable_params()), has_aux=True)
 
     def forward(self, image1, image2, flow, valid, scale):
@@ -183,13 +184,13 @@ class AddGradients(nn.Cell):
             (valid > 0).astype(float32).expand_dims(1),
             self.loss_scale,
         )
-        ops.assign_add(self.losses, losses)
-        ops.assign_add(self.gradient, flatten(gradients))
+        self.put(self.losses, losses)
+        self.put(self.gradient, flatten(gradients))
         return losses
 
 
 class Update(nn.Cell):
-    """From the two sums, over `passes` passes on all ranks, to new weights; empties the sums."""
+    """From the two sums, over `passes` passes on all ranks, to new weights; empties the sums for more passes."""
 
     def __init__(
         self,
@@ -207,6 +208,7 @@ class Update(nn.Cell):
         self.losses, self.gradient = sums
         self.change = hidden("change", *self.gradient.shape)
         self.passes = passes
+        self.accumulate = options.accumulation_steps > 1
         self.clip_norm = options.clip_norm
         self.loss_scaling = options.loss_scaling
         self.decay = 0.0 if options.decoupled_decay else options.weight_decay
@@ -220,7 +222,9 @@ class Update(nn.Cell):
     def construct(self, learning_rate):
         state = self.state
         scale = state.loss_scale + 0.0  # a copy: the parameter is assigned to below
-        losses, gradient = self.losses + 0.0, self.gradient + 0.0
+        losses, gradient = self.losses, self.gradient
+        if self.accumulate:
+            losses, gradient = losses + 0.0, gradient + 0.0
         if self.all_reduce is not None:
             # An overflow on one rank is one in the sum, so all ranks decide alike.
             losses, gradient = self.all_reduce(losses), self.all_reduce(gradient)
@@ -255,8 +259,9 @@ class Update(nn.Cell):
                 # average' - weights' = decay (average - weights'), weights' = weights + change
                 ops.assign(state.average_offset, (state.average_offset - self.change) * self.ema_decay)
         self.each(add_part, self.weights, self.split(self.change, self.sizes, 0))
-        ops.assign(self.losses, ops.zeros_like(self.losses))
-        ops.assign(self.gradient, ops.zeros_like(self.gradient))
+        if self.accumulate:
+            ops.assign(self.losses, ops.zeros_like(self.losses))
+            ops.assign(self.gradient, ops.zeros_like(self.gradient))
         if self.loss_scaling:
             self.adjust_loss_scale(finite)
         return losses / self.passes, norm, finite
