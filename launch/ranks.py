@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
 
 from launch.errors import UserError
@@ -41,14 +42,19 @@ class Rank:
         return self.local_size == self.size
 
     def claim_cores(self) -> None:
-        """Let this process use its whole share of the cores and size the thread pools accordingly.
+        """Bind this process to its share of the host's cores, and size the thread pools accordingly.
 
-        mpirun binds each of two ranks to one core, and each of more ranks to a socket. The libraries read
-        the variables when they are loaded, so call this before importing them. OMP_NUM_THREADS takes
-        precedence if it is set.
+        Unbound ranks move to each other's cores, and MindSpore's threads wait by spinning: a step of two ranks on two
+        cores then takes 1.25 times as long. mpirun binds each of two ranks to one core, each of more ranks to a
+        socket, and none with --oversubscribe. Other bindings are the user's own and stay. The libraries read
+        the variables when they are loaded, so call this before importing them. OMP_NUM_THREADS takes precedence
+        if it is set.
         """
-        if "OMP_NUM_THREADS" not in os.environ and len(usable_cores(0)) < self.share:
-            os.sched_setaffinity(0, self.cores)
+        first = self.local_rank * self.share
+        own = sorted(self.cores, key=physical_core)[first : first + self.share]
+        bound = usable_cores(0)
+        if len(own) == self.share and (bound == self.cores or len(bound) < self.share):
+            os.sched_setaffinity(0, own)
         os.environ.setdefault("OMP_NUM_THREADS", str(self.share))
         os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
 
@@ -98,3 +104,13 @@ def from_slurm() -> Rank:
 def usable_cores(process: int) -> frozenset[int]:
     """Cores that a process may run on; process 0 is the calling one."""
     return frozenset(os.sched_getaffinity(process))
+
+
+def physical_core(core: int) -> tuple[int, int, int]:
+    """Sorts cores so that the hardware threads of a physical core are neighbours."""
+    topology = pathlib.Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        package, number = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except OSError:  # a container may hide them
+        package, number = 0, core
+    return package, number, core

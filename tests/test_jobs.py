@@ -188,18 +188,19 @@ def test_checks_of_all_ranks_come_before_the_first_file(tmp_path: pathlib.Path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("binding,user,threads", [((), None, None), (("--bind-to", "core"), None, None), ((), "3", 3)])
-def test_a_rank_has_its_share_of_the_cores(binding, user, threads) -> None:
-    """Also where mpirun binds it to one core; what the user set stays."""
+@pytest.mark.parametrize("ranks,user", [(1, None), (2, None), (1, "3")])
+@pytest.mark.parametrize("binding", [("--bind-to", "core"), ("--oversubscribe",)])
+def test_a_rank_is_bound_to_its_share_of_the_cores(ranks: int, user: str | None, binding: tuple[str, ...]) -> None:
+    """Whether mpirun binds it to one core or to none; the number of threads that the user set stays."""
     program = (
         "import os; from launch import ranks; ranks.current().claim_cores(); import cv2;"
         "print(os.environ['OMP_NUM_THREADS'], cv2.getNumThreads(), "
-        "len(os.sched_getaffinity(0)))"
+        "','.join(map(str, os.sched_getaffinity(0))))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     given = [f"OMP_NUM_THREADS={user}"] if user else []
     done = subprocess.run(
-        ["mpirun", *binding, "-n", "1", "env", *given, sys.executable, "-c", program],
+        ["mpirun", *binding, "-n", str(ranks), "env", *given, sys.executable, "-c", program],
         cwd=tiny.ROOT,
         capture_output=True,
         text=True,
@@ -207,10 +208,13 @@ def test_a_rank_has_its_share_of_the_cores(binding, user, threads) -> None:
         timeout=LIMIT,
         env={**environment, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
     )
-    cores = len(os.sched_getaffinity(0))
-    openmp, opencv, bound = map(int, done.stdout.split())
-    assert openmp == opencv == (threads or cores)
-    assert user or bound == cores
+    share = len(os.sched_getaffinity(0)) // ranks
+    taken: list[int] = []
+    for line in done.stdout.splitlines():
+        openmp, opencv, cores = line.split()
+        assert openmp == opencv == str(user or share)
+        taken += map(int, cores.split(","))
+    assert len(taken) == len(set(taken)) == share * ranks
 
 
 @pytest.mark.slow

@@ -42,7 +42,11 @@ def test_a_command_does_not_depend_on_the_folder_it_is_in(path: pathlib.Path) ->
     """Not on its neighbours, of which prep/inspect.py has the name of a module that the standard library imports."""
     for options in ([], ["-P"] if sys.version_info >= (3, 11) else []):
         done = subprocess.run(
-            [sys.executable, *options, path.name, "--help"], cwd=path.parent, capture_output=True, text=True, check=False
+            [sys.executable, *options, path.name, "--help"],
+            cwd=path.parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert "usage: " in done.stdout and not done.stderr
