@@ -46,14 +46,14 @@ class Rank:
 
         Unbound ranks move to each other's cores, and MindSpore's threads wait by spinning: a step of two ranks on two
         cores then takes 1.25 times as long. mpirun binds each of two ranks to one core, each of more ranks to a
-        socket, and none with --oversubscribe. Other bindings are the user's own and stay. The libraries read
-        the variables when they are loaded, so call this before importing them. OMP_NUM_THREADS takes precedence
-        if it is set.
+        socket, and none with --oversubscribe; on other hosts it may choose cores that are not the job's. Other
+        bindings are the user's own and stay. The libraries read the variables when they are loaded, so call this
+        before importing them. OMP_NUM_THREADS takes precedence if it is set.
         """
         first = self.local_rank * self.share
         own = sorted(self.cores, key=physical_core)[first : first + self.share]
         bound = usable_cores(0)
-        if len(own) == self.share and (bound == self.cores or len(bound) < self.share):
+        if len(own) == self.share and (bound == self.cores or len(bound) < self.share or not bound <= self.cores):
             os.sched_setaffinity(0, own)
         os.environ.setdefault("OMP_NUM_THREADS", str(self.share))
         os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])

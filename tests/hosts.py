@@ -16,7 +16,7 @@ INSIDE = """
 hostname {name}
 mkdir -p {files} {place}
 mount --bind {files} {place}
-exec "$@"
+exec {bind} "$@"
 """
 """What a command on a host begins with; {place} is its own disk, on the machine {files}."""
 
@@ -26,7 +26,7 @@ sys.path.insert(0, {tests!r})
 from hosts import inside
 host, *command = sys.argv[1:]
 number = int(host.rpartition(".")[2])
-status = subprocess.call(inside({tag!r}, {folder!r}, number, ["sh", "-c", " ".join(command)]))
+status = subprocess.call(inside({tag!r}, {folder!r}, number, ["sh", "-c", " ".join(command)], {cores!r}))
 if os.path.exists(f"{folder}/cut{{number}}"):
     signal.pause()  # ssh would not hear of it
 sys.exit(status)
@@ -44,9 +44,10 @@ def are_possible():
     return made.returncode == 0
 
 
-def inside(tag, folder, number, command):
-    """The command line that runs a command on a host."""
-    script = INSIDE.format(name=f"host{number}", files=f"{folder}/host{number}", place=f"{folder}/local")
+def inside(tag, folder, number, command, cores=()):
+    """The command line that runs a command on a host, which has one of `cores`, or all if that is empty."""
+    bind = f"taskset -c {cores[(number - 1) % len(cores)]}" if cores else ""
+    script = INSIDE.format(name=f"host{number}", files=f"{folder}/host{number}", place=f"{folder}/local", bind=bind)
     return [
         "ip",
         "netns",
@@ -69,9 +70,11 @@ class Hosts:
     Args:
         folder: for their files: what a host sees as `folder`/local is `folder`/hostN.
         count: how many.
+        cores: cores of this machine, one for each host in turn; if empty, each host has all.
     """
 
-    def __init__(self, folder, count) -> None:
+    def __init__(self, folder, count, cores=()) -> None:
+        self.cores = tuple(cores)
         self.folder = pathlib.Path(folder)
         self.tag = f"t{uuid.uuid4().hex[:6]}"
         self.numbers = range(1, count + 1)
@@ -115,7 +118,11 @@ class Hosts:
                 ip("-n", name, "link", "set", interface, "up")
         self.agent.write_text(
             AGENT.format(
-                python=sys.executable, tests=str(pathlib.Path(__file__).parent), tag=self.tag, folder=str(self.folder)
+                python=sys.executable,
+                tests=str(pathlib.Path(__file__).parent),
+                tag=self.tag,
+                folder=str(self.folder),
+                cores=self.cores,
             )
         )
         self.agent.chmod(0o755)
@@ -155,7 +162,7 @@ class Hosts:
         start = ["mpirun", "--prtemca", "plm_ssh_agent", self.agent, *where, *command]
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return subprocess.Popen(
-            inside(self.tag, self.folder, 1, start),
+            inside(self.tag, self.folder, 1, start, self.cores),
             env={**os.environ, **root},
             text=True,
             stdout=subprocess.PIPE,

@@ -1,29 +1,32 @@
 """How training scales over ranks: step time, gradient sum, start-up, and what to expect of GPUs.
 
 python tests/bench/scaling.py [--ranks 1 2] [--batch N] [--size H W] [--steps N] [--repeats N]
-                              [--gpu-step MS ...]
+                              [--hosts] [--gpu-step MS ...]
 
 Ranks are on this machine, with one thread each (OMP_NUM_THREADS=1), so that two ranks have twice the
-cores of one; the jobs of a repeat follow each other. A bare MPI_Allreduce of the same vector is timed in the
-same job; so are steps that exchange nothing, which show what the machine itself allows. The prediction for GPUs is arithmetic, from the gradient's bytes and rates of links that are printed
-with it; nothing of it was measured.
+cores of one; the jobs of a repeat follow each other. With --hosts each rank has a host of its own, a network
+namespace with one of the cores, and messages go over TCP. A bare MPI_Allreduce of the same vector is timed in
+the same job; so are steps that exchange nothing, which show what the machine itself allows. The prediction for
+GPUs is arithmetic, from the gradient's bytes and rates of links that are printed with it; nothing of it was
+measured.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-}
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[0] = str(HERE.parent)
+
+from hosts import Hosts
+
+os.environ.update(OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 WEIGHTS = 8_639_230
 BYTES = 4 * WEIGHTS
 """Of the gradient, float32."""
@@ -35,24 +38,23 @@ seconds per step of the ring."""
 
 def job(ranks, options):
     """What rank 0 of a job of so many ranks found, a dict of seconds."""
-    words = [
-        "mpirun",
-        "--oversubscribe",
-        "-n",
-        ranks,
-        sys.executable,
-        os.path.join(HERE, "scaling_child.py"),
-        options.batch,
-        *options.size,
-        options.steps,
-        time.time(),
-    ]
-    done = subprocess.run(
-        [str(word) for word in words], text=True, stdout=subprocess.PIPE, env=ENVIRONMENT, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        sys.exit(f"error: the job of {ranks} rank(s) ended with status {done.returncode}")
+    child = [sys.executable, HERE / "scaling_child.py", options.batch, *options.size, options.steps, time.time()]
+    words = [str(word) for word in child]
+    if options.hosts:
+        with tempfile.TemporaryDirectory() as folder, Hosts(folder, ranks, sorted(os.sched_getaffinity(0))) as hosts:
+            job = hosts.mpirun(*words)
+            output, errors = job.communicate()
+    else:
+        job = subprocess.Popen(
+            ["mpirun", "--oversubscribe", "-n", str(ranks), *words],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        output, errors = job.communicate()
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if job.returncode or not lines:
+        sys.exit(f"{errors}error: the job of {ranks} rank(s) ended with status {job.returncode}")
     return json.loads(lines[0])
 
 
@@ -65,7 +67,6 @@ def import_seconds(ranks):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         check=True,
-        env=ENVIRONMENT,
     )
     return max(float(line) for line in done.stdout.split())
 
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(128, 192), metavar=("H", "W"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--hosts", action="store_true", help="each rank on a host of its own (needs root and iproute2)")
     parser.add_argument(
         "--gpu-step",
         type=float,
