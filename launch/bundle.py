@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""Collect everything that launch/*.sh install, for a machine without a network, and install it there.
+
+launch/bundle.sh [--python VERSION] [--gpu [ARCHITECTURE ...]] [--strip] [--split SIZE] --out DIR
+launch/bundle.sh --install DIR
+
+A bundle is a folder of wheels, which may be cut into pieces, and bundle.json with the SHA-256 of each. Installing needs
+only Python's standard library and pip.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":  # run as a file: import the packages, not this file's neighbours
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import base64
+import concurrent.futures
+import fnmatch
+import hashlib
+import json
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from typing import Any
+
+from launch import errors, fatbin
+from launch.errors import UserError
+from launch.requirements import wanted
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FORMAT_VERSION = 1
+PYTHONS = ("3.10", "3.11", "3.12")
+EXTRAS = ("test", "tensorboard")
+"""What the scripts in launch/ install besides the package's own requirements."""
+ARCHITECTURES = (80, 86, 89, 90)
+"""A100, RTX 30 and A40, RTX 40 and L40, H100 and H200."""
+GLIBC = ("2_5", "2_12", "2_17", "2_24", "2_27", "2_28")
+"""glibc versions of the wheels to take: those of RHEL 8, Debian 11, Ubuntu 20.04 and later."""
+UNUSED = (
+    # Other devices and CUDA 11.1.
+    "mindspore/lib/plugin/ascend/*",
+    "mindspore/lib/plugin/gpu11.1/*",
+    "mindspore/lib/plugin/*ascend*",
+    "mindspore/lib/plugin/libmindspore_gpu.so.11.1",
+    "mindspore/include/*",
+    # Recurrent networks, which cuDNN loads when one is used; other front ends of cuSOLVER and cuFFT.
+    "nvidia/cudnn/lib/libcudnn_adv_*",
+    "nvidia/cusolver/lib/libcusolverMg.so*",
+    "nvidia/cufft/lib/libcufftw.so*",
+    "nvidia/cublas/lib/libnvblas.so*",
+    "nvidia/*/include/*",
+)
+"""Files that this project's use of MindSpore never opens."""
+
+
+def main() -> None:
+    options = parse()
+    if options.install:
+        install(options.install)
+    else:
+        collect(options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch/bundle.sh", description=(__doc__ or "").partition("\n")[0])
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=pathlib.Path, metavar="DIR", help="collect a bundle in this new or empty folder")
+    target.add_argument("--install", type=pathlib.Path, metavar="DIR", help="install the bundle in this folder")
+    own = platform.python_version().rpartition(".")[0]
+    parser.add_argument(
+        "--python",
+        choices=PYTHONS,
+        default=own,
+        metavar="VERSION",
+        help=f"Python version of the machine without a network: {', '.join(PYTHONS)} (default: this one's, {own})",
+    )
+    parser.add_argument(
+        "--gpu",
+        type=int,
+        nargs="*",
+        metavar="ARCHITECTURE",
+        help="include the CUDA 11.8 libraries, for GPUs of these architectures "
+        f"(default: {' '.join(map(str, ARCHITECTURES))}; 90 is an H100)",
+    )
+    parser.add_argument(
+        "--extras",
+        nargs="*",
+        default=EXTRAS,
+        metavar="EXTRA",
+        help=f"extras of setup.cfg to include (default: {' '.join(EXTRAS)})",
+    )
+    parser.add_argument(
+        "--strip",
+        action="store_true",
+        help="leave out files that are never opened and GPU code of other architectures, and compress better "
+        "(several minutes)",
+    )
+    parser.add_argument(
+        "--split", type=parse_size, metavar="SIZE", help="cut files into pieces of at most this size, for example 60M"
+    )
+    return parser.parse_args()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 60M; M and G are powers of ten."""
+    match = re.fullmatch(r"(\d+)([MG]?)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size; expected for example 60M, 1G or 1000000")
+    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Download the wheels, strip and cut them, and write bundle.json."""
+    out: pathlib.Path = options.out
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: already exists and is not empty; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    architectures = None if options.gpu is None else tuple(options.gpu or ARCHITECTURES)
+    extras = [*options.extras, *(["gpu"] if architectures else [])]
+    with tempfile.TemporaryDirectory(dir=out, prefix="downloading-") as folder:
+        wheels = download(pathlib.Path(folder), options.python, extras)
+        if options.strip:
+            wheels = strip_all(wheels, architectures or ())
+        files = [store(wheel, out, options.split) for wheel in wheels]
+    contents = {
+        "format_version": FORMAT_VERSION,
+        "python": options.python,
+        "extras": extras,
+        "architectures": architectures,
+        "stripped": options.strip,
+        "files": files,
+    }
+    # Last, so that a bundle with a manifest is complete.
+    partial = out / "bundle.json.partial"
+    partial.write_text(json.dumps(contents, indent=1) + "\n")
+    partial.rename(out / "bundle.json")
+    print(f"\n{'MB':>8}  file")
+    for file in sorted(files, key=lambda file: -file["size"]):
+        print(
+            f"{file['size'] / 1e6:8.1f}  {file['name']}"
+            + (f", {len(file['pieces'])} pieces" * (len(file["pieces"]) > 1))
+        )
+    total = sum(file["size"] for file in files)
+    print(f"{total / 1e6:8.1f}  in all, in {out}")
+    print(f"next: copy this checkout and {out} to the other machine, and there: launch/bundle.sh --install DIR")
+
+
+def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathlib.Path]:
+    """Download the wheels of all requirements for a Python version on x86-64 Linux."""
+    platforms = [f"manylinux_{version}_x86_64" for version in GLIBC]
+    platforms += [f"manylinux{version}_x86_64" for version in ("1", "2010", "2014")]
+    print(f"downloading the packages for Python {python}: {', '.join(['base', *extras])}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--only-binary=:all:"]
+    command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder), "--progress-bar=off", "-q"]
+    command += [word for name in platforms for word in ("--platform", name)]
+    done = subprocess.run([*command, *wanted(extras)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no message"]
+        raise UserError(f"pip could not download the packages: {lines[0].removeprefix('ERROR: ')}; is there a network?")
+    return sorted(folder.glob("*.whl"))
+
+
+def strip_all(wheels: list[pathlib.Path], architectures: tuple[int, ...]) -> list[pathlib.Path]:
+    """Strip wheels, several at a time; returns the paths of the smaller ones."""
+    from launch import progress
+
+    with (
+        concurrent.futures.ProcessPoolExecutor() as pool,
+        progress.bar(total=len(wheels), desc="stripping", unit="wheel") as bar,
+    ):
+        # The largest first: they take the longest.
+        running = [pool.submit(strip, wheel, architectures) for wheel in sorted(wheels, key=size_of, reverse=True)]
+        stripped = []
+        for done in concurrent.futures.as_completed(running):
+            stripped.append(done.result())
+            bar.update()
+    return sorted(stripped)
+
+
+def size_of(path: pathlib.Path) -> int:
+    return path.stat().st_size
+
+
+def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
+    """Write a wheel without unused files and GPU code, compressed by LZMA; returns its path."""
+    target = wheel.with_suffix(".stripped")
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as stripped:
+        records = {}
+        for item in source.infolist():
+            if item.is_dir() or item.filename.endswith(".dist-info/RECORD"):
+                continue
+            if any(fnmatch.fnmatchcase(item.filename, pattern) for pattern in UNUSED):
+                continue
+            data = bytearray(source.read(item))
+            if ".so" in item.filename and architectures:
+                fatbin.blank_unused(data, architectures)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            records[item.filename] = f"{item.filename},sha256={digest},{len(data)}"
+            stripped.writestr(as_member(item), data)
+        # A RECORD lists every file with its hash (PEP 376), itself without one.
+        record = next(item for item in source.infolist() if item.filename.endswith(".dist-info/RECORD"))
+        lines = [*records.values(), f"{record.filename},,"]
+        stripped.writestr(as_member(record), "\n".join(lines) + "\n")
+    target.replace(wheel)
+    return wheel
+
+
+def as_member(item: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """A new entry of an archive with the name, date and permissions of another."""
+    member = zipfile.ZipInfo(item.filename, item.date_time)
+    member.external_attr = item.external_attr
+    member.compress_type = zipfile.ZIP_LZMA
+    return member
+
+
+def store(wheel: pathlib.Path, out: pathlib.Path, limit: int | None) -> dict[str, Any]:
+    """Put a wheel into the bundle, cut into pieces of at most `limit` bytes; returns its entry in bundle.json."""
+    size = size_of(wheel)
+    whole, pieces = hashlib.sha256(), []
+    with wheel.open("rb") as file:
+        while data := file.read(limit or size):
+            whole.update(data)
+            name = wheel.name if size <= (limit or size) else f"{wheel.name}.{len(pieces):03d}"
+            (out / name).write_bytes(data)
+            pieces.append({"name": name, "sha256": hashlib.sha256(data).hexdigest()})
+    wheel.unlink()
+    return {"name": wheel.name, "size": size, "sha256": whole.hexdigest(), "pieces": pieces}
+
+
+def install(bundle: pathlib.Path) -> None:
+    """Check a bundle and install it into the active virtual environment, or .venv in the checkout."""
+    contents = read_bundle(bundle)
+    environment = pathlib.Path(os.environ.get("VIRTUAL_ENV") or ROOT / ".venv")
+    python = find_interpreter(contents["python"], environment)
+    if python is None:
+        raise UserError(
+            f"{bundle}: collected for Python {contents['python']}, found neither in {environment} nor on the PATH; "
+            "install it, or collect the bundle again with the --python that is there"
+        )
+    # Beside the environment, which is large too: /tmp may be small.
+    with tempfile.TemporaryDirectory(dir=environment.parent, prefix="bundle-") as folder:
+        wheels = [assemble(file, bundle, pathlib.Path(folder)) for file in contents["files"]]
+        print(f"all {len(wheels)} files are intact; installing into {environment}", flush=True)
+        if not (environment / "bin" / "python").exists():
+            run([python, "-m", "venv", str(environment)], f"cannot create the environment {environment}")
+        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile"]
+        run([*pip, "-q", "--disable-pip-version-check", *map(str, wheels)], f"pip could not install into {environment}")
+    print(f"installed; next: . {environment}/bin/activate && launch/doctor.sh")
+
+
+def find_interpreter(version: str, environment: pathlib.Path) -> str | None:
+    """A Python of this version: the environment's if that exists, else this process's or one on the PATH."""
+    own = environment / "bin" / "python"
+    for name in [str(own)] if own.exists() else [sys.executable, f"python{version}", "python3"]:
+        if path := shutil.which(name):
+            probe = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+            if subprocess.run(probe, capture_output=True, text=True, check=False).stdout.strip() == version:
+                return path
+    return None
+
+
+def run(command: list[str], failure: str) -> None:
+    """Run a command; raises UserError with its last line if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise UserError(f"{failure}: {(lines or ['no message'])[-1]}")
+
+
+def read_bundle(bundle: pathlib.Path) -> dict[str, Any]:
+    """What bundle.json says."""
+    path = bundle / "bundle.json"
+    if not path.exists():
+        raise UserError(f"{path}: missing; expected a folder that launch/bundle.sh --out has completed")
+    try:
+        contents = json.loads(path.read_text())
+        version = contents["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a bundle's manifest; copy the bundle again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; use the same checkout for both")
+    return contents
+
+
+def assemble(file: dict[str, Any], bundle: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Join the pieces of a file in a folder, checking each; returns its path."""
+    path = folder / file["name"]
+    with path.open("wb") as target:
+        for piece in file["pieces"]:
+            source = bundle / piece["name"]
+            if not source.exists():
+                raise UserError(f"{source}: missing; copy it again")
+            data = source.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            if digest != piece["sha256"]:
+                raise UserError(
+                    f"{source}: damaged, SHA-256 {digest[:12]}..., expected {piece['sha256'][:12]}...; copy it again"
+                )
+            target.write(data)
+    return path
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,146 @@
+"""launch/bundle.sh: GPU code is found and blanked exactly, and a bundle installs without a network."""
+
+import base64
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch import bundle, fatbin
+from launch.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODULE = "bundled_module"
+CODE = st.tuples(
+    st.sampled_from((fatbin.PTX, fatbin.CUBIN)), st.sampled_from((60, 75, 80, 86, 90)), st.binary(max_size=40)
+)
+
+
+def encode(entries: list[tuple[int, int, bytes]]) -> bytes:
+    """A fat binary with these (kind, architecture, payload)."""
+    body = b"".join(
+        fatbin.ENTRY.pack(kind, 257, 64, len(payload), 0, 0, 0, 0, architecture).ljust(64, b"\0") + payload
+        for kind, architecture, payload in entries
+    )
+    return fatbin.HEADER.pack(fatbin.MAGIC, 1, fatbin.HEADER.size, len(body)) + body
+
+
+@given(st.lists(st.tuples(st.binary(max_size=30), st.lists(CODE, min_size=1, max_size=6)), max_size=4))
+def test_only_code_that_the_gpu_never_loads_is_blanked(parts: list[tuple[bytes, list[tuple[int, int, bytes]]]]) -> None:
+    """Everything else keeps its bytes and its place, also what lies between two fat binaries."""
+    data = bytearray(b"".join(text + encode(entries) for text, entries in parts))
+    expected = bytearray()
+    for text, entries in parts:
+        cubins = [architecture for kind, architecture, _ in entries if kind == fatbin.CUBIN and architecture == 90]
+        ptx = [architecture for kind, architecture, _ in entries if kind == fatbin.PTX]
+        kept = (fatbin.CUBIN, 90) if cubins else (fatbin.PTX, max(ptx, default=0))
+        expected += text + encode([(k, a, p if (k, a) == kept else bytes(len(p))) for k, a, p in entries])
+    fatbin.blank_unused(data, [90])
+    assert data == expected
+
+
+@given(st.binary(max_size=60), st.integers(0, 60))
+def test_damaged_fat_binaries_are_left_alone(junk: bytes, cut: int) -> None:
+    """A magic number in other data, or a cut header, does not raise and changes nothing."""
+    data = bytearray(junk + encode([(fatbin.CUBIN, 60, b"code")])[:cut])
+    before = bytes(data)
+    assert fatbin.blank_unused(data, [90]) == 0
+    assert data == before
+
+
+def test_each_gpu_keeps_the_code_that_it_loads() -> None:
+    """Machine code of the GPU's own major version, else the newest PTX that is not newer than the GPU."""
+    entries = [
+        fatbin.Entry(fatbin.CUBIN, 80, 0, 1),
+        fatbin.Entry(fatbin.PTX, 60, 1, 1),
+        fatbin.Entry(fatbin.PTX, 86, 2, 1),
+    ]
+    assert fatbin.needed(entries, [80]) == fatbin.needed(entries, [89]) == {(fatbin.CUBIN, 80)}
+    assert fatbin.needed(entries, [90]) == {(fatbin.PTX, 86)}
+    assert fatbin.needed(entries, [70]) == {(fatbin.PTX, 60)}
+    assert fatbin.needed(entries, [50]) == set()
+
+
+def make_wheel(folder: pathlib.Path) -> pathlib.Path:
+    """A wheel of one module, with a file that stripping leaves out and one that is executable."""
+    info = f"{MODULE}-1.0.dist-info"
+    texts = {
+        f"{MODULE}.py": "value = 7\n" * 1000,
+        "mindspore/lib/plugin/ascend/unused.so": "x" * 1000,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    path = folder / f"{MODULE}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, text in texts.items():
+            wheel.writestr(name, text)
+        wheel.writestr(f"{info}/RECORD", "\n".join(f"{name},," for name in texts))
+    return path
+
+
+def make_bundle(folder: pathlib.Path, limit: int | None = 300) -> pathlib.Path:
+    """A complete bundle of that wheel, stripped and cut into small pieces."""
+    folder.mkdir()
+    file = bundle.store(bundle.strip(make_wheel(folder), (90,)), folder, limit)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    manifest = {"format_version": bundle.FORMAT_VERSION, "python": version, "files": [file]}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_stripped_wheel_lists_its_files_with_their_hashes(tmp_path: pathlib.Path) -> None:
+    """pip checks them; unused files are gone from the archive and from the list."""
+    with zipfile.ZipFile(bundle.strip(make_wheel(tmp_path), (90,))) as wheel:
+        record = next(name for name in wheel.namelist() if name.endswith("RECORD"))
+        rows = [line.split(",") for line in wheel.read(record).decode().splitlines()]
+        assert sorted(name for name, _, _ in rows) == sorted(wheel.namelist())
+        assert not any("ascend" in name for name in wheel.namelist())
+        for name, digest, size in rows:
+            if name != record:
+                data = wheel.read(name)
+                expected = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+                assert (digest, int(size)) == (f"sha256={expected}", len(data))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root for a network namespace")
+def test_a_bundle_installs_without_a_network(tmp_path: pathlib.Path) -> None:
+    """In a namespace without routes, into a new environment that then imports what was bundled."""
+    made = make_bundle(tmp_path / "bundle")
+    assert len(list(made.glob("*.whl.*"))) > 1
+    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path / "environment"), "PIP_CONFIG_FILE": os.devnull}
+    command = ["unshare", "--net", sys.executable, ROOT / "launch/bundle.py", "--install", made]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "doctor.sh" in done.stdout.splitlines()[-1]
+    python = tmp_path / "environment/bin/python"
+    value = subprocess.run([python, "-c", f"import {MODULE}; print({MODULE}.value)"], capture_output=True, check=True)
+    assert value.stdout == b"7\n"
+
+
+def test_missing_and_damaged_pieces_are_named(tmp_path: pathlib.Path) -> None:
+    """Before anything is installed."""
+    made = make_bundle(tmp_path / "bundle")
+    piece = sorted(made.glob("*.whl.*"))[1]
+    piece.write_bytes(b"damaged" + piece.read_bytes())
+    with pytest.raises(UserError, match=rf"{piece.name}: damaged, SHA-256 .* expected .* copy it again"):
+        bundle.install(made)
+    piece.unlink()
+    with pytest.raises(UserError, match=rf"{piece.name}: missing; copy it again"):
+        bundle.install(made)
+    with pytest.raises(UserError, match=r"bundle\.json: missing; expected a folder that"):
+        bundle.install(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "M", "0M", "-1", "60MB", "1.5G", "60m"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    """And the message gives examples."""
+    with pytest.raises(Exception, match="not a size; expected for example 60M"):
+        bundle.parse_size(text)
