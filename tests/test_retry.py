@@ -49,9 +49,9 @@ def starts(folder: pathlib.Path) -> int:
     [
         (5, {"goal": 3}, 0, 4, "restart 3 of 5"),  # each restart gains a step, until it ends well
         (2, {"goal": 9, "status": 7}, 7, 3, "it has been restarted 2 time(s)"),
-        (5, {"end": 1}, 1, 2, "gained nothing"),
-        (5, {"goal": 1, "end": 1}, 1, 2, "gained nothing"),
-        (5, {"end": 2}, 2, 1, "the command line is wrong"),
+        (5, {"end": 1}, 1, 2, "made no progress"),
+        (5, {"goal": 1, "end": 1}, 1, 2, "made no progress"),
+        (5, {"end": 2}, 2, 1, "its command line is invalid"),
         (5, {"end": 130}, 130, 1, ""),  # the user stopped it
         (0, {"goal": 3}, 1, 1, "it has been restarted 0 time(s)"),
     ],
@@ -95,7 +95,7 @@ def test_a_signal_between_two_starts_ends_it(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "words,problem",
     [
-        (["x", "true"], "expected how often"),
+        (["x", "true"], "expected the number of restarts"),
         (["3"], "expected a command"),
         (["3", "true"], "no --out"),
         (["--delay", "soon", "3", "true"], "whole seconds"),

@@ -92,7 +92,7 @@ def environment(options):
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    allowed, there = doctor.cores()
+    allowed, there = doctor.count_cores()
     found = {
         "host": platform.node(),
         "system": platform.platform(),
@@ -211,7 +211,7 @@ def plugin(options):
 
 def start_mindspore(options) -> None:
     """MindSpore in this process on the device that was asked for."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(doctor.cores()[0]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(doctor.count_cores()[0]))
     session.start_mindspore(Rank(), options.device)
 
 
@@ -418,7 +418,7 @@ def torch_step(half):
         device = "cuda" if options.device == "gpu" else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise NotHere(f"PyTorch {torch.__version__} sees no GPU")
-        torch.set_num_threads(doctor.cores()[0])
+        torch.set_num_threads(doctor.count_cores()[0])
         network = IRR().to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
         scaler = torch.amp.GradScaler(device, enabled=half)
@@ -508,8 +508,8 @@ def read(options):
     rate = count * options.batch / seconds
     return {
         "pairs_per_s": rate,
-        "cores": doctor.cores()[0],
-        "line": f"{rate:.0f} pairs/s on {doctor.cores()[0]} cores, recipe chairs",
+        "cores": doctor.count_cores()[0],
+        "line": f"{rate:.0f} pairs/s on {doctor.count_cores()[0]} cores, recipe chairs",
     }
 
 
