@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from launch import ranks
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Accept an option's former name, with a note but not in --help; remove the call after one release."""
         self._renamed[old] = new
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse as the base class does, whose other methods call this one."""
         self.given = set()
         words = list(sys.argv[1:] if args is None else args)

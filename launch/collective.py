@@ -57,6 +57,17 @@ class Assign(nn.Cell):
         return ops.assign(parameter, value)
 
 
+class Sum(nn.Cell):
+    """Sums a tensor over all ranks by NCCL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = ops.AllReduce()
+
+    def construct(self, tensor: Tensor) -> Tensor:
+        return self.sum(tensor)
+
+
 class Read(nn.Cell):
     """Copies a Parameter in a graph."""
 
@@ -95,7 +106,7 @@ def start_nccl(comm: Communicator) -> bool:
         communication.init("nccl")
         if (communication.get_rank(), communication.get_group_size()) != (comm.rank, comm.size):
             raise RuntimeError("MindSpore numbered the ranks differently from the launcher")
-        nn.SequentialCell(ops.AllReduce())(Tensor(np.ones(1, np.float32))).asnumpy()
+        Sum()(Tensor(np.ones(1, np.float32))).asnumpy()
     except (RuntimeError, ValueError, TypeError) as error:
         problem = f"rank {comm.rank} on {socket.gethostname()}: {str(error).strip().splitlines()[0]}"
     problems = [problem for problem in comm.gather(problem) if problem]

@@ -304,7 +304,9 @@ def check_gpu() -> Check:
     try:
         libraries = plugin_libraries()
     except OSError:
-        return Check(name, WARN, "no ldd, so the plugin's libraries cannot be checked", "install ldd (package libc-bin)")
+        return Check(
+            name, WARN, "no ldd, so the plugin's libraries cannot be checked", "install ldd (package libc-bin)"
+        )
     if not libraries:
         return Check(name, WARN, "MindSpore is not installed")
     library_problem, advice = describe_libraries(libraries)

@@ -35,7 +35,4 @@ def advice() -> str:
         return f"activate the environment: . {environment}/bin/activate"
     if sys.prefix != sys.base_prefix:  # in a virtual environment
         return f"install what is missing: pip install -e {ROOT}"
-    return (
-        "create an environment: "
-        f"cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e ."
-    )
+    return f"create an environment: cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e ."

@@ -39,6 +39,11 @@ class Tee(io.TextIOBase):
         return self.terminal is not None and self.terminal.isatty()
 
 
+def open_lines(file: pathlib.Path | int) -> TextIO:
+    """Open a file or descriptor for appending text, flushed after each line."""
+    return open(file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+
 @contextlib.contextmanager
 def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
     """Append this process's output to a log file in an existing folder; rank 0 also shows it."""
@@ -46,10 +51,7 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
     sys.stderr.flush()
     before, kept = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     with contextlib.ExitStack() as stack:
-        log, out, err = (
-            stack.enter_context(open(file, mode, encoding="utf-8", errors="backslashreplace", buffering=1))
-            for file, mode in ((path, "a"), (kept[0], "w"), (kept[1], "w"))
-        )
+        log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
         log.write(f"== {time.strftime('%F %T')}, rank {rank} on {socket.gethostname()}: {command}\n")
         for number in (1, 2):
@@ -58,8 +60,8 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
         faulthandler.enable(log)
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda *values, file=None, line=None: log.write(
-                    warnings.formatwarning(*values, line)
+                warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
+                    warnings.formatwarning(message, category, filename, lineno, line), end="", file=log
                 )
                 yield
         finally:

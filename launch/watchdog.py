@@ -374,7 +374,9 @@ class Watchdog:
         elif self.state.overdue() > self.extra_time:
             cut_off = self.state.phase is Phase.STARTING and not self.rank.single_host
             hint = "; check that all hosts are up and can reach each other" if cut_off else ""
-            self.report_end(1, f"no progress for {time.monotonic() - self.state.since:.0f} s while {self.state}{hint}", cut_off)
+            self.report_end(
+                1, f"no progress for {time.monotonic() - self.state.since:.0f} s while {self.state}{hint}", cut_off
+            )
 
     def report_exit(self, status: int) -> None:
         """Report how the rank exited; a negative status is the signal that killed it."""
