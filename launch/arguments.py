@@ -66,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         """Accept an option's former name, with a note but not in --help; remove the call after one release."""
         self._renamed[old] = new
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - it has overloads
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """Parse as the base class does, whose other methods call this one."""
         self.given = set()
         words = list(sys.argv[1:] if args is None else args)

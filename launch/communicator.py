@@ -170,12 +170,14 @@ def configure_open_mpi() -> None:
     # Docker and similar tools create a bridge with the same address on every host, which Open MPI would take for
     # the same host.
     if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
-        os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
+        os.environ.update(OMPI_MCA_btl_tcp_if_exclude=",".join(["127.0.0.0/8", *private_bridges()]))
     # The gradient is one long vector, for which Open MPI's default algorithm takes three times as long on one host.
     if not any(name.startswith("OMPI_MCA_coll_tuned_") for name in os.environ):
-        os.environ["OMPI_MCA_coll_tuned_use_dynamic_rules"] = "1"
-        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm"] = "5"  # segmented ring
-        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize"] = str(1 << 20)
+        os.environ.update(
+            OMPI_MCA_coll_tuned_use_dynamic_rules="1",
+            OMPI_MCA_coll_tuned_allreduce_algorithm="5",  # segmented ring
+            OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize=str(1 << 20),
+        )
     # Open MPI aborts the ranks connected to one that is gone. Delay that: only the watchdog knows the reason.
     os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "50")
     os.environ.setdefault("OMPI_MCA_opal_signal", "")  # else crashes are delayed as well

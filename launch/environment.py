@@ -12,7 +12,7 @@ PACKAGES = ("launch", "model", "prep", "train")
 def check() -> None:
     """Report packages that are missing from now on; exit if Python is too old. Call it before importing packages."""
     sys.excepthook = explain
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - commands can be started with any Python
         sys.exit(
             f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, expected "
             f"3.10 to 3.12; {advice()}"

@@ -42,7 +42,7 @@ class Lock:
 
     def __init__(self, path: pathlib.Path, purpose: str) -> None:
         self.path, self.purpose = path, purpose
-        self.file = open(path, "a+", encoding="utf-8")
+        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open until `release`
         try:
             self.acquire()
         except BaseException:

@@ -67,8 +67,8 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
         finally:
             faulthandler.disable()
             sys.stdout, sys.stderr = before
-            for number, descriptor in zip((1, 2), kept):
-                os.dup2(descriptor, number)
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def main() -> int:
     """Print what is missing; returns the exit status."""
     known = list(read_setup()["options.extras_require"])
     parser = argparse.ArgumentParser(
-        description="Print the packages that setup.cfg requires and this environment lacks; exit status 1 if there are any."
+        description="Print the packages that setup.cfg requires and this environment lacks; exit status 1 if any."
     )
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"extras to check as well: {', '.join(known)}")
     extras = parser.parse_args().extras

@@ -138,8 +138,8 @@ def watch(rank: Rank) -> Reporter:
         return Reporter(theirs, server.getsockname()[1] if server else None)
     theirs.close()
     status = 1
-    try:
-        status = asyncio.run(Watchdog(rank, child, ours, server).run())
+    try:  # not asyncio.run, which would cancel the tasks that listen
+        status = asyncio.new_event_loop().run_until_complete(Watchdog(rank, child, ours, server).run())
     finally:
         os._exit(status)
 
@@ -174,7 +174,7 @@ class RankState:
         return time.monotonic() - self.waiting_since if self.waiting_since else 0
 
     def overdue(self) -> float:
-        """Seconds by which progress is late; negative while there is time, or in a collective, where others are late."""
+        """Seconds by which progress is late, if positive; in a collective, it is other ranks that are late."""
         slowest = max(self.step_seconds, default=0) if self.phase in STEP_PHASES else 0
         limit = math.inf if self.waiting_since else max(self.phase.limit, SLOW_STEPS * slowest)
         return time.monotonic() - self.since - limit

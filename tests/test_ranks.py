@@ -79,7 +79,7 @@ def test_a_pickle_from_another_rank_is_not_run() -> None:
 )
 def test_ranks_that_disagree(outcomes, words) -> None:
     """The line names the rank and host that differs, unless all failed alike."""
-    found = session.find_disagreement(outcomes)
+    found = session.find_disagreement([session.Outcome(*outcome) for outcome in outcomes])
     assert (found is None) == (words is None)
     for word in words or []:
         assert word in found
