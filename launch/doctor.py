@@ -167,15 +167,15 @@ class Libraries:
 DRIVER = "libcuda.so.1"
 
 
-def plugin_libraries() -> Libraries | None:
-    """Have the dynamic linker resolve MindSpore's GPU plugin and everything it loads; None without MindSpore.
+def plugin_libraries() -> Libraries:
+    """Have the dynamic linker resolve MindSpore's GPU plugin and everything it loads.
 
     Raises:
-        OSError: there is no ldd.
+        OSError: MindSpore is not installed, or there is no ldd.
     """
     folder = mindspore_folder()
     if not folder:
-        return None
+        raise OSError("MindSpore is not installed")
     plugins = folder / "lib" / "plugin"
     files = [plugins / "libmindspore_gpu.so.11.6", plugins / "gpu11.6" / "libnvidia_collective.so"]
     # Loaded by name on first use: the parts of cuDNN, and what NVRTC compiles with.
@@ -303,12 +303,8 @@ def check_gpu() -> Check:
     driver, problem = find_driver()
     try:
         libraries = plugin_libraries()
-    except OSError:
-        return Check(
-            name, WARN, "no ldd, so the plugin's libraries cannot be checked", "install ldd (package libc-bin)"
-        )
-    if not libraries:
-        return Check(name, WARN, "MindSpore is not installed")
+    except OSError as error:
+        return Check(name, WARN, f"the plugin's libraries cannot be checked: {error}")
     library_problem, advice = describe_libraries(libraries)
     if problem or library_problem:
         if problem:

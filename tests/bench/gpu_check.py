@@ -149,8 +149,6 @@ def gpus():
 def libraries(options):
     """Every library that the GPU plugin asks for, by name, and every symbol and version of them."""
     found = doctor.plugin_libraries()
-    if found is None:
-        raise UserError("MindSpore is not installed")
     problem, advice = doctor.describe_libraries(found)
     result = {
         "libraries": found.found,
