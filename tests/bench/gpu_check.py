@@ -26,7 +26,7 @@ import statistics
 import time
 import traceback
 
-from launch import doctor, session
+from launch import doctor, session, versions
 from launch.arguments import Parser
 from launch.errors import UserError, run
 from launch.gpus import count_gpus
@@ -86,12 +86,12 @@ def environment(options):
             if (name := entry.metadata["Name"] or "").startswith("nvidia-")
         }
     )
-    versions = {}
+    installed = {}
     for name in packages:
         try:
-            versions[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+            installed[name] = None
     allowed, there = doctor.count_cores()
     found = {
         "host": platform.node(),
@@ -100,7 +100,7 @@ def environment(options):
         "cores": allowed,
         "cores_of_machine": there,
         "memory_free_gb": doctor.free_memory() / 1e9,
-        "packages": versions,
+        "packages": installed,
         "git": versions.git_revision(),
         "gpus": gpus(),
         "variables": {
