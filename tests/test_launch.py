@@ -209,6 +209,23 @@ def test_the_slurm_script_outside_slurm_says_how_to_submit_it(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("device", [["--device", "cpu"], ["--device=cpu"]])
+def test_the_slurm_script_takes_the_device_that_is_given(device: list[str], tmp_path: pathlib.Path) -> None:
+    """It adds --device gpu only if none is given: a second --device would be refused."""
+    variables = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "VIRTUAL_ENV": sys.prefix}
+    words = ["--config", "example", "--data", "none", "--out", str(tmp_path), *device, "--no-such-option"]
+    done = subprocess.run(
+        ["bash", tiny.ROOT / "launch" / "slurm.sh", *words],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "unrecognized arguments: --no-such-option" in done.stderr, done.stderr
+    assert "launch/train.sh: error" in done.stderr and "its command line is invalid" in done.stderr
+
+
 def test_an_unknown_extra_is_refused_with_the_known_ones() -> None:
     assert "tensorboard" in run_python("launch/requirements.py", "--help").stdout
     done = run_python("launch/requirements.py", "test", "nope")

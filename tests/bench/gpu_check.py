@@ -128,7 +128,7 @@ def environment(options):
     )
     found["line"] = (
         f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
-        f"{found['python']}, MindSpore {versions['mindspore']}, {allowed} cores"
+        f"{found['python']}, MindSpore {installed['mindspore']}, {allowed} cores"
     )
     if problem and options.device == "gpu":
         return {**found, "status": doctor.FAIL, "line": problem}
