@@ -22,8 +22,9 @@ mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example
     --out runs/example "$@"
 
 step "4/4 evaluation"
+checkpoints=(runs/example/checkpoints/step-????????.ckpt)
 python train/evaluate.py --data data/example-mindrecord --split val \
-    --ckpt "$(ls runs/example/checkpoints/step-????????.ckpt | tail -n 1)" --out runs/example/evaluation --batch 4
+    --ckpt "${checkpoints[-1]}" --out runs/example/evaluation --batch 4
 
 cat <<EOF
 

@@ -20,7 +20,7 @@ check ruff format --check --quiet
 check basedpyright --level error
 check clang-format --dry-run --Werror model/native/**/*.{cpp,cu,h}
 if command -v shellcheck >/dev/null; then
-    check shellcheck --external-sources launch/*.sh .ci/run
+    check shellcheck --external-sources --source-path=SCRIPTDIR --exclude=SC2119 launch/*.sh .ci/run
 else
     echo "note: shellcheck is not installed, so the scripts were not checked" >&2
 fi
