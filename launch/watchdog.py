@@ -156,13 +156,13 @@ class RankState:
     phase: Phase = Phase.STARTING
     step: int | None = None
     since: float = dataclasses.field(default_factory=time.monotonic)
-    waiting_since: float | None = None
+    waiting_since: float = math.inf
     step_seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=40))
 
     def update(self, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if "waiting" in message:
-            self.waiting_since = now if message["waiting"] else None
+            self.waiting_since = now if message["waiting"] else math.inf
             return
         if self.phase in STEP_PHASES:
             self.step_seconds.append(now - self.since)
@@ -171,13 +171,13 @@ class RankState:
 
     def waiting(self) -> float:
         """Seconds the rank has spent in its present collective."""
-        return time.monotonic() - self.waiting_since if self.waiting_since else 0
+        return max(0.0, time.monotonic() - self.waiting_since)
 
     def overdue(self) -> float:
         """Seconds by which progress is late, if positive; in a collective, it is other ranks that are late."""
         slowest = max(self.step_seconds, default=0) if self.phase in STEP_PHASES else 0
-        limit = math.inf if self.waiting_since else max(self.phase.limit, SLOW_STEPS * slowest)
-        return time.monotonic() - self.since - limit
+        limit = max(self.phase.limit, SLOW_STEPS * slowest)
+        return min(self.waiting_since, time.monotonic()) - self.since - limit
 
     def __str__(self) -> str:
         return self.phase.description + ("" if self.step is None else f", after step {self.step}")
@@ -441,25 +441,18 @@ class Watchdog:
             self.deadline = 0
 
     def interrupt(self) -> None:
-        """End because the user told mpirun to, which has told the other watchdogs as well."""
-        if self.verdict:
-            return
-        self.verdict, self.deadline = Verdict(128 + signal.SIGTERM, False), time.monotonic() + GRACE
-        if self.rank.local_rank == 0:
-            print_on_mpirun(
-                self.launcher,
-                "error: interrupted; the same command resumes from the newest checkpoint, if there is one",
-            )
+        """End because the user told mpirun to, which has told the other watchdogs itself."""
+        text = "interrupted; the same command resumes from the newest checkpoint, if there is one"
+        self.end_job(128 + signal.SIGTERM, text if self.rank.local_rank == 0 else None, tell_peers=False)
 
-    def end_job(self, status: int, reason: str | None, cut_off: bool = False) -> None:
+    def end_job(self, status: int, reason: str | None, cut_off: bool = False, tell_peers: bool = True) -> None:
         """End the job, after a grace period for this watchdog's own rank, and print the reason, if any."""
         if self.verdict:
             return  # a consequence of the first failure
         self.verdict = Verdict(status, cut_off)
         self.deadline = time.monotonic() + (GRACE if self.exit_status is None else 0)
-        if self.server:  # at once: mpirun may not leave the time later
-            for peer in self.peers:
-                peer.send(verdict=self.verdict)
+        for peer in self.peers if self.server and tell_peers else []:  # now: mpirun may leave no time later
+            peer.send(verdict=self.verdict)
         if reason and self.is_terminating:
             print_on_mpirun(self.launcher, f"error: {reason}")
         elif reason:

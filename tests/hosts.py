@@ -72,8 +72,8 @@ class Hosts:
         count: how many.
     """
 
-    def __init__(self, folder: pathlib.Path, count: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: pathlib.Path | str, count: int) -> None:
+        self.folder = pathlib.Path(folder)
         self.tag = f"t{uuid.uuid4().hex[:6]}"
         self.numbers = range(1, count + 1)
         self.agent = self.folder / "agent"
