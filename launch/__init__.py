@@ -1,1 +1,1 @@
-"""Starting the toolkit: environments, ranks of mpirun, the demo and the tests."""
+"""How commands run, on one rank or many; imports none of the other folders."""

@@ -1,7 +1,7 @@
-"""How gradients are summed over ranks: by MPI through host memory, or by NCCL inside MindSpore's graph.
+"""Sums gradients over ranks: by MPI through host memory, or by NCCL inside MindSpore's graph.
 
-The training step uses one of three objects with the same interface: `in_graph`, a primitive that sums a tensor
-over all ranks inside a graph or None, and a call that sums Parameters between two graphs.
+The training step uses one of three objects with the same interface: `in_graph` is a primitive that sums a tensor
+inside a graph, or None; a call sums Parameters between two graphs.
 """
 
 import socket
@@ -17,21 +17,21 @@ from launch.communicator import Communicator
 class NoSum:
     """The sum over one rank."""
 
-    in_graph = None
+    in_graph: ops.AllReduce | None = None
 
     def __call__(self, *parameters: Parameter) -> None:
-        """Nothing is to be done."""
+        """Do nothing."""
 
 
 class NCCLSum(NoSum):
-    """NCCL sums inside the graph, on the GPU."""
+    """The sum by NCCL, inside the graph on the GPU."""
 
     def __init__(self) -> None:
         self.in_graph = ops.AllReduce()
 
 
 class HostSum(NoSum):
-    """MPI sums the host's copy of Parameters, on the CPU in MindSpore's own memory."""
+    """The sum by MPI: of Parameters' own memory on the CPU, of copies on the GPU."""
 
     def __init__(self, comm: Communicator, in_place: bool) -> None:
         self._comm = comm
@@ -51,9 +51,9 @@ class HostSum(NoSum):
 
 
 class Assign(nn.Cell):
-    """Assigns a tensor to a Parameter in a graph: compiled graphs do not see what `set_data` brings."""
+    """Assigns a tensor to a Parameter in a graph: compiled graphs do not see the effect of `set_data`."""
 
-    def construct(self, parameter, value):
+    def construct(self, parameter: Tensor, value: Tensor) -> Tensor:
         return ops.assign(parameter, value)
 
 
@@ -64,41 +64,41 @@ class Sum(nn.Cell):
         super().__init__()
         self.sum = ops.AllReduce()
 
-    def construct(self, tensor):
+    def construct(self, tensor: Tensor) -> Tensor:
         return self.sum(tensor)
 
 
 class Read(nn.Cell):
-    """Reads a Parameter in a graph."""
+    """Copies a Parameter in a graph."""
 
     def __init__(self, parameter: Parameter) -> None:
         super().__init__()
         self.parameter = parameter
 
-    def construct(self):
+    def construct(self) -> Tensor:
         return self.parameter + 0.0
 
 
 def create(comm: Communicator) -> NoSum:
-    """What sums gradients over the ranks of a job."""
+    """Choose how the ranks of a job sum gradients."""
     if comm.size == 1:
         return NoSum()
     return NCCLSum() if comm.nccl else HostSum(comm, mindspore.get_context("device_target") == "CPU")
 
 
 def check_views() -> None:
-    """Raise RuntimeError unless the array of a Parameter is its memory, so that graphs see what is written to it."""
+    """Raise RuntimeError unless graphs see what is written to the array of a Parameter."""
     parameter = Parameter(Tensor(np.zeros(1, np.float32)), name="view", requires_grad=False)
     parameter.asnumpy()[:] = 1
     if Read(parameter)().asnumpy()[0] != 1:
         raise RuntimeError(
-            "this version of MindSpore copies Parameters to NumPy, so gradients could not be summed over "
-            "ranks; install the version that setup.cfg names"
+            "this version of MindSpore copies Parameters to NumPy, so gradients cannot be summed over ranks; install "
+            "the version that setup.cfg requires"
         )
 
 
 def start_nccl(comm: Communicator) -> bool:
-    """Initialise NCCL through MindSpore and sum once with it; returns whether all ranks could. If not, rank 0 says why."""
+    """Initialise NCCL through MindSpore and sum once; returns whether all ranks could. If not, rank 0 says why."""
     from mindspore import communication
 
     problem = None

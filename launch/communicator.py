@@ -1,7 +1,7 @@
-"""How ranks exchange data: Open MPI through mpi4py, or nothing at all in a job of one rank.
+"""How ranks exchange data: through Open MPI and mpi4py; a job of one rank needs neither.
 
-All ranks must call the same methods in the same order. No method uses pickle: what comes from another
-rank is decoded from JSON, so it cannot run code.
+All ranks must call the same methods in the same order. Values travel as JSON, not pickles, so data from another
+rank cannot run code.
 """
 
 import base64
@@ -23,7 +23,7 @@ from launch.ranks import Rank
 
 
 class Communicator:
-    """The ranks of a job. This class serves a job of one rank, `MPICommunicator` serves more."""
+    """The ranks of a job: this class for one rank, `MPICommunicator` for several."""
 
     library = "none"
     """Name and version of the MPI library."""
@@ -35,33 +35,31 @@ class Communicator:
         self.nccl = False
         """Whether MindSpore sums gradients by NCCL inside its graphs."""
         self._report = report
-        self._step: int | None = None
 
     def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
-        """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step."""
-        self._step = self._step if step is None else step
+        """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step, if new."""
         if self._report:
-            self._report.progress(phase, self._step)
+            self._report.progress(phase, step)
 
     def barrier(self) -> None:
-        """Wait for all ranks, without a time limit and without using a core."""
+        """Wait for all ranks, without a time limit and without keeping a core busy."""
 
     def gather(self, value: Any) -> list:
-        """Values of all ranks in rank order, on every rank; `encode` lists what a value may hold."""
+        """Return the values of all ranks, in rank order; `encode` lists the types allowed."""
         return [value]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; `encode` lists what a value may hold."""
+        """Return rank 0's value on every rank; `encode` lists the types allowed."""
         return value
 
     def sum(self, array: np.ndarray) -> None:
-        """Replace a contiguous array by its elementwise sum over all ranks, in the array's own dtype."""
+        """Replace a contiguous array by its elementwise sum over all ranks, in its own dtype."""
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
-        """What `read()` returns on rank 0, on every rank.
+        """Call `read()` on rank 0 and return its result on every rank.
 
         Raises:
-            UserError: `read` raised it on rank 0; every rank raises it.
+            UserError: `read` raised it on rank 0; all ranks raise it.
         """
         value = error = None
         if self.rank == 0:
@@ -75,22 +73,22 @@ class Communicator:
         return value
 
     def leave(self) -> None:
-        """Wait for all ranks a last time and finalise MPI."""
+        """Wait for all ranks and finalise MPI."""
 
 
 ALONE = Communicator(Rank())
-"""That of a process by itself."""
+"""For code that takes a communicator but runs as a single process."""
 
 
 class MPICommunicator(Communicator):
-    """Ranks started by Open MPI's mpirun, or by Slurm's srun with PMIx."""
+    """The ranks of a job started by Open MPI's mpirun, or by Slurm's srun with PMIx."""
 
     def __init__(self, rank: Rank, report: watchdog.Reporter | None = None) -> None:
         super().__init__(rank, report)
         configure_open_mpi()
         import mpi4py
 
-        # At exit it would wait for ranks that may have failed.
+        # Finalising at exit would wait for ranks that may have failed.
         mpi4py.rc(initialize=True, finalize=False, threads=False)
         from mpi4py import MPI
 
@@ -100,9 +98,9 @@ class MPICommunicator(Communicator):
         self.library = MPI.Get_library_version().partition(",")[0]
         if (self._world.rank, self._world.size) != (rank.rank, rank.size):
             raise UserError(
-                f"the launcher started rank {rank.rank} of {rank.size}, but the MPI library ({self.library}) says "
+                f"the launcher started rank {rank.rank} of {rank.size}, but the MPI library ({self.library}) reports "
                 f"rank {self._world.rank} of {self._world.size}: mpirun and library do not match; use the mpirun of "
-                "this environment, or set MPI4PY_LIBMPI to the launcher's libmpi.so.40"
+                "this environment, or set MPI4PY_LIBMPI to the path of mpirun's libmpi.so.40"
             )
 
     def barrier(self) -> None:
@@ -123,11 +121,11 @@ class MPICommunicator(Communicator):
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """Wait for all ranks; inside, use a collective."""
+        """Wait for all ranks; the body calls a collective, if any."""
         if self._report:
             self._report.waiting(True)
         request, pause = self._world.Ibarrier(), 1e-5
-        while not request.Test():  # MPI's own waiting keeps a core busy that another rank may need
+        while not request.Test():  # MPI would wait by spinning, on a core that another rank may need
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
         yield
@@ -140,21 +138,24 @@ class MPICommunicator(Communicator):
 
 
 def encode(value: Any, _protocol: Any = None) -> bytes:
-    """A value as JSON: None, bool, int, float, str, list, dict with text keys, and NumPy arrays of numbers.
+    """Encode a value as JSON: None, bool, int, float, str, list, dict with str keys, or NumPy array of numbers.
 
-    Tuples come back as lists.
+    Tuples become lists.
+
+    Raises:
+        TypeError: the value holds something else.
     """
 
     def pack(array: Any) -> dict[str, Any]:
         if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.kind not in "biuf":
-            raise TypeError(f"{type(array).__name__} cannot be sent to other ranks")
+            raise TypeError(f"{type(array).__name__} values cannot be sent to other ranks")
         return {"array": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
     return json.dumps(value, default=pack).encode()
 
 
 def decode(data: Any) -> Any:
-    """The inverse of `encode`; the arrays can be written to."""
+    """Invert `encode`; arrays are writable."""
 
     def unpack(item: dict[str, Any]) -> Any:
         if item.keys() != {"array", "dtype", "shape"}:
@@ -165,29 +166,31 @@ def decode(data: Any) -> Any:
 
 
 def configure_open_mpi() -> None:
-    """Set what Open MPI and PMIx read when they start, as far as the user has not set it."""
-    # Docker and similar tools give a bridge the same address on every host. Open MPI would take these hosts
-    # for one.
+    """Set the variables that Open MPI and PMIx read on loading, unless the user has set them."""
+    # Docker and similar tools create a bridge with the same address on every host, which Open MPI would take for
+    # the same host.
     if not {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"} & set(os.environ):
-        os.environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.0/8", *private_bridges()])
-    # The gradient is one long vector. Open MPI's own choice for it takes three times as long on one host.
+        os.environ.update(OMPI_MCA_btl_tcp_if_exclude=",".join(["127.0.0.0/8", *private_bridges()]))
+    # The gradient is one long vector, for which Open MPI's default algorithm takes three times as long on one host.
     if not any(name.startswith("OMPI_MCA_coll_tuned_") for name in os.environ):
-        os.environ["OMPI_MCA_coll_tuned_use_dynamic_rules"] = "1"
-        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm"] = "5"  # segmented ring
-        os.environ["OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize"] = str(1 << 20)
-    # When a rank is gone, Open MPI aborts the ranks connected to it. Its watchdog knows the reason, so wait for that.
+        os.environ.update(
+            OMPI_MCA_coll_tuned_use_dynamic_rules="1",
+            OMPI_MCA_coll_tuned_allreduce_algorithm="5",  # segmented ring
+            OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize=str(1 << 20),
+        )
+    # Open MPI aborts the ranks connected to one that is gone. Delay that: only the watchdog knows the reason.
     os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "50")
-    os.environ.setdefault("OMPI_MCA_opal_signal", "")  # a rank that crashes would be delayed too
-    # mpi4py would load the environment's Open MPI even if another one's mpirun started this process.
+    os.environ.setdefault("OMPI_MCA_opal_signal", "")  # else crashes are delayed as well
+    # mpi4py would load the environment's Open MPI even if the mpirun of another installation started this process.
     if library := find_library():
         os.environ.setdefault("MPI4PY_LIBMPI", library)
-    # Slurm also offers munge, which the environment's PMIx may lack and then complains about.
+    # Slurm also offers munge, and the environment's PMIx prints a warning if it lacks that.
     if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
         os.environ["PMIX_SECURITY_MODE"] = "native"
 
 
 def find_library() -> str | None:
-    """Path of the libmpi that belongs to the mpirun that started this process, if it can be found."""
+    """Path of the libmpi that belongs to the mpirun that started this process; None if not found."""
     with contextlib.suppress(psutil.Error):
         process = launcher.find_launcher()
         prefix = pathlib.Path(process.exe() if process else "/").resolve().parent.parent
@@ -199,7 +202,7 @@ def find_library() -> str | None:
 
 
 def private_bridges() -> list[str]:
-    """Names of this host's network bridges without a default route: those of containers and machines."""
+    """Names of this host's network bridges that have no default route: those of containers and virtual machines."""
     routes = [line.split() for line in pathlib.Path("/proc/net/route").read_text().splitlines()[1:]]
     default = {name for name, destination, *_ in routes if destination == "00000000"}
     return sorted(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# See it work, on any machine with Python: make example data, convert it, train PWC-Net with two ranks
-# under mpirun, evaluate, and say where the pictures and curves are. What is done already is not done
-# again; removing data/example* and runs/example starts afresh. Arguments are recipe overrides.
+# See it work on any machine with Python: generate example data, convert it, train PWC-Net with two ranks under mpirun,
+# and evaluate. Steps already done are not repeated; remove data/example* and runs/example to start afresh.
+# Arguments are recipe overrides (key=value).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "" "$@"
@@ -13,7 +13,7 @@ step() { printf '\n== %s\n' "$*" >&2; }
 step "1/4 example data: data/example"
 python prep/synthesize.py --out data/example
 
-step "2/4 converted to MindRecord: data/example-mindrecord"
+step "2/4 conversion to MindRecord: data/example-mindrecord"
 python prep/convert.py flyingchairs --root data/example --out data/example-mindrecord \
     --split-file data/example/validation.txt --shards 4
 
@@ -22,8 +22,9 @@ mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example
     --out runs/example "$@"
 
 step "4/4 evaluation"
+checkpoints=(runs/example/checkpoints/step-????????.ckpt)
 python train/evaluate.py --data data/example-mindrecord --split val \
-    --ckpt "$(ls runs/example/checkpoints/step-????????.ckpt | tail -n 1)" --out runs/example/evaluation --batch 4
+    --ckpt "${checkpoints[-1]}" --out runs/example/evaluation --batch 4
 
 cat <<EOF
 

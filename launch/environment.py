@@ -1,4 +1,4 @@
-"""What a command says where the packages that it needs are missing: one line instead of a traceback."""
+"""Reports a missing package as one line that says how to install it, instead of a traceback."""
 
 import os
 import sys
@@ -6,25 +6,21 @@ import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGES = ("launch", "model", "prep", "train")
-"""This project's own."""
+"""This project's own packages."""
 
 
 def check() -> None:
-    """Have this process say what to do when it meets a missing package; a command calls it first,
-    before it imports any. End the process if its Python is too old.
-
-    It costs nothing until a package is missing.
-    """
+    """Report packages that are missing from now on; exit if Python is too old. Call it before importing packages."""
     sys.excepthook = explain
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - commands can be started with any Python
         sys.exit(
             f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, expected "
             f"3.10 to 3.12; {advice()}"
         )
 
 
-def explain(kind: type, error: BaseException, trace: types.TracebackType) -> None:
-    """`sys.excepthook`: one line for a package that is missing, a traceback for anything else."""
+def explain(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """A `sys.excepthook`: one line for a missing package, a traceback for any other error."""
     package = (getattr(error, "name", None) or PACKAGES[0]).partition(".")[0]
     if not issubclass(kind, ModuleNotFoundError) or package in PACKAGES:
         sys.__excepthook__(kind, error, trace)
@@ -33,13 +29,10 @@ def explain(kind: type, error: BaseException, trace: types.TracebackType) -> Non
 
 
 def advice() -> str:
-    """How to get the packages."""
+    """How to install the packages."""
     environment = os.path.join(ROOT, ".venv")
     if os.path.exists(os.path.join(environment, "bin", "activate")) and sys.prefix != environment:
         return f"activate the environment: . {environment}/bin/activate"
     if sys.prefix != sys.base_prefix:  # in a virtual environment
         return f"install what is missing: pip install -e {ROOT}"
-    return (
-        "make an environment with what it needs: "
-        f"cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e ."
-    )
+    return f"create an environment: cd {ROOT} && python3 -m venv .venv && . .venv/bin/activate && pip install -e ."

@@ -1,23 +1,25 @@
-"""Errors that a user can act on, and the one place where a command turns them into a line."""
+"""Errors that a user can act on, and how a command reports them."""
 
 import errno
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
-    """A user's mistake or a bad input file; its text is the one line that the user sees.
+    """A user's mistake or a bad input file; the user sees its text as one line.
 
-    The text names the file, says what was found, what was expected and what to do.
+    The text names the file and says what was found, what was expected and how to fix it.
     """
 
 
-def run(main) -> None:
-    """Run a command's `main()` and leave the process with its exit status.
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's `main()`, which returns an exit status or None for 0, and exit.
 
-    `main` takes no argument and returns None or an exit status. A UserError or an operating-system
-    error becomes one line on stderr and status 1, Ctrl-C status 130; a bug keeps its traceback.
+    A UserError or OSError becomes one line on stderr and status 1, Ctrl-C becomes status 130; a bug keeps its
+    traceback.
     """
     try:
         status = main()
@@ -28,7 +30,7 @@ def run(main) -> None:
         print(f"\n{stop or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        drop_output()  # its reader (`| head`) has left
+        drop_output()  # the reader, such as `| head`, has exited
         sys.exit(0)
     except OSError as error:
         try:
@@ -41,34 +43,34 @@ def run(main) -> None:
 
 
 def drop_output() -> None:
-    """Drop what is left to print, at whose writing the flush at exit would complain again."""
+    """Discard buffered output, which the flush at exit would fail to write again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message) -> None:
-    """Report the message and leave with status 1."""
+def fail(message: str) -> NoReturn:
+    """Print the error and exit with status 1."""
     print_error(message)
     sys.exit(1)
 
 
-def print_error(message) -> None:
+def print_error(message: str) -> None:
     """Print `error: message` as one line on stderr."""
     print("error: " + one_line(message, None), file=sys.stderr, flush=True)
 
 
-def one_line(text, longest=100) -> str:
-    """The beginning of a text or error as one line that no control character of it rewrites."""
-    return re.sub(r"[\x00-\x20\x7f-\x9f]+", " ", str(text)).strip()[:longest]
+def one_line(text: object, limit: int | None = 100) -> str:
+    """The start of a text or error as one line, without control characters."""
+    return re.sub(r"[\x00-\x20\x7f-\x9f]+", " ", str(text)).strip()[:limit]
 
 
-def describe_os_error(error):
-    """One line for an OSError: the file, what the system said and what to do about it."""
-    advice = {
+def describe_os_error(error: OSError) -> str:
+    """An OSError as one line: the file, the problem and, for common ones, how to fix it."""
+    hints = {
         errno.ENOSPC: "free some space or choose another disk, then run the same command again",
-        errno.EDQUOT: "free some of your quota or choose another disk, then run it again",
+        errno.EDQUOT: "free some of your quota or choose another disk, then run the same command again",
         errno.EACCES: "check the permissions of the file and its folder",
         errno.EPERM: "check the permissions of the file and its folder",
         errno.EROFS: "the file system is read-only; choose another folder",
-    }.get(error.errno)
+    }
     text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return f"{text}; {advice}" if advice else text
+    return f"{text}; {hints[error.errno]}" if error.errno in hints else text

@@ -1,4 +1,4 @@
-"""Files that appear under their names whole or not at all."""
+"""Atomic writes, and the cache folder."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yield a path to write; afterwards what is there becomes the file at `path`, durably.
+    """Yield a temporary path to write to; afterwards that file atomically and durably replaces `path`.
 
-    If the body raises, nothing is left of it. The path to write is in the same folder and has the same suffix.
+    The temporary path has the same folder and suffix. If the body raises, the file is removed.
 
     Raises:
-        OSError: the file, which it names, could not be written.
+        OSError: the file could not be written; the error names `path`.
     """
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
@@ -34,13 +34,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file whole or not at all; an OSError names it."""
+    """Write a file atomically; an OSError names it."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file whole or not at all. JSON has no NaN and no infinity: null stands for them."""
+    """Write a JSON file atomically, with null for NaN and infinity, which JSON lacks."""
     text = json.dumps(_without_nan(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
@@ -54,7 +54,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def sync(path: str | os.PathLike[str]) -> int:
-    """Wait until a file, or the names in a folder, are on the disk; returns the size in bytes."""
+    """Flush a file, or the entries of a folder, to disk; returns its size in bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,13 +67,13 @@ def sync(path: str | os.PathLike[str]) -> int:
 
 
 def cache_folder() -> pathlib.Path | None:
-    """This project's folder in the user's cache, made if necessary; None if there can be none."""
+    """This project's folder in the user's cache, created if necessary; None if none is writable."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     fallback = pathlib.Path(tempfile.gettempdir()) / f"pwcnet-mindspore-{os.getuid()}"
     for folder in (pathlib.Path(home) / "pwcnet-mindspore", fallback):
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Nobody else may have put a library there for us to run.
+            # Libraries are loaded from it, so it must not belong to another user.
             if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
                 return folder
     return None

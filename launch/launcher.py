@@ -1,19 +1,20 @@
-"""The processes above the ranks: mpirun, or its daemon on this host."""
+"""The process that started the ranks of this host: mpirun, or its daemon."""
 
 import contextlib
+import itertools
 import os
-import signal
+import socket
 
 import psutil
 
 MPIRUN = ("mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.openmpi", "prterun", "orterun", "orterun_wrapper")
 DAEMONS = ("prted", "orted")
-TRIES = 5
-"""Seconds between the first SIGTERM and SIGKILL."""
+SIGTERMS = 5
+"""How many times to send SIGTERM, a second apart, before SIGKILL."""
 
 
 def find_launcher() -> psutil.Process | None:
-    """The process of mpirun, or of its daemon on this host, above this one."""
+    """The ancestor of this process that is mpirun or its daemon; None if there is none."""
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
             if process.name() in MPIRUN + DAEMONS:
@@ -22,8 +23,7 @@ def find_launcher() -> psutil.Process | None:
 
 
 def print_on_mpirun(process: int, text: str) -> None:
-    """Print a line on mpirun's own stderr if that is what `process` is. Once mpirun has been told to end, it
-    no longer passes on what the ranks print."""
+    """Print a line on mpirun's own stderr if `process` is mpirun, which forwards no output once told to end."""
     with contextlib.suppress(psutil.Error, OSError):
         if psutil.Process(process).name() in MPIRUN:
             with open(f"/proc/{process}/fd/2", "a", encoding="utf-8") as stream:
@@ -31,9 +31,9 @@ def print_on_mpirun(process: int, text: str) -> None:
 
 
 def end_launcher(delay: float) -> None:
-    """Have mpirun, or its daemon on this host, end: it would wait forever for a host that is cut off.
+    """End mpirun, or its daemon on this host, which would wait forever for a host that is cut off.
 
-    A new process does that, since mpirun kills the watchdogs first.
+    A new process does this, since mpirun kills the watchdogs first.
 
     Args:
         delay: seconds for it to end by itself.
@@ -43,29 +43,25 @@ def end_launcher(delay: float) -> None:
         return
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):  # mpirun also waits for the end of its ranks' output
+    for number in (0, 1, 2):  # mpirun waits until its ranks' output is closed
         os.dup2(null, number)
     os.closerange(3, null)
-    # The connections that mpirun has opened to other hosts end with it, but not the watchdog that called this.
-    own = {os.getpid(), os.getppid()}
-    below = [process for process in launcher.children(recursive=True) if process.pid not in own]
-    for pause in (delay, *[1] * TRIES):
+    # Also end mpirun's connections (ssh) to other hosts, but not the watchdog that called this.
+    kept = {os.getpid(), os.getppid()}
+    children = [process for process in launcher.children(recursive=True) if process.pid not in kept]
+    for pause in (delay, *[1] * SIGTERMS):
         if not psutil.wait_procs([launcher], timeout=pause)[1]:
             break
         with contextlib.suppress(psutil.Error):
-            launcher.send_signal(signal.SIGTERM)  # the second time it does not wait
-    for process in (launcher, *below):
+            launcher.terminate()  # the second time it does not wait
+    for process in (launcher, *children):
         with contextlib.suppress(psutil.Error):
             process.kill()
     os._exit(0)
 
 
 def addresses() -> list[str]:
-    """This host's IPv4 addresses, those of the loopback interface last."""
-    found = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family.name == "AF_INET"
-    ]
+    """This host's IPv4 addresses, loopback last."""
+    entries = itertools.chain.from_iterable(psutil.net_if_addrs().values())
+    found = [entry.address for entry in entries if entry.family == socket.AF_INET]
     return sorted(found, key=lambda address: address.startswith("127."))

@@ -1,10 +1,10 @@
-"""A lock that keeps two commands from writing the same folder at the same time.
+"""A lock that keeps two commands from writing to the same folder at the same time.
 
-It rests on flock(), which the kernel gives back when the last process that holds it ends, however it
-ends. Over NFS (Linux 2.6.12 and later), CephFS and GPFS it counts for all hosts. Where the file system
-has none, or one for each host alone (Lustre without the mount option "flock", NFS with "nolock" or
-"local_lock"), a heartbeat stands in: the holder sets the lock file's modification time every few
-seconds, and whoever finds the name of another host in the file watches it before taking over.
+It uses flock(), which the kernel releases when the last process that holds it ends, for whatever reason. Over NFS
+(Linux 2.6.12 and later), CephFS and GPFS, flock() covers all hosts. Some file systems lack it, or limit it to one host
+(Lustre without the mount option "flock", NFS with "nolock" or "local_lock"). For those there is a heartbeat: the
+holder updates the lock file's modification time every few seconds, and a process that finds another host's name in
+the file watches that time before it takes over.
 """
 
 import contextlib
@@ -14,13 +14,16 @@ import pathlib
 import socket
 import threading
 import time
+from typing import NoReturn
+
+import psutil
 
 from launch.errors import UserError
 
-BEAT = 3
-"""Seconds between two heartbeats."""
-WATCH = 10
-"""Seconds without one after which a holder on another host counts as dead."""
+HEARTBEAT = 3
+"""Seconds between heartbeats."""
+TIMEOUT = 10
+"""Seconds without a heartbeat after which a holder on another host counts as dead."""
 GRACE = 3
 """Seconds for the children of a killed holder to end."""
 
@@ -29,25 +32,25 @@ class Lock:
     """A lock on a folder, held until `release`, or until this process and its children have ended.
 
     Args:
-        path: of the lock file, which is made; its folder is there.
-        what: what the holder is, for the message: "training run".
+        path: the lock file, created in an existing folder.
+        purpose: what the holder is, for the error message, such as "training run".
 
     Raises:
-        UserError: another process holds it; the message names folder, host and process.
+        UserError: another process holds the lock; the message names folder, host and process.
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: pathlib.Path, what: str) -> None:
-        self.path, self.what = path, what
-        self.file = open(path, "a+", encoding="utf-8")
+    def __init__(self, path: pathlib.Path, purpose: str) -> None:
+        self.path, self.purpose = path, purpose
+        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open until `release`
         try:
             self.acquire()
         except BaseException:
             self.file.close()
             raise
-        self.note(f"{socket.gethostname()} {os.getpid()}")
+        self.write_holder(f"{socket.gethostname()} {os.getpid()}")
         self.released = threading.Event()
-        threading.Thread(target=self.beat, daemon=True).start()
+        threading.Thread(target=self.send_heartbeats, daemon=True).start()
 
     def acquire(self) -> None:
         """Take the lock, or raise UserError."""
@@ -60,54 +63,55 @@ class Lock:
                 if time.monotonic() > deadline:
                     self.refuse()
                 time.sleep(0.1)
-            except OSError:  # this file system has no locks
+            except OSError:  # the file system lacks flock()
                 supported = False
                 break
-        host, process = self.holder()
+        host, process = self.read_holder()
         if host == socket.gethostname():
-            if not supported and pathlib.Path(f"/proc/{process}").exists():
+            if not supported and process.isdecimal() and psutil.pid_exists(int(process)):
                 self.refuse()
         elif host:  # it was killed, unless flock() does not reach that host
-            seen, deadline = self.beaten(), time.monotonic() + WATCH
+            seen, deadline = self.last_heartbeat(), time.monotonic() + TIMEOUT
             while time.monotonic() < deadline:
                 time.sleep(0.5)
-                if self.beaten() != seen:
+                if self.last_heartbeat() != seen:
                     self.refuse()
 
-    def holder(self) -> tuple[str, str]:
-        """Host and process number in the lock file, or empty texts."""
+    def read_holder(self) -> tuple[str, str]:
+        """Host and process ID in the lock file; empty if nobody holds it."""
         with open(self.path, encoding="utf-8", errors="replace") as file:
             host, _, process = file.read(1000).strip().partition(" ")
         return host, process
 
-    def beaten(self) -> int:
-        """When the heart last beat, in nanoseconds of the file's server."""
-        with open(self.path) as file:  # opening it makes NFS ask its server
+    def last_heartbeat(self) -> int:
+        """Time of the last heartbeat in nanoseconds, by the file server's clock."""
+        with open(self.path) as file:  # opening the file makes NFS ask its server
             return os.fstat(file.fileno()).st_mtime_ns
 
-    def refuse(self) -> None:
+    def refuse(self) -> NoReturn:
         """Raise the UserError."""
-        host, process = self.holder()
+        host, process = self.read_holder()
         raise UserError(
-            f"{self.path.parent}: another {self.what} is writing it, process {process} on "
-            f"{host}; wait for its end, or give another folder"
+            f"{self.path.parent}: another {self.purpose} is writing to it, process {process} on {host}; wait until it "
+            "ends, or choose another folder"
         )
 
-    def note(self, text: str) -> None:
-        """Have the file say who holds it."""
+    def write_holder(self, text: str) -> None:
+        """Replace the content of the lock file."""
         self.file.seek(0)
         self.file.truncate()
         self.file.write(text)
         self.file.flush()
 
-    def beat(self) -> None:
-        while not self.released.wait(BEAT):
+    def send_heartbeats(self) -> None:
+        """Update the file's modification time until the lock is released."""
+        while not self.released.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
-        """Give the lock back; the file stays, empty, as another may have opened it."""
+        """Release the lock. The file stays, empty, as another process may have opened it."""
         self.released.set()
         with contextlib.suppress(OSError):
-            self.note("")
+            self.write_holder("")
         self.file.close()

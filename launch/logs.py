@@ -1,7 +1,7 @@
-"""What a rank prints: its log file gets everything, the terminal what is for the user.
+"""A rank's output: everything goes to its log file, and what the user should see to the terminal.
 
-MindSpore's C++ and the libraries below it write to the file descriptors 1 and 2, which are redirected to the
-log. What Python prints is also shown if it is rank 0's. Errors of any rank are reported by its watchdog.
+MindSpore's C++ code and the libraries below it write to file descriptors 1 and 2, which are redirected to the
+log. The terminal also gets what Python prints on rank 0. Each rank's errors are reported by its watchdog.
 """
 
 import contextlib
@@ -18,38 +18,40 @@ from collections.abc import Iterator
 from typing import TextIO
 
 CRASH = "Fatal Python error: "
-"""How faulthandler begins."""
+"""How faulthandler's report begins."""
 
 
 class Tee(io.TextIOBase):
-    """A text stream that writes to a log and, if given, to another stream."""
+    """A text stream that writes to a log and, if given, to a terminal."""
 
-    def __init__(self, log: TextIO, shown: TextIO | None) -> None:
+    def __init__(self, log: TextIO, terminal: TextIO | None) -> None:
         self.log = log
-        self.shown = shown
+        self.terminal = terminal
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # a full disk under the log must not end the run
+        with contextlib.suppress(OSError):  # a full disk must not end the run
             self.log.write(text)
-        if self.shown:
-            self.shown.write(text)
+        if self.terminal:
+            self.terminal.write(text)
         return len(text)
 
     def isatty(self) -> bool:
-        return bool(self.shown) and self.shown.isatty()
+        return self.terminal is not None and self.terminal.isatty()
+
+
+def open_lines(file: pathlib.Path | int) -> TextIO:
+    """Open a file or descriptor for appending text, flushed after each line."""
+    return open(file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
 
 
 @contextlib.contextmanager
 def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
-    """Append what this process prints to a log file, whose folder exists; of rank 0, also show it."""
+    """Append this process's output to a log file in an existing folder; rank 0 also shows it."""
     sys.stdout.flush()
     sys.stderr.flush()
     before, kept = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     with contextlib.ExitStack() as stack:
-        log, out, err = (
-            stack.enter_context(open(file, mode, encoding="utf-8", errors="backslashreplace", buffering=1))
-            for file, mode in ((path, "a"), (kept[0], "w"), (kept[1], "w"))
-        )
+        log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
         log.write(f"== {time.strftime('%F %T')}, rank {rank} on {socket.gethostname()}: {command}\n")
         for number in (1, 2):
@@ -58,21 +60,20 @@ def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
         faulthandler.enable(log)
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda *values, file=None, line=None: log.write(
-                    warnings.formatwarning(*values, line)
+                warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
+                    warnings.formatwarning(message, category, filename, lineno, line), end="", file=log
                 )
                 yield
         finally:
             faulthandler.disable()
             sys.stdout, sys.stderr = before
-            for number, descriptor in zip((1, 2), kept):
-                os.dup2(descriptor, number)
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
 
 
 @contextlib.contextmanager
 def only_logged() -> Iterator[None]:
-    """Print to the log alone, if there is one: for importing MindSpore, whose messages keep the stream that they
-    find then."""
+    """Print to the log alone, if there is one: MindSpore's messages keep the stream that they find on import."""
     before = sys.stderr
     sys.stderr = getattr(before, "log", before)
     try:
@@ -82,7 +83,7 @@ def only_logged() -> Iterator[None]:
 
 
 def last_line(path: str | None) -> str:
-    """The last line of a log before the process crashed, or ""; of 300 characters at most."""
+    """The last line, of at most 300 characters, that a log had before the process crashed; "" if there is none."""
     if not path:
         return ""
     try:

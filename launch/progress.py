@@ -1,28 +1,30 @@
-"""The progress bar of every long command: a moving line on a terminal, else a line now and then."""
+"""The progress bar of every long command: a moving line on a terminal, else a line every ten seconds."""
 
 import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 import tqdm
 
 
 class Lines:
-    """Gives a bar's drawings to a file that is no terminal, each as a line of its own.
+    """Writes each state of a bar to a stream as a separate line.
 
-    mpirun passes on whole lines only, and a log of carriage returns is one long line.
+    mpirun forwards whole lines only, and with carriage returns a log would be one long line.
     """
 
-    def __init__(self, file) -> None:
-        self.file = file
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
 
-    def write(self, text) -> None:
+    def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
-            self.file.write(text + "\n")
+            self.stream.write(text + "\n")
 
     def flush(self) -> None:
-        self.file.flush()
+        self.stream.flush()
 
 
-def bar(values=None, **options):
+def bar(values: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
     """A tqdm bar on stderr, with rate and time left; the options are tqdm's."""
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(

@@ -1,4 +1,4 @@
-"""Which rank this process is, on which cores it runs and how many threads it may use."""
+"""The rank of this process, its cores and its number of threads."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from launch.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """One process of a job, as mpirun or srun numbered it."""
+    """One process of a job, numbered by mpirun or srun."""
 
     rank: int = 0
     size: int = 1
@@ -24,17 +24,14 @@ class Rank:
 
     @property
     def threads(self) -> int:
-        """Threads for this rank: OMP_NUM_THREADS, else its share of the host's cores."""
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        if given.isdecimal() and int(given):
-            return int(given)
-        return self.share
+        """Threads for this rank: OMP_NUM_THREADS if set, else its share of the host's cores."""
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # one number per level of nesting
+        return int(given) if given.isdecimal() and int(given) else self.share
 
     @property
     def share(self) -> int:
-        """This rank's share of the host's cores."""
-        given = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
-        return given or max(1, len(self.cores) // self.local_size)
+        """Number of cores for this rank: those Slurm gives a task, else an equal share of the host's."""
+        return int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or max(1, len(self.cores) // self.local_size)
 
     @property
     def single_host(self) -> bool:
@@ -42,13 +39,13 @@ class Rank:
         return self.local_size == self.size
 
     def claim_cores(self) -> None:
-        """Bind this process to its share of the host's cores, and size the thread pools accordingly.
+        """Bind this process to its share of the host's cores, and size the thread pools to match.
 
-        Unbound ranks move to each other's cores, and MindSpore's threads wait by spinning: a step of two ranks on two
-        cores then takes 1.25 times as long. mpirun binds each of two ranks to one core, each of more ranks to a
-        socket, and none with --oversubscribe; on other hosts it may choose cores that are not the job's. Other
-        bindings are the user's own and stay. The libraries read the variables when they are loaded, so call this
-        before importing them. OMP_NUM_THREADS takes precedence if it is set.
+        Unbound ranks migrate to each other's cores, and MindSpore's threads wait by spinning: a step of two ranks on
+        two cores then takes 1.25 times as long. By default mpirun binds one or two ranks to a core each and more
+        ranks to a socket; with --oversubscribe it binds none; on other hosts it may choose cores that are not the
+        job's. Any other binding is the user's and is kept. Call this before importing the libraries, which read the
+        variables on loading. OMP_NUM_THREADS takes precedence if set.
         """
         first = self.local_rank * self.share
         own = sorted(self.cores, key=physical_core)[first : first + self.share]
@@ -61,40 +58,38 @@ class Rank:
 
 @functools.cache  # MindSpore must not see these variables, so they are removed later
 def current() -> Rank:
-    """The rank of this process; the only rank if no launcher started it.
+    """The rank of this process; a job of one rank if no launcher started it.
 
     Raises:
-        UserError: a launcher started several processes in a way that they cannot find each other.
+        UserError: the launcher started several processes that cannot find each other.
     """
-    variables = (f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-    values = [os.environ.get(name) for name in variables]
-    if None not in values:
+    variables = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+    if all(name in os.environ for name in variables):
         # mpirun binds the ranks, but not itself.
-        return Rank(*map(int, values), cores=usable_cores(os.getppid()))
+        return Rank(*(int(os.environ[name]) for name in variables), cores=usable_cores(os.getppid()))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "PMIX_RANK" not in os.environ:
             if os.environ.get("SLURM_PROCID") != "0":
-                sys.exit(1)  # one of them reports it
+                sys.exit(1)  # the first reports it
             raise UserError(
-                "srun started several ranks without PMIx, so they cannot find each other: use "
-                "srun --mpi=pmix (srun --mpi=list shows what is available; pmi2 is not "
-                "supported), or mpirun inside the allocation"
+                "srun started several ranks without PMIx, so they cannot find each other: use srun --mpi=pmix "
+                "(srun --mpi=list shows what is available; pmi2 is not supported), or mpirun inside the allocation"
             )
         return from_slurm()
     if int(os.environ.get("PMI_SIZE", 1)) > 1:  # MPICH, Intel MPI
         raise UserError(
-            "an mpirun that is not Open MPI's started this process, and mpi4py here uses Open MPI: "
-            "use the mpirun of this environment, or put Open MPI's mpirun first on the PATH"
+            "another MPI's mpirun started this process, expected Open MPI's: use the mpirun of this environment, or "
+            "put Open MPI's first on the PATH"
         )
     return Rank()
 
 
 def from_slurm() -> Rank:
-    """The rank that the variables of a Slurm job step describe."""
+    """The rank described by the variables of a Slurm job step."""
     by_host: list[int] = []
     for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as "4(x2),3"
-        tasks, _, times = part.partition("(x")
-        by_host += [int(tasks)] * int(times.rstrip(")") or 1)
+        tasks, _, repeats = part.partition("(x")
+        by_host += [int(tasks)] * int(repeats.rstrip(")") or 1)
     rank, size, local_rank, host = (
         int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID")
     )
@@ -102,12 +97,12 @@ def from_slurm() -> Rank:
 
 
 def usable_cores(process: int) -> frozenset[int]:
-    """Cores that a process may run on; process 0 is the calling one."""
+    """Cores that a process may run on; 0 is the calling process."""
     return frozenset(os.sched_getaffinity(process))
 
 
 def physical_core(core: int) -> tuple[int, int, int]:
-    """Sorts cores so that the hardware threads of a physical core are neighbours."""
+    """Sort key that puts the hardware threads of a physical core next to each other."""
     topology = pathlib.Path(f"/sys/devices/system/cpu/cpu{core}/topology")
     try:
         package, number = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))

@@ -2,9 +2,9 @@
 # Rerun a resumable command after a failure, up to N times:
 #   launch/retry.sh [--delay SECONDS] N COMMAND ...
 #   launch/retry.sh 5 mpirun -n 8 launch/train.sh --config chairs --data DIR --out RUN
-# The delay before a restart, 10 s by default, doubles each time, up to 10 minutes. There is no restart after
-# Ctrl-C, SIGTERM or SIGUSR1, which are passed on to the command; after an error in the command line (status 2);
-# and after a restart that gained nothing: no newer checkpoint in RUN, or no further shard of a conversion.
+# The delay before a restart, 10 s by default, doubles each time, up to 10 minutes. The command is not restarted after
+# Ctrl-C, SIGTERM or SIGUSR1, which are forwarded to it; after an invalid command line (status 2); or after a restart
+# without progress: no newer checkpoint in RUN, or no further shard of a conversion.
 set -uo pipefail
 
 usage() {
@@ -25,13 +25,13 @@ while [[ ${1:-} == -* ]]; do
         ;;
     --delay)
         delay=${2:-}
-        [[ $delay =~ ^[0-9]+$ ]] || fail "--delay is '$delay', expected whole seconds"
+        [[ $delay =~ ^[0-9]+$ ]] || fail "--delay is '$delay', expected whole seconds, such as 10"
         shift 2
         ;;
     *) fail "$1: unknown option; see launch/retry.sh --help" ;;
     esac
 done
-[[ ${1:-} =~ ^[0-9]+$ ]] || fail "the first argument is '${1:-}', expected how often to restart; see launch/retry.sh --help"
+[[ ${1:-} =~ ^[0-9]+$ ]] || fail "the first argument is '${1:-}', expected the number of restarts; see launch/retry.sh --help"
 [ $# -gt 1 ] || fail "expected a command after the number of restarts; see launch/retry.sh --help"
 restarts=$1
 shift
@@ -44,9 +44,9 @@ for index in "${!arguments[@]}"; do
     --out=*) out=${arguments[index]#--out=} ;;
     esac
 done
-[ -n "$out" ] || fail "the command has no --out, so it cannot be told whether a restart gains anything"
+[ -n "$out" ] || fail "the command has no --out, which shows whether a restart made progress; add --out FOLDER"
 
-# What the command has achieved: the step of the newest checkpoint and the number of converted shards.
+# Progress of the command: its newest checkpoint and the number of converted shards.
 progress() {
     local newest
     newest=$(find "$out/checkpoints" -name 'step-????????.ckpt' 2>/dev/null | sort | tail -n 1)
@@ -54,14 +54,14 @@ progress() {
 }
 
 child='' stopped='' signals=0
-pass_on() {
+forward() {
     stopped=$1
     signals=$((signals + 1))
     [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null
 }
 for name in INT TERM HUP USR1; do
-    # shellcheck disable=SC2064 # the name of this turn
-    trap "pass_on $name" "$name"
+    # shellcheck disable=SC2064 # expand the name now
+    trap "forward $name" "$name"
 done
 
 set -m # without job control, commands in the background ignore Ctrl-C
@@ -80,14 +80,14 @@ for ((attempt = 0; ; attempt++)); do
     if [ "$status" = 0 ] || [ -n "$stopped" ] || [ "$status" = 130 ] || [ "$status" = 143 ]; then
         exit "$status"
     elif [ "$status" = 2 ]; then
-        reason="the command line is wrong"
+        reason="its command line is invalid"
     elif [ "$attempt" -gt 0 ] && [ "$(progress)" = "$before" ]; then
-        reason="the restart gained nothing in $out"
+        reason="the restart made no progress in $out"
     elif [ "$attempt" -ge "$restarts" ]; then
         reason="it has been restarted $restarts time(s)"
     fi
     if [ -n "$reason" ]; then
-        echo "error: the command failed with status $status, and is not restarted: $reason" >&2
+        echo "error: the command failed with status $status and is not restarted: $reason" >&2
         exit "$status"
     fi
     echo "note: the command failed with status $status; restart $((attempt + 1)) of $restarts in $delay s" >&2

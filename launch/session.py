@@ -10,13 +10,15 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from launch import gpus, launcher, logs, ranks, versions, watchdog
 from launch.communicator import Communicator, MPICommunicator
 from launch.errors import UserError, describe_os_error, print_error
 
 Plan = TypeVar("Plan")
+Prepare = Callable[[], tuple[dict[str, str], Plan]]
+"""Returns (settings, plan): settings, texts by name, that must be the same on all ranks, and what to run with."""
 
 
 class JobError(UserError):
@@ -30,20 +32,20 @@ class JobInterrupt(KeyboardInterrupt):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options whose values `start` takes."""
     parser.add_argument(
-        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
+        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs"
     )
     parser.add_argument(
         "--collective",
         default="auto",
         choices=("auto", "nccl", "mpi"),
         help="how ranks on GPUs sum gradients: NCCL inside the graph, MPI through host memory, or "
-        "auto, NCCL if it can be initialised (default: auto); CPUs always use MPI",
+        "auto: NCCL if it can be initialised, else MPI; CPUs always use MPI",
     )
 
 
 @contextlib.contextmanager
 def start(
-    prepare: Callable[[], tuple[dict[str, str], Plan]],
+    prepare: Prepare[Plan],
     device: str = "cpu",
     collective: str = "auto",
     log_folder: pathlib.Path | None = None,
@@ -54,22 +56,22 @@ def start(
 
         with session.start(prepare) as (comm, plan):
 
-    In a job of several ranks the code that follows runs in a child of the process that mpirun started, which
-    becomes its watchdog. An error in the body ends all ranks; the user reads that of the rank that failed first.
+    In a job of several ranks, the code that follows runs in a child of the process that mpirun started, which
+    becomes its watchdog. An error in the body ends all ranks; the user sees the error of the rank that failed first.
 
     Args:
-        prepare: called once on every rank, before MindSpore starts; returns (settings, plan). The settings, texts
-            by name, must be the same on all ranks.
-        device: "cpu" or "gpu"; on GPUs each rank takes the one of its local rank.
+        prepare: called once on every rank, before MindSpore starts.
+        device: "cpu" or "gpu"; each rank uses the GPU of its local rank.
         collective: "auto", "nccl" or "mpi"; see `add_options`.
-        log_folder: for a log file of each rank on its host, made after all checks have passed; None for no logs.
+        log_folder: folder for a log file per rank, on that rank's host, created after all checks have passed; None
+            for no logs.
 
     Yields:
         The communicator of all ranks, and the plan.
 
     Raises:
-        UserError: in a job of one rank, that of `prepare`. Of several ranks, rank 0 prints the error and all exit
-            with status 1; so too if their settings, code or package versions differ.
+        UserError: in a job of one rank, `prepare` raised it. With several ranks, rank 0 prints the error and all
+            exit with status 1; likewise if their settings, code or package versions differ.
     """
     rank = ranks.current()
     rank.claim_cores()
@@ -82,11 +84,11 @@ def start(
             yield Communicator(rank), plan
         return
     reporter = watchdog.watch(rank)
-    comm: Communicator = Communicator(rank, reporter)
+    comm = Communicator(rank, reporter)
     with contextlib.ExitStack() as stack:
         try:
             comm = MPICommunicator(rank, reporter)
-            plan = agree(comm, rank, prepare, device)
+            plan = prepare_together(comm, rank, prepare, device)
             connect_watchdogs(comm, rank, reporter, log)
             stack.enter_context(logged(log, rank.rank))
             if device == "cpu" or collective == "mpi":
@@ -107,42 +109,50 @@ def start(
     atexit.register(leave, 0)
 
 
-def agree(
-    comm: Communicator, rank: ranks.Rank, prepare: Callable[[], tuple[dict[str, str], Plan]], device: str
-) -> Plan:
-    """Prepare on all ranks; raises JobError if one of them cannot, or if one differs from rank 0."""
-    settings, plan, error = {}, None, None
+def prepare_together(comm: Communicator, rank: ranks.Rank, prepare: Prepare[Plan], device: str) -> Plan:
+    """Prepare on all ranks; returns this rank's plan.
+
+    Raises:
+        JobError: a rank cannot prepare, or its settings, code or package versions differ from rank 0's.
+    """
     try:
         settings, plan = prepare()
         gpus.check_device(rank, device)
-    except UserError as failure:
-        error = str(failure)
-    except OSError as failure:
-        error = describe_os_error(failure)
-    found = {"MPI": comm.library, **versions.software(), **settings}
-    if problem := find_disagreement(comm.gather([socket.gethostname(), found, error])):
-        raise JobError(problem)
+    except (UserError, OSError) as error:
+        check_outcomes(comm, {}, describe(error))
+        raise
+    check_outcomes(comm, {"MPI": comm.library, **versions.software(), **settings})
     return plan
 
 
-def find_disagreement(outcomes: list[Any]) -> str | None:
-    """A line on what keeps ranks from starting together: an error, or settings that differ from rank 0's.
+class Outcome(NamedTuple):
+    """How a step of the start went on one rank."""
 
-    Args:
-        outcomes: [host, settings, error or None] of each rank.
-    """
-    errors = [(rank, host, error) for rank, (host, _, error) in enumerate(outcomes) if error]
+    host: str
+    settings: dict[str, str]
+    error: str | None
+
+
+def check_outcomes(comm: Communicator, settings: dict[str, str], error: str | None = None) -> None:
+    """Raise JobError on all ranks if one reports an error, or settings that differ from rank 0's."""
+    outcomes = comm.gather(Outcome(socket.gethostname(), settings, error))
+    if problem := find_disagreement([Outcome(*outcome) for outcome in outcomes]):
+        raise JobError(problem)
+
+
+def find_disagreement(outcomes: list[Outcome]) -> str | None:
+    """The first rank's error, else the first setting that differs from rank 0's, as one line; None if there is none."""
+    errors = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.error]
     if len(errors) == len(outcomes):
-        return errors[0][2]
-    if errors:
-        rank, host, error = errors[0]
-        return f"rank {rank} on {host}: {error}"
-    first_host, expected, _ = outcomes[0]
+        return outcomes[0].error
+    for rank, outcome in errors:
+        return f"rank {rank} on {outcome.host}: {outcome.error}"
+    expected = outcomes[0].settings
     for rank, (host, settings, _) in enumerate(outcomes):
         for key, value in settings.items():
             if value != expected.get(key):
                 return (
-                    f"rank {rank} on {host} has {key} {value}, rank 0 on {first_host} has {expected.get(key)}: "
+                    f"rank {rank} on {host} has {key} {value}, rank 0 on {outcomes[0].host} has {expected.get(key)}: "
                     "start all ranks with the same code, recipe and data"
                 )
     return None
@@ -151,59 +161,56 @@ def find_disagreement(outcomes: list[Any]) -> str | None:
 def connect_watchdogs(
     comm: Communicator, rank: ranks.Rank, reporter: watchdog.Reporter, log: pathlib.Path | None
 ) -> None:
-    """Connect the watchdogs to that of rank 0 and create the log files; raises JobError if a rank cannot."""
-    addresses = ["127.0.0.1"] if rank.single_host else launcher.addresses()
-    addresses, port, secret, host = comm.broadcast(
-        [addresses, reporter.port, secrets.token_hex(16), socket.gethostname()]
-    )
-    problem = None
+    """Connect the watchdogs to rank 0's and create the log files; raises JobError if a rank cannot."""
+    own = ["127.0.0.1"] if rank.single_host else launcher.addresses()
+    addresses, port, secret, host = comm.broadcast([own, reporter.port, secrets.token_hex(16), socket.gethostname()])
+    error = None
     if not reporter.join(addresses, port, secret, log and str(log)):
-        problem = (
+        error = (
             f"cannot reach rank 0's host {host} at {' or '.join(addresses)}, port {port}: open the TCP ports "
             "from 1024 on between the hosts"
         )
     elif log:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.open("a").close()
+            log.touch()
         except OSError as failure:
-            problem = describe_os_error(failure)
-    for number, (name, problem) in enumerate(comm.gather([socket.gethostname(), problem])):
-        if problem:
-            raise JobError(f"rank {number} on {name}: {problem}")
+            error = describe(failure)
+    check_outcomes(comm, {}, error)
 
 
 def hide_launcher() -> None:
-    """Remove the launcher's variables, in which MindSpore would see a job for its own MPI start-up."""
-    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMIX_", "PRTE_"))]:
-        del os.environ[name]
+    """Remove the launcher's variables, because of which MindSpore would initialise MPI itself."""
+    for name in list(os.environ):
+        if name.startswith(("OMPI_", "PMIX_", "PRTE_")):
+            del os.environ[name]
 
 
 def start_mindspore(rank: ranks.Rank, device: str) -> None:
-    """Import MindSpore in graph mode on a device, with this rank's threads.
+    """Import MindSpore and set graph mode, the device and this rank's number of threads.
 
     Raises:
         UserError: MindSpore cannot use the device.
     """
     if os.environ.get("MS_ROLE"):
         raise UserError(
-            f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start a cluster "
-            "of its own: unset MS_ROLE, and start several ranks by mpirun"
+            f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start its own cluster: "
+            "unset MS_ROLE, and start several ranks with mpirun"
         )
     with logs.only_logged():
         import mindspore
     try:
-        # MindSpore's threads wait by spinning. With a thread for each core of the host, two ranks on two cores
-        # take twice as long for a step.
+        # MindSpore's threads wait by spinning: with a thread per core of the host, a step of two ranks on two
+        # cores takes twice as long.
         mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device.upper(), runtime_num_threads=rank.threads)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"MindSpore cannot use a {device.upper()} here: {reason}") from None
+        raise UserError(f"MindSpore cannot use the {device.upper()} here: {reason}") from None
 
 
-def logged(log: pathlib.Path | None, rank: int) -> contextlib.AbstractContextManager:
+def logged(log: pathlib.Path | None, rank: int) -> contextlib.AbstractContextManager[None]:
     """A context in which this rank's output goes to its log file, if it has one."""
-    # Without a log file nobody wants to read MindSpore's warnings.
+    # Without a log file, MindSpore's warnings would reach the terminal.
     os.environ.setdefault("GLOG_v", "2" if log else "3")
     if not log:
         return contextlib.nullcontext()
@@ -212,29 +219,30 @@ def logged(log: pathlib.Path | None, rank: int) -> contextlib.AbstractContextMan
 
 
 def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporter) -> NoReturn:
-    """End this rank for an error, which its watchdog passes on to the user."""
-    status = 1
+    """End this rank because of an error, which its watchdog reports to the user."""
+    status, reason = 130 if isinstance(error, KeyboardInterrupt) else 1, ""
     if isinstance(error, (JobError, JobInterrupt)):
-        status = 1 if isinstance(error, JobError) else 130
         if comm.rank == 0:  # before the first exit makes mpirun end the other ranks
             print_error(str(error)) if status == 1 else print(error, file=sys.stderr, flush=True)
-        reporter.fail("")
-        comm.leave()
     elif isinstance(error, SystemExit):  # the user has been told
-        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-        reporter.fail("")
-    elif isinstance(error, KeyboardInterrupt):
-        status = 130
-        reporter.fail(str(error) or "interrupted")
-    elif isinstance(error, UserError):
-        reporter.fail(str(error))
-    elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        reporter.fail(describe_os_error(error))
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:
-        traceback.print_exception(error, file=getattr(sys.stderr, "log", sys.stderr))
-        lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-        reporter.fail(": ".join([type(error).__name__, *lines[:1]]))
+        reason = describe(error)
+    reporter.fail(reason)
+    if isinstance(error, (JobError, JobInterrupt)):
+        comm.leave()
     leave(status)
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line for the user; the traceback of a bug goes to the log."""
+    if isinstance(error, (UserError, KeyboardInterrupt)):
+        return str(error) or "interrupted"
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return describe_os_error(error)
+    traceback.print_exception(error, file=getattr(sys.stderr, "log", sys.stderr))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def leave(status: int) -> NoReturn:

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster: sbatch --nodes=2 launch/slurm.sh --config chairs --data DIR --out RUN ...
-# One rank for each GPU; mpirun finds the nodes of the job by itself. After a failure the training is restarted up to
-# three times. The same line again resumes from the newest checkpoint: one is written five minutes before the time is
-# up (USR1), or when you say
+# One rank per GPU; mpirun finds the nodes of the job. After a failure, training is restarted up to three times. The
+# same command resumes from the newest checkpoint: one is written five minutes before the time limit (USR1), or on
 #   scancel --batch --signal=USR1 JOB
 #SBATCH --job-name=pwcnet
 #SBATCH --nodes=1
@@ -21,9 +20,9 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source launch/env.sh
 help_if_asked train/main.py "$@"
 [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_NTASKS:-}" ] ||
-    fail "this is no batch job of Slurm; submit it: sbatch --nodes=2 launch/slurm.sh ..., or start" \
-        "mpirun -n RANKS launch/train.sh ... without Slurm"
-# A cluster has its own mpirun, perhaps; each rank takes the library that belongs to it.
+    fail "not in a Slurm batch job; submit it: sbatch --nodes=2 launch/slurm.sh ..., or without Slurm:" \
+        "mpirun -n RANKS launch/train.sh ..."
+# The cluster may have its own mpirun; each rank loads the library that belongs to it.
 command -v mpirun >/dev/null || set_up
 case " $* " in
 *" --device"*) device=() ;;

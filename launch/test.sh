@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests, after setting up what they need; arguments go to pytest
-# (python -m pytest --help).
+# Set up what the tests need and run them. Arguments go to pytest (see python -m pytest --help).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "" "$@"

@@ -1,4 +1,4 @@
-"""What a run is made with: versions of the code and of the packages."""
+"""Versions of the code and the packages."""
 
 import contextlib
 import functools
@@ -10,12 +10,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard")
-"""Packages whose versions must be the same on all ranks, and are recorded with a run."""
+"""Packages whose versions must be the same on all ranks, and are recorded with each run."""
 
 
 @functools.cache  # it reads every source file
 def software() -> dict[str, str]:
-    """Versions that must be the same on all ranks: of the code, of Python and of some packages."""
+    """Versions that must be the same on all ranks: of the code, Python and `PACKAGES`."""
     digest = hashlib.sha256()
     for path in sorted(
         path
@@ -24,15 +24,15 @@ def software() -> dict[str, str]:
         if path.suffix in (".py", ".cpp", ".cu")
     ):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    found = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
+    versions = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def git_revision() -> str:
-    """The revision of this checkout; "unknown" if it is not one, or there is no git."""
+    """The revision of this checkout; "unknown" without git."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,12 +1,14 @@
 """A watchdog beside each rank: it ends the whole job soon after a failure, and says what failed.
 
-The process that mpirun started becomes the watchdog and the rank its child, so that somebody is left to
-report a killed rank and to kill one that hangs in C++. The watchdogs connect to that of rank 0, the leader,
-and exchange heartbeats with it. The leader prints the first failure and ends the job. A connection begins with
-a fixed number of bytes that prove knowledge of the job's secret; nothing of a stranger's is parsed.
+The process that mpirun started becomes the watchdog and the rank its child, so that a process survives to
+report a killed rank, or to kill one that hangs in C++. The watchdogs connect to rank 0's, the leader, and exchange
+heartbeats with it. The leader prints the first failure, sends its verdict to the others, and exits after a grace
+period; the others exit when it does. A connection must begin with a fixed number of bytes that prove knowledge of
+the job's secret; nothing is parsed before that.
 """
 
 import asyncio
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -14,11 +16,12 @@ import enum
 import hashlib
 import hmac
 import json
+import math
 import os
 import signal
 import socket
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -27,44 +30,59 @@ from launch.launcher import end_launcher, print_on_mpirun
 from launch.logs import last_line
 from launch.ranks import Rank
 
-HEARTBEAT, TICK = 2, 0.05
-"""Seconds between two heartbeats, and between two looks at the rank."""
+HEARTBEAT, POLL = 2, 0.05
+"""Seconds between heartbeats, and between checks of the rank."""
 SILENCE = 20
-"""Seconds without a heartbeat after which a host counts as cut off; also of a stopped process."""
+"""Seconds without a heartbeat after which a host counts as cut off; also the limit for a stopped process."""
 STALLED = 45
 """Seconds without a training step, or with all ranks in one collective, after which the job is stuck."""
 SLOW_STEPS = 5
-"""A step may take this many times as long as the slowest of the last ones, if that is more than STALLED."""
+"""A step may take this many times as long as the slowest recent one, if that is more than STALLED."""
 GRACE = 5
 """Seconds for rank 0 to finish a checkpoint after another rank has failed."""
-VERDICT = 10
-"""Seconds in which the leader's word on a failure is awaited."""
+LEADER_TIMEOUT = 10
+"""Seconds to wait for the leader to act on a failure."""
 MPIRUN_GRACE = 0.2
 """Seconds for news of a failure to arrive after SIGTERM from mpirun, which kills the watchdogs after a third of
-a second. Without news it was the user who interrupted the job."""
+a second. Without such news, the user interrupted the job."""
 CONNECT_TIMEOUT, JOIN_TIMEOUT = 3, 20
-"""Seconds to connect to an address and to prove knowledge of the secret; seconds to try all addresses."""
-STRANGERS = 256
-"""Connections at a time without proof."""
+"""Seconds to connect to one address and prove knowledge of the secret; seconds to try all addresses."""
+MAX_UNPROVEN = 256
+"""Simultaneous connections that have not proved knowledge of the secret."""
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Phase(enum.Enum):
-    """What a rank does: the text for messages, and the seconds it may take without progress."""
+    """What a rank is doing: a description, and the seconds it may take without progress."""
 
     # Not longer: mpirun's own keep-alive gives up after eight minutes, with status 0.
     STARTING = "starting up", 400
-    RUNNING = "running", None
+    RUNNING = "running", math.inf
     COMPILING = "compiling the network", 1800
     TRAINING = "training", STALLED
     LOADING = "waiting for training data", STALLED
     VALIDATING = "validating", 300
     SAVING = "writing a checkpoint", 900
 
+    def __init__(self, description: str, limit: float) -> None:
+        self.description = description
+        self.limit = limit
+
+
+STEP_PHASES = (Phase.TRAINING, Phase.LOADING)
+
+
+class Verdict(NamedTuple):
+    """How the job ends."""
+
+    status: int
+    cut_off: bool
+    """Whether a host is cut off, for which mpirun would wait forever."""
+
 
 class Reporter:
-    """What a rank tells its watchdog, which listens on `port` if it is the leader."""
+    """A rank's connection to its watchdog, which listens on `port` if it is the leader."""
 
     def __init__(self, connection: socket.socket, port: int | None) -> None:
         self._socket = connection
@@ -87,97 +105,100 @@ class Reporter:
         return self._socket.recv(1) == b"1"
 
     def progress(self, phase: Phase, step: int | None = None) -> None:
-        """Say what this rank does next, and after which training step."""
+        """Report what this rank does next; `step` is the last training step, if new."""
         self._send(phase=phase.name, step=step)
 
     def waiting(self, waiting: bool) -> None:
-        """Say that this rank enters a collective, or that it has left it."""
+        """Report that this rank enters a collective, or has left it."""
         self._send(waiting=waiting)
 
-    def fail(self, text: str) -> None:
-        """Say why this rank is about to exit; "" if the user has been told."""
-        self._send(failed=text)
+    def fail(self, reason: str) -> None:
+        """Report why this rank is about to exit; "" if the user has been told."""
+        self._send(failed=reason)
 
 
 def watch(rank: Rank) -> Reporter:
     """Fork: this process becomes the watchdog, its child the rank.
 
     Returns:
-        In the child, its Reporter. In the watchdog it does not return: that exits with the rank's status.
+        In the child, its Reporter. The watchdog does not return: it exits with the job's status.
     """
     server = None
     if rank.rank == 0:
-        server = socket.create_server(("127.0.0.1" if rank.single_host else "", 0), backlog=STRANGERS + rank.size)
+        server = socket.create_server(("127.0.0.1" if rank.single_host else "", 0), backlog=MAX_UNPROVEN + rank.size)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a rank leaves behind becomes its watchdog's child
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the rank become the watchdog's children
     child = os.fork()
     if child == 0:
         ours.close()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends with its watchdog
         if os.getppid() != parent:
             os._exit(1)
-        return Reporter(theirs, server and server.getsockname()[1])
+        return Reporter(theirs, server.getsockname()[1] if server else None)
     theirs.close()
     status = 1
-    try:
-        status = asyncio.run(Watchdog(rank, child, ours, server).run())
+    try:  # not asyncio.run, which would cancel the tasks that listen
+        status = asyncio.new_event_loop().run_until_complete(Watchdog(rank, child, ours, server).run())
     finally:
         os._exit(status)
 
 
+def prctl(option: int, value: int) -> None:
+    """Call Linux's prctl(2) for this process."""
+    ctypes.CDLL(None).prctl(option, int(value), 0, 0, 0)
+
+
 @dataclasses.dataclass
-class State:
+class RankState:
     """What the rank last reported, and when."""
 
     phase: Phase = Phase.STARTING
     step: int | None = None
     since: float = dataclasses.field(default_factory=time.monotonic)
-    waiting_since: float | None = None
-    durations: list[float] = dataclasses.field(default_factory=list)
-    """Seconds of the last training steps."""
+    waiting_since: float = math.inf
+    step_seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=40))
 
     def update(self, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if "waiting" in message:
-            self.waiting_since = now if message["waiting"] else None
+            self.waiting_since = now if message["waiting"] else math.inf
             return
-        if self.phase in (Phase.TRAINING, Phase.LOADING):
-            self.durations = [*self.durations[-39:], now - self.since]
-        self.phase, self.step, self.since = Phase[message["phase"]], message["step"], now
+        if self.phase in STEP_PHASES:
+            self.step_seconds.append(now - self.since)
+        self.phase, self.since = Phase[message["phase"]], now
+        self.step = self.step if message["step"] is None else message["step"]
 
     def waiting(self) -> float:
-        """Seconds for which the rank has been in one collective."""
-        return time.monotonic() - self.waiting_since if self.waiting_since else 0
+        """Seconds the rank has spent in its present collective."""
+        return max(0.0, time.monotonic() - self.waiting_since)
 
     def overdue(self) -> float:
-        """Seconds without progress if they are too many, else 0. In a collective it is others who are late."""
-        limit = self.phase.value[1]
-        if limit == STALLED:
-            limit = max(limit, SLOW_STEPS * max(self.durations, default=0))
-        idle = time.monotonic() - self.since
-        return idle if limit and idle > limit and not self.waiting_since else 0
+        """Seconds by which progress is late, if positive; in a collective, it is other ranks that are late."""
+        slowest = max(self.step_seconds, default=0) if self.phase in STEP_PHASES else 0
+        limit = max(self.phase.limit, SLOW_STEPS * slowest)
+        return min(self.waiting_since, time.monotonic()) - self.since - limit
 
     def __str__(self) -> str:
-        return self.phase.value[0] + ("" if self.step is None else f", after step {self.step}")
+        return self.phase.description + ("" if self.step is None else f", after step {self.step}")
 
 
+@dataclasses.dataclass(eq=False)
 class Peer:
     """Another rank's watchdog."""
 
-    def __init__(self, writer: asyncio.StreamWriter, name: str) -> None:
-        self._writer = writer
-        self.name = name
-        self.heard = time.monotonic()
-        self.waiting = 0.0
-        """Seconds for which its rank has been in one collective."""
+    name: str
+    writer: asyncio.StreamWriter
+    heard: float = dataclasses.field(default_factory=time.monotonic)
+    waiting: float = 0
+    """Seconds its rank has spent in its present collective."""
 
     def send(self, **message: Any) -> None:
-        self._writer.write(json.dumps(message).encode() + b"\n")
+        self.writer.write(json.dumps(message).encode() + b"\n")
 
-    def silent(self, seconds: float) -> bool:
-        """Whether nothing has been heard for so long."""
-        return time.monotonic() - self.heard > seconds
+    def silence(self) -> float:
+        """Seconds since it was last heard."""
+        return time.monotonic() - self.heard
 
 
 class Watchdog:
@@ -187,7 +208,7 @@ class Watchdog:
         rank: the rank.
         child: its process.
         connection: to its Reporter.
-        server: the leader's listening socket.
+        server: the leader's listening socket; None on other ranks.
     """
 
     def __init__(self, rank: Rank, child: int, connection: socket.socket, server: socket.socket | None) -> None:
@@ -197,80 +218,75 @@ class Watchdog:
         self.connection = connection
         self.server = server
         self.launcher = os.getppid()
-        self.secret: bytes | None = None
-        self.leader: Peer | None = None
-        self.followers: list[Peer] = []
-        self.strangers = 0
-        self.tasks: set[asyncio.Task] = set()
-        self.state = State()
-        self.stopped: float | None = None
-        """When the rank's process was found stopped."""
         self.log: str | None = None
+        self.secret: bytes | None = None
+        self.unproven = 0
+        self.peers: list[Peer] = []
+        """On the leader, all connected watchdogs; elsewhere the leader, once connected."""
+        self.state = RankState()
+        self.last_running = time.monotonic()
         self.reason: str | None = None
         """What the rank said before it exited; "" if the user has been told."""
-        self.exited: int | None = None
-        """The rank's exit status."""
-        self.status = 0
-        """That of the job."""
-        self.deadline: float | None = None
-        """When to end, once the job has failed."""
-        self.cut_off = False
-        """Whether the job failed because a host was cut off."""
-        self.reported = False
-        """Whether the leader has reported a failure."""
-        self.terminated: float | None = None
-        """When mpirun asked this process to end."""
+        self.exit_status: int | None = None
+        self.verdict: Verdict | None = None
+        self.deadline = math.inf
+        self.is_terminating = False
+        """Whether mpirun asked this process to end."""
 
     async def run(self) -> int:
-        """Watch until the job is over; returns the exit status, that of what failed first."""
+        """Watch until the job is over; returns the exit status, which is that of the first failure."""
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-        asyncio.get_running_loop().add_reader(self.connection, self.hear_rank)
+        asyncio.get_running_loop().add_reader(self.connection, self.receive)
         if self.server:
             await asyncio.start_server(self.serve, sock=self.server)
         heartbeat = time.monotonic()
         while not self.is_over():
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(POLL)
             while info := signal.sigtimedwait(FORWARDED, 0):
                 self.forward(info)
-            if self.exited is None:
+            if self.exit_status is None:
                 self.check_rank()
             self.check_job()
             if time.monotonic() >= heartbeat:
                 heartbeat += HEARTBEAT
-                for peer in [*self.followers, *([self.leader] if self.leader else [])]:
+                for peer in self.peers:
                     peer.send(waiting=self.state.waiting())
-        for peer in self.followers:
-            peer.send(end=self.status, cut_off=self.cut_off)
-        await asyncio.sleep(0)
         self.kill_rank()
-        if self.cut_off and self.rank.local_rank == 0:
+        if self.verdict and self.verdict.cut_off and self.rank.local_rank == 0:
             # mpirun must hear of a failed rank first: if it only lost its daemons, it exits with 0.
             end_launcher(GRACE if self.server else 2 * GRACE)
         return self.status
 
-    def is_over(self) -> bool:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            return True
-        if self.exited is None:
-            return False
-        return not self.followers if self.server else self.status == 0 or self.leader is None
+    @property
+    def status(self) -> int:
+        """Exit status of the job as far as this watchdog knows."""
+        return self.verdict.status if self.verdict else self.exit_status or 0
 
-    def forward(self, info: Any) -> None:
+    def is_over(self) -> bool:
+        if time.monotonic() > self.deadline:
+            return True
+        if self.exit_status is None:
+            return False
+        return not self.peers or (not self.server and self.status == 0)
+
+    def forward(self, info: signal.struct_siginfo) -> None:
         """Pass a signal to the rank, unless mpirun sent it, which signals the whole process group."""
         if info.si_pid != self.launcher:
-            if self.exited is None:
+            if self.exit_status is None:
                 self.child.send_signal(info.si_signo)
         elif info.si_signo == signal.SIGTERM:
-            self.terminated = self.terminated or time.monotonic()
+            self.is_terminating = True
+            asyncio.get_running_loop().call_later(MPIRUN_GRACE, self.interrupt)
 
     # --- Messages -----------------------------------------------------------------------------------
 
-    def hear_rank(self) -> None:
+    def receive(self) -> None:
+        """Read the rank's messages."""
         try:
             while data := self.connection.recv(1 << 16, socket.MSG_DONTWAIT):
                 message = json.loads(data)
                 if "join" in message:
-                    self.start(self.join(**message))
+                    self.joining = asyncio.get_running_loop().create_task(self.join(**message))
                 elif "failed" in message:
                     self.reason = message["failed"]
                 else:
@@ -281,171 +297,163 @@ class Watchdog:
             pass
         asyncio.get_running_loop().remove_reader(self.connection)  # the rank has exited
 
-    def start(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
     async def join(self, join: list[str], port: int, secret: str, log: str | None) -> None:
-        """Connect to the leader at the first address that answers, and tell the rank whether any did."""
+        """Connect to the leader at the first address that answers, tell the rank whether any did, and listen."""
         self.secret, self.log = hashlib.sha256(secret.encode()).digest(), log
         deadline = time.monotonic() + JOIN_TIMEOUT
-        while not self.server and not self.leader and time.monotonic() < deadline:
+        addresses = collections.deque(join)
+        while not self.server and time.monotonic() < deadline:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(join[0], port), CONNECT_TIMEOUT)
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(addresses[0], port), CONNECT_TIMEOUT)
                 writer.write(self.secret + json.dumps(self.name).encode() + b"\n")
                 if await asyncio.wait_for(reader.readline(), CONNECT_TIMEOUT):
-                    self.leader = Peer(writer, "rank 0")
-                    self.start(self.listen(reader, self.leader))
-                    break
-            join = [*join[1:], join[0]]
-            await asyncio.sleep(TICK)  # the leader may not know the secret yet
-        self.connection.send(b"1" if self.server or self.leader else b"0")
+                    self.connection.send(b"1")
+                    await self.listen(reader, Peer("rank 0", writer))
+                    return
+            addresses.rotate(-1)
+            await asyncio.sleep(POLL)  # the leader may not know the secret yet
+        self.connection.send(b"1" if self.server else b"0")
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """With the leader: take a new connection."""
-        self.strangers += 1
-        try:
-            if not self.secret or self.strangers > STRANGERS:
-                return
-            proof = await asyncio.wait_for(reader.readexactly(len(self.secret)), CONNECT_TIMEOUT)
-            if not hmac.compare_digest(proof, self.secret):
-                return
-            name = json.loads(await asyncio.wait_for(reader.readline(), CONNECT_TIMEOUT))
-        except (OSError, ValueError, EOFError, asyncio.TimeoutError):
+        """On the leader, accept a connection that proves knowledge of the secret, and listen."""
+        name = None
+        if self.secret and self.unproven < MAX_UNPROVEN:
+            self.unproven += 1
+            with contextlib.suppress(OSError, ValueError, EOFError, asyncio.TimeoutError):
+                name = await asyncio.wait_for(self.read_name(reader, self.secret), CONNECT_TIMEOUT)
+            self.unproven -= 1
+        if name is None:
+            writer.transport.abort()
             return
-        else:
-            peer = Peer(writer, name)
-            peer.send(welcome=True)
-            self.followers.append(peer)
-            self.start(self.listen(reader, peer))
-            writer = None
-        finally:
-            self.strangers -= 1
-            if writer:
-                writer.transport.abort()
+        peer = Peer(name, writer)
+        peer.send()  # accepted
+        await self.listen(reader, peer)
+
+    async def read_name(self, reader: asyncio.StreamReader, secret: bytes) -> str | None:
+        """Read the proof, then the peer's name; None if the proof is wrong."""
+        if not hmac.compare_digest(await reader.readexactly(len(secret)), secret):
+            return None
+        return json.loads(await reader.readline())
 
     async def listen(self, reader: asyncio.StreamReader, peer: Peer) -> None:
-        """Hear a peer until its connection ends."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: a line is too long, or no JSON
+        """Read a peer's messages until its connection ends."""
+        self.peers.append(peer)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a line is too long, or not JSON
             while line := await reader.readline():
                 peer.heard = time.monotonic()
                 message = json.loads(line)
                 peer.waiting = message.get("waiting", 0)
-                self.reported = self.reported or "failed" in message
-                if message.get("end"):
-                    self.status, self.cut_off, self.deadline = message["end"], message["cut_off"], 0
-                if "exited" in message and peer in self.followers:
-                    self.followers.remove(peer)
+                if "verdict" in message and not self.verdict:
+                    self.verdict = Verdict(*message["verdict"])
+                    self.deadline = time.monotonic() + LEADER_TIMEOUT
+                if "exited" in message and peer in self.peers:
+                    self.peers.remove(peer)
                     if message["exited"]:
-                        self.fail(message["reason"], message["exited"])
-        if peer in self.followers:
-            self.followers.remove(peer)
-            self.fail(f"{peer.name} was killed, and its watchdog with it")
-        elif peer is self.leader:
-            self.lose_leader("rank 0 was killed, and its watchdog with it")
-
-    def lose_leader(self, text: str) -> None:
-        self.leader = None
-        if self.exited is None or self.status:
-            if (self.rank.local_rank == 0 or self.rank.rank == 1) and not self.status and not self.reported:
-                print_error(f"{self.name}: {text}")
-            self.status, self.deadline = self.status or 1, 0
+                        self.end_job(message["exited"], message["reason"])
+        if peer in self.peers:
+            self.lose([peer], "was killed, and its watchdog with it")
 
     # --- Checks -------------------------------------------------------------------------------------
+
+    @property
+    def extra_time(self) -> int:
+        """Seconds by which other ranks report later than rank 0 what all can see, before they are connected."""
+        return 0 if self.server or self.peers else LEADER_TIMEOUT
 
     def check_rank(self) -> None:
         """Find out whether the rank has exited, is stopped or makes no progress."""
         process, wait_status = os.waitpid(self.child.pid, os.WNOHANG)
         if process:
-            self.hear_rank()  # its last message
-            self.bury(os.waitstatus_to_exitcode(wait_status))
+            self.receive()  # its last message
+            self.report_exit(os.waitstatus_to_exitcode(wait_status))
             return
-        is_stopped = self.child.status() == psutil.STATUS_STOPPED
-        self.stopped = (self.stopped or time.monotonic()) if is_stopped else None
-        seconds = self.state.overdue()
-        if self.stopped and time.monotonic() > self.stopped + SILENCE:
-            self.announce(1, f"its process has been stopped (SIGSTOP) for {SILENCE} s while {self.state}")
-        elif seconds > (VERDICT if self.rank.rank and self.state.phase is Phase.STARTING else 0):
-            self.cut_off = self.state.phase is Phase.STARTING and not self.rank.single_host
-            hint = "; check that all hosts are up and can reach each other" if self.cut_off else ""
-            self.announce(1, f"no progress for {seconds:.0f} s while {self.state}{hint}")
+        if self.child.status() != psutil.STATUS_STOPPED:
+            self.last_running = time.monotonic()
+        if time.monotonic() > self.last_running + SILENCE:
+            self.report_end(1, f"its process has been stopped (SIGSTOP) for {SILENCE} s while {self.state}")
+        elif self.state.overdue() > self.extra_time:
+            cut_off = self.state.phase is Phase.STARTING and not self.rank.single_host
+            hint = "; check that all hosts are up and can reach each other" if cut_off else ""
+            self.report_end(
+                1, f"no progress for {time.monotonic() - self.state.since:.0f} s while {self.state}{hint}", cut_off
+            )
 
-    def bury(self, status: int) -> None:
-        """Announce how the rank ended."""
+    def report_exit(self, status: int) -> None:
+        """Report how the rank exited; a negative status is the signal that killed it."""
+        if status == -signal.SIGTERM and self.is_terminating:
+            self.exit_status = 128 + signal.SIGTERM
+            self.interrupt()
+            return
         reason = self.reason
         if status < 0:
-            if self.terminated and -status == signal.SIGTERM:
-                self.exited = 128 - status
-                self.interrupt()
-                return
             reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
-            if -status != signal.SIGKILL and (line := last_line(self.log)):
-                reason += f"; last log line: {line}"
-            status = 128 - status
-        elif status and reason is None:  # not through `session`: Open MPI has aborted, for example
+        elif status and reason is None:  # not by `session`: Open MPI has aborted, for example
             reason = f"ended with status {status}"
-            if line := last_line(self.log):
-                reason += f"; last log line: {line}"
-        self.announce(status, reason)
+        if reason and reason != self.reason and status != -signal.SIGKILL and (line := last_line(self.log)):
+            reason += f"; last log line: {line}"
+        self.report_end(status if status >= 0 else 128 - status, reason)
 
-    def announce(self, exited: int, reason: str | None) -> None:
-        """Tell the leader that the rank has exited, or that it is as good as gone."""
-        self.exited = exited
+    def report_end(self, status: int, reason: str | None, cut_off: bool = False) -> None:
+        """Tell the leader that the rank has exited, or is as good as gone."""
+        self.exit_status = status
         if reason:
             reason = f"{self.name}: {reason}" + (f"; see {self.log}" if self.log else "")
-        if self.leader:
-            self.leader.send(exited=exited, reason=reason)
-            if exited:
-                self.status, self.deadline = exited, time.monotonic() + VERDICT
-        elif exited:
-            self.fail(reason, exited)
+        if self.peers and not self.server:
+            self.peers[0].send(exited=status, reason=reason)
+            if status:
+                self.deadline = min(self.deadline, time.monotonic() + LEADER_TIMEOUT)
+        elif status:
+            self.end_job(status, reason, cut_off)
 
     def check_job(self) -> None:
         """Find out whether the launcher and the peers are still there."""
         if os.getppid() != self.launcher:
-            self.status, self.deadline = self.status or 1, 0
-        if self.terminated and time.monotonic() > self.terminated + MPIRUN_GRACE:
-            self.interrupt()
-        if any(peer.silent(SILENCE) for peer in self.followers):
-            silent = [peer for peer in self.followers if peer.silent(SILENCE - 2 * HEARTBEAT)]
-            self.followers = [peer for peer in self.followers if peer not in silent]
-            others = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
-            self.cut_off = True
-            self.fail(f"{silent[0].name}{others} has not answered for {SILENCE} s: check its host and the network")
-        if self.leader and self.leader.silent(SILENCE):
-            self.cut_off = True
-            self.lose_leader(f"rank 0 has not answered for {SILENCE} s: check its host and the network")
-        # Before the watchdogs are connected each decides for itself, rank 0's first.
-        limit = STALLED + (VERDICT if self.rank.rank else 0)
-        waits = [self.state.waiting(), *(peer.waiting for peer in self.followers)]
-        if self.exited is None and not self.leader and min(waits) > limit:
-            self.cut_off = not self.rank.single_host
-            self.fail(
+            self.end_job(1, None)
+            self.deadline = 0
+        if any(peer.silence() > SILENCE for peer in self.peers):
+            lost = [peer for peer in self.peers if peer.silence() > SILENCE - 2 * HEARTBEAT]
+            self.lose(lost, f"has not answered for {SILENCE} s: check its host and the network", cut_off=True)
+        if self.exit_status is not None or (self.peers and not self.server):
+            return
+        limit = STALLED + self.extra_time
+        if min([self.state.waiting(), *(peer.waiting for peer in self.peers)]) > limit:
+            self.end_job(
+                1,
                 f"{self.name}: all ranks have been waiting for each other for {limit} s while {self.state}: Open "
                 "MPI's messages do not get through; open the TCP ports from 1024 on between the hosts, or name "
-                "the interface to use in OMPI_MCA_btl_tcp_if_include"
+                "the interface to use in OMPI_MCA_btl_tcp_if_include",
+                cut_off=not self.rank.single_host,
             )
+
+    # --- The end ------------------------------------------------------------------------------------
+
+    def lose(self, lost: list[Peer], problem: str, cut_off: bool = False) -> None:
+        """End the job because of peers that have gone."""
+        self.peers = [peer for peer in self.peers if peer not in lost]
+        others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        reason = f"{lost[0].name}{others} {problem}"
+        if self.server:
+            self.end_job(1, reason, cut_off)
+        elif self.exit_status != 0:
+            # One rank of each host, and one of the leader's, reports the loss.
+            is_reporter = self.exit_status is None and (self.rank.local_rank == 0 or self.rank.rank == 1)
+            self.end_job(self.exit_status or 1, f"{self.name}: {reason}" if is_reporter else None, cut_off)
+            self.deadline = 0
 
     def interrupt(self) -> None:
-        """End because the user told mpirun to."""
-        if self.status:
-            return
-        self.status, self.deadline = 128 + signal.SIGTERM, time.monotonic() + GRACE
-        if self.rank.local_rank == 0:
-            print_on_mpirun(
-                self.launcher,
-                "error: interrupted; the same command resumes from the newest checkpoint, if there is one",
-            )
+        """End because the user told mpirun to, which has told the other watchdogs itself."""
+        text = "interrupted; the same command resumes from the newest checkpoint, if there is one"
+        self.end_job(128 + signal.SIGTERM, text if self.rank.local_rank == 0 else None, tell_peers=False)
 
-    def fail(self, reason: str | None, status: int = 1) -> None:
-        """End the job, after a grace period for this watchdog's own rank."""
-        if self.status:
+    def end_job(self, status: int, reason: str | None, cut_off: bool = False, tell_peers: bool = True) -> None:
+        """End the job, after a grace period for this watchdog's own rank, and print the reason, if any."""
+        if self.verdict:
             return  # a consequence of the first failure
-        self.status, self.deadline = status, time.monotonic() + (GRACE if self.exited is None else 0)
-        for peer in self.followers:  # mpirun may not leave the time for more
-            peer.send(failed=True)
-        if reason and self.terminated:
+        self.verdict = Verdict(status, cut_off)
+        self.deadline = time.monotonic() + (GRACE if self.exit_status is None else 0)
+        for peer in self.peers if self.server and tell_peers else []:  # now: mpirun may leave no time later
+            peer.send(verdict=self.verdict)
+        if reason and self.is_terminating:
             print_on_mpirun(self.launcher, f"error: {reason}")
         elif reason:
             print_error(reason)
@@ -458,8 +466,3 @@ class Watchdog:
                     with contextlib.suppress(psutil.Error):
                         process.kill()
                 psutil.wait_procs(children, timeout=GRACE)
-
-
-def prctl(option: int, value: int) -> None:
-    """Linux's prctl(2) for this process."""
-    ctypes.CDLL(None).prctl(option, int(value), 0, 0, 0)

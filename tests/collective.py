@@ -1,38 +1,36 @@
 """A program for the tests: one rank of a job of a few collectives.
 
-python tests/collective.py LOGS SECONDS: sums ones over all ranks for so many seconds, with a line of rank 0 for
-each sum. What goes wrong is said by the environment: RAISE=RANK and CRASH=RANK fail there after the first sum,
-HANG=RANK does nothing any more while it trains, DRIFT=RANK changes the last bit of a weight there, LATE=RANK:SECONDS begins later, DIFFERENT=RANK has another setting
-there, BROKEN=RANK cannot prepare.
+python tests/collective.py LOGS SECONDS sums ones over all ranks for some seconds; rank 0 prints each sum. Environment
+variables name the rank on which something goes wrong: RAISE and CRASH fail after the first sum, HANG stops making
+progress, DRIFT changes the last bit of a weight, LATE=RANK:SECONDS starts later, DIFFERENT has another setting, and
+BROKEN cannot prepare.
 """
 
 import os
 import pathlib
 import sys
 import time
+import typing
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
+
+if typing.TYPE_CHECKING:
+    import mindspore
 
 from launch import ranks, session
 from launch.errors import UserError, run
 from launch.watchdog import Phase
 
 
-def make_weights(drift):
+def make_weights(drift: bool) -> "mindspore.Parameter":
     """A Parameter; with `drift`, the last bit of one number differs."""
     import mindspore
 
     array = np.linspace(-1, 1, 1000, dtype=np.float32)
     array.view(np.uint32)[500] ^= int(drift)
     return mindspore.Parameter(mindspore.Tensor(array), name="weights")
-
-
-def check_weights(*arguments) -> None:
-    from train import loop
-
-    loop.check_weights(*arguments)
 
 
 def main() -> None:
@@ -42,7 +40,7 @@ def main() -> None:
     if late == rank:
         time.sleep(float(delay))
 
-    def prepare():
+    def prepare() -> tuple[dict[str, str], None]:
         if os.environ.get("BROKEN") == rank:
             raise UserError(f"data/shard-{rank}: missing")
         return {"data": "other" if os.environ.get("DIFFERENT") == rank else "one"}, None
@@ -64,7 +62,9 @@ def main() -> None:
             while os.environ.get("HANG") == rank:
                 time.sleep(1)
             if drifting := os.environ.get("DRIFT"):
-                check_weights(comm, number, [make_weights(number == 3 and drifting == rank)])
+                from train import trainer
+
+                trainer.check_weights(comm, number, [make_weights(number == 3 and drifting == rank)])
             time.sleep(0.2)
         print(f"rank {comm.rank} says goodbye", flush=True)
 

@@ -1,28 +1,33 @@
-"""What tests share: the framework as the commands use it."""
+"""Fixtures of several test files."""
 
 import collections
 import os
+import pathlib
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from model.pwcnet import FlowPredictor, PWCNet
 
 pytest_plugins = ["runs"]
 
 os.environ.setdefault("GLOG_v", "3")
-# A shell that starts the tests in the background has them ignore Ctrl-C, which the commands that
-# they start would inherit.
+# Tests that a shell starts in the background ignore Ctrl-C, and the commands they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Begin with the files that take longest, beside which the others find room."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, to balance the load."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="module")
-def graph_mode():
-    """MindSpore as `launch` sets it up for one rank: graphs on the CPU."""
+def graph_mode() -> Iterator[None]:
+    """MindSpore as `launch` sets it up for one rank: graph mode on the CPU."""
     import mindspore
 
     from launch import session
@@ -35,7 +40,7 @@ def graph_mode():
 
 
 @pytest.fixture(scope="module")
-def network(graph_mode):
+def network(graph_mode: None) -> "PWCNet":
     """A plain network with random weights."""
     import mindspore
 
@@ -46,7 +51,7 @@ def network(graph_mode):
 
 
 @pytest.fixture(scope="module")
-def predictor(network):
+def predictor(network: "PWCNet") -> "FlowPredictor":
     """What predicts with that network."""
     from model.pwcnet import FlowPredictor
 
@@ -56,8 +61,8 @@ def predictor(network):
 
 
 @pytest.fixture(scope="module")
-def ckpt(network, tmp_path_factory: pytest.TempPathFactory):
-    """A file of that network's weights."""
+def ckpt(network: "PWCNet", tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint of that network."""
     from model.weights import save_network
 
     path = tmp_path_factory.mktemp("weights") / "network.ckpt"

@@ -1,6 +1,6 @@
-"""Hosts for the tests on one machine: network namespaces with addresses and names of their own.
+"""Hosts for the tests on one machine: network namespaces with their own addresses and names.
 
-They hang on one switch and reach nothing else. It takes root and iproute2's `ip` and `bridge`.
+They are connected to one switch and reach nothing else. This needs root and iproute2's `ip` and `bridge`.
 """
 
 import os
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterable
 
 import psutil
 
@@ -18,7 +19,7 @@ mkdir -p {files} {place}
 mount --bind {files} {place}
 exec {bind} "$@"
 """
-"""What a command on a host begins with; {place} is its own disk, on the machine {files}."""
+"""Runs before each command on a host; {place} is its own disk, which is {files} on the machine."""
 
 AGENT = """#!{python}
 import os, signal, subprocess, sys
@@ -28,14 +29,14 @@ host, *command = sys.argv[1:]
 number = int(host.rpartition(".")[2])
 status = subprocess.call(inside({tag!r}, {folder!r}, number, ["sh", "-c", " ".join(command)], {cores!r}))
 if os.path.exists(f"{folder}/cut{{number}}"):
-    signal.pause()  # ssh would not hear of it
+    signal.pause()  # ssh would not notice
 sys.exit(status)
 """
-"""In the place of ssh: AGENT ADDRESS COMMAND."""
+"""Replaces ssh: AGENT ADDRESS COMMAND."""
 
 
-def are_possible():
-    """Whether this machine lets us make namespaces."""
+def are_possible() -> bool:
+    """Whether this machine allows network namespaces."""
     if os.geteuid() or not all(map(shutil.which, ("ip", "bridge", "unshare"))):
         return False
     name = f"try{os.getpid()}"
@@ -44,7 +45,9 @@ def are_possible():
     return made.returncode == 0
 
 
-def inside(tag, folder, number, command, cores=()):
+def inside(
+    tag: str, folder: pathlib.Path | str, number: int, command: Iterable[object], cores: tuple[int, ...] = ()
+) -> list[str]:
     """The command line that runs a command on a host, which has one of `cores`, or all if that is empty."""
     bind = f"taskset -c {cores[(number - 1) % len(cores)]}" if cores else ""
     script = INSIDE.format(name=f"host{number}", files=f"{folder}/host{number}", place=f"{folder}/local", bind=bind)
@@ -65,22 +68,22 @@ def inside(tag, folder, number, command, cores=()):
 
 
 class Hosts:
-    """Hosts host1, host2, ... with the addresses 10.77.0.1, 10.77.0.2, ... A context manager.
+    """A context manager of hosts host1, host2, ... with addresses 10.77.0.1, 10.77.0.2, ...
 
     Args:
-        folder: for their files: what a host sees as `folder`/local is `folder`/hostN.
+        folder: for their files: what host N sees as `folder`/local is `folder`/hostN.
         count: how many.
         cores: cores of this machine, one for each host in turn; if empty, each host has all.
     """
 
-    def __init__(self, folder, count, cores=()) -> None:
+    def __init__(self, folder: pathlib.Path | str, count: int, cores: Iterable[int] = ()) -> None:
         self.cores = tuple(cores)
         self.folder = pathlib.Path(folder)
         self.tag = f"t{uuid.uuid4().hex[:6]}"
         self.numbers = range(1, count + 1)
         self.agent = self.folder / "agent"
 
-    def __enter__(self):
+    def __enter__(self) -> "Hosts":
         try:
             self.make()
         except BaseException:
@@ -89,6 +92,7 @@ class Hosts:
         return self
 
     def make(self) -> None:
+        """Create the switch and the hosts."""
         ip("netns", "add", f"{self.tag}s")
         self.switch("ip", "link", "add", "name", "bridge", "type", "bridge")
         self.switch("ip", "link", "set", "bridge", "up")
@@ -111,7 +115,7 @@ class Hosts:
             )
             self.switch("ip", "link", "set", f"port{number}", "master", "bridge", "up")
             ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
-            # As Docker has it on each host, at the same address.
+            # Docker creates such a bridge on every host, with the same address.
             ip("-n", name, "link", "add", "docker0", "type", "bridge")
             ip("-n", name, "address", "add", "172.17.0.1/16", "dev", "docker0")
             for interface in ("lo", "docker0", "eth0"):
@@ -127,33 +131,34 @@ class Hosts:
         )
         self.agent.chmod(0o755)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for name in (f"{self.tag}s", *(f"{self.tag}h{number}" for number in self.numbers)):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
     @staticmethod
-    def address(number):
+    def address(number: int) -> str:
         return f"10.77.0.{number}"
 
-    def switch(self, *command) -> None:
-        """Run a command beside the switch."""
+    def switch(self, *command: str) -> None:
+        """Run a command in the switch's namespace."""
         subprocess.run(["ip", "netns", "exec", f"{self.tag}s", *command], check=True)
 
-    def cut_off(self, number) -> None:
-        """From now on drop all packets from and to a host, as when a cable is pulled."""
+    def cut_off(self, number: int) -> None:
+        """Drop all packets from and to a host from now on, as if its cable were pulled."""
         (self.folder / f"cut{number}").touch()
         self.switch("bridge", "link", "set", "dev", f"port{number}", "state", "0")
 
-    def processes(self):
-        """What runs on the hosts, as psutil.Process."""
-        names = [f"{self.tag}h{number}" for number in self.numbers]
-        found = [
-            subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
-            for name in names
-        ]
-        return [psutil.Process(int(process)) for process in sum(found, []) if psutil.pid_exists(int(process))]
+    def processes(self) -> list[psutil.Process]:
+        """All processes on the hosts."""
+        numbers: list[str] = []
+        for number in self.numbers:
+            command = ["ip", "netns", "pids", f"{self.tag}h{number}"]
+            numbers += subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return [psutil.Process(int(number)) for number in numbers if psutil.pid_exists(int(number))]
 
-    def mpirun(self, *command, hostfile=False, **keywords):
+    def mpirun(
+        self, *command: object, hostfile: bool = False, cwd: pathlib.Path | None = None
+    ) -> subprocess.Popen[str]:
         """Start a command with a rank on each host by the mpirun of host1; a Popen."""
         addresses = [self.address(number) for number in self.numbers]
         file = self.folder / "hostfile"
@@ -167,10 +172,10 @@ class Hosts:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            **keywords,
+            cwd=cwd,
         )
 
 
-def ip(*arguments) -> None:
+def ip(*arguments: str) -> None:
     """Run iproute2's ip."""
     subprocess.run(["ip", *arguments], check=True)

@@ -1,4 +1,4 @@
-"""Saying what a machine can do, and measuring a GPU: what is missing is named, the rest goes on."""
+"""launch/doctor.py and tests/bench/gpu_check.py: what is missing is named, and the rest still runs."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import types
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -18,11 +18,11 @@ from model import native
 DOCTOR = tiny.ROOT / "launch" / "doctor.py"
 
 
-def compile_library(path, source, *flags):
-    """A shared library of a C source; skips without a compiler."""
+def compile_library(path: pathlib.Path, source: str, *flags: pathlib.Path) -> pathlib.Path:
+    """Compile a shared library from C source; skips the test without a compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler or not shutil.which("ldd"):
-        pytest.skip("there is no C compiler or no ldd here")
+        pytest.skip("no C compiler or no ldd")
     path.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         [
@@ -46,9 +46,16 @@ def compile_library(path, source, *flags):
     return path
 
 
+class Plugin(NamedTuple):
+    """Folders of the libraries that a plugin needs."""
+
+    cublas: pathlib.Path
+    driver: pathlib.Path
+
+
 @pytest.fixture
-def plugin(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    """A plugin in the layout of MindSpore's: it wants libcublas.so.11 and the driver."""
+def plugin(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Plugin:
+    """A plugin with the layout of MindSpore's, which needs libcublas.so.11 and the driver."""
     cublas = compile_library(tmp_path / "cublas" / "libcublas.so.11", "int cublasCreate_v2() { return 0; }")
     driver = compile_library(tmp_path / "driver" / "libcuda.so.1", "int cuInit() { return 0; }")
     source = (
@@ -61,11 +68,13 @@ def plugin(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     compile_library(plugins / "gpu11.6" / "libnvidia_collective.so", "int nccl;")
     compile_library(folder / "lib" / "libmpi_collective.so", "int mpi;")
     monkeypatch.setattr(doctor, "mindspore_folder", lambda: folder)
-    return types.SimpleNamespace(cublas=cublas.parent, driver=driver.parent)
+    return Plugin(cublas.parent, driver.parent)
 
 
-def test_libraries_of_the_plugin(plugin, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """A missing library is named with what to install; the driver's part is kept apart from it."""
+def test_missing_libraries_of_the_plugin_are_named_with_how_to_install_them(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """The driver's library is reported separately."""
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     found = doctor.plugin_libraries()
     assert found.missing == ["libcublas.so.11", "libcuda.so.1"] and found.driver == 1
@@ -85,42 +94,41 @@ def test_libraries_of_the_plugin(plugin, monkeypatch: pytest.MonkeyPatch, tmp_pa
     other = compile_library(tmp_path / "other" / "libcublas.so.11", "int other() { return 0; }")
     monkeypatch.setenv("LD_LIBRARY_PATH", f"{other.parent}:{plugin.cublas}:{plugin.driver}")
     problem, advice = doctor.describe_libraries(doctor.plugin_libraries())
-    assert "cublasCreate_v2" in problem and "libmindspore_gpu.so.11.6" in problem
+    assert problem and "cublasCreate_v2" in problem and "libmindspore_gpu.so.11.6" in problem
     assert str(other.parent) in advice
 
 
 def test_this_environment_lacks_no_more_than_cuda() -> None:
-    """What ldd says of the real plugin: CUDA's libraries may be missing, MindSpore's own not."""
+    """Of the real plugin's dependencies, CUDA's libraries may be missing, MindSpore's own may not."""
     if not shutil.which("ldd"):
-        pytest.skip("there is no ldd here")
+        pytest.skip("no ldd")
     found = doctor.plugin_libraries()
     assert all(name.startswith(("libcu", "libnvrtc")) for name in found.missing), found.missing
 
 
-def test_why_the_plugin_does_not_run() -> None:
-    """One line out of MindSpore's report: the GPU's part, not that of other back ends."""
+def test_the_reason_why_the_plugin_does_not_run_is_one_line() -> None:
+    """It is taken from the GPU's part of MindSpore's report, not from another back end's."""
     text = (
         "Unsupported device target GPU.\n"
         "Load dynamic library: libmindspore_ascend.so.2 failed. libge_runner.so: cannot open\n"
         "Load dynamic library: libmindspore_gpu.so.11.6 failed. "
         "libcublas.so.11: cannot open shared object file: No such file or directory\n"
     )
-    assert doctor.plugin_error(text).startswith("libcublas.so.11: cannot open shared object file")
+    assert str(doctor.plugin_error(text)).startswith("libcublas.so.11: cannot open shared object file")
     text = "x\n- Cuda error:\n----\nThe cudaGetLastError[100], no CUDA-capable device is detected\n"
-    assert doctor.plugin_error(text).startswith("The cudaGetLastError[100]")
+    assert str(doctor.plugin_error(text)).startswith("The cudaGetLastError[100]")
     assert doctor.plugin_error("nothing of the kind") is None
 
 
-def test_mindspore_asks_the_nvcc_of_launch() -> None:
-    """The answer in CUDA_HOME is what has MindSpore try its plugin for CUDA 11.6."""
+def test_the_nvcc_of_launch_makes_mindspore_load_its_plugin_for_cuda_11_6() -> None:
     done = doctor.run_limited(
         [sys.executable, "-c", "import mindspore"], 60, GLOG_v="1", CUDA_HOME=str(doctor.CUDA_HOME)
     )
     assert "Get cuda version [11.6]" in done.err and "libmindspore_gpu.so.11.6" in done.err
 
 
-def test_a_machine_where_everything_is_missing(tmp_path: pathlib.Path) -> None:
-    """No packages, no compiler, no mpirun: a table with what to do about each, no traceback."""
+def test_a_machine_where_everything_is_missing_gets_a_remedy_for_each(tmp_path: pathlib.Path) -> None:
+    """No packages, no compiler, no mpirun: the table says how to fix each, without a traceback."""
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "CXX": "no-such-compiler"}
     done = subprocess.run(
         [sys.executable, "-S", "-E", DOCTOR], check=False, env=environment, text=True, capture_output=True, timeout=60
@@ -140,33 +148,31 @@ def test_a_machine_where_everything_is_missing(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks() -> None:
-    """The doctor's own all-reduce under mpirun; without mpirun it says so."""
+def test_two_ranks_can_sum_under_mpirun() -> None:
     assert doctor.check_all_reduce().status == doctor.OK
 
 
 @pytest.mark.parametrize(
     "program,words",
     [
-        ("import time; time.sleep(60)", "it was stopped after"),
-        ("import os; os.kill(os.getpid(), 11)", "it was ended by SIGSEGV"),
+        ("import time; time.sleep(60)", "still running after 2 s"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
         ("raise RuntimeError('no such thing')", "no such thing"),
     ],
 )
-def test_a_process_that_fails(program, words) -> None:
-    """Crashes, errors and time limits become one line."""
+def test_crashes_errors_and_time_limits_become_one_line(program: str, words: str) -> None:
     done = doctor.run_limited([sys.executable, "-c", program], 2)
     assert done.status != 0 and words in done.reason and "\n" not in done.reason
 
 
-def gpu_check_command(tmp_path: pathlib.Path, *words):
-    """The command that writes into a folder of the test."""
+def gpu_check_command(tmp_path: pathlib.Path, *words: str) -> list[str]:
+    """gpu_check.py with results in a folder of the test."""
     program = tiny.ROOT / "tests" / "bench" / "gpu_check.py"
-    return [sys.executable, program, "--out", tmp_path / "out", *words]
+    return [sys.executable, str(program), "--out", str(tmp_path / "out"), *words]
 
 
 def test_a_section_that_fails_does_not_stop_the_next(tmp_path: pathlib.Path) -> None:
-    """Figures and table hold every section with its reason; what needs a failed one is not run."""
+    """The results hold every section with its reason; sections that need a failed one are not run."""
     names = ("plugin", "step", "libraries", "environment")
     done = subprocess.run(
         gpu_check_command(tmp_path, "--only", *names),
@@ -187,8 +193,7 @@ def test_a_section_that_fails_does_not_stop_the_next(tmp_path: pathlib.Path) -> 
     assert table.count("\n| ") == 2 + 4 and table in done.stdout
 
 
-def test_no_time_left(tmp_path: pathlib.Path) -> None:
-    """A limit on the whole is kept, and the table says which sections it left out."""
+def test_the_time_limit_is_kept_and_the_sections_left_out_are_named(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         gpu_check_command(tmp_path, "--limit", "1", "--only", "read"),
         text=True,
@@ -200,7 +205,7 @@ def test_no_time_left(tmp_path: pathlib.Path) -> None:
 
 
 def test_sections_come_after_what_they_need() -> None:
-    """A section's need is decided before it, and each has a time limit."""
+    """Each section comes after the one it needs, and has a time limit."""
     gpu_check = importlib.import_module("bench.gpu_check")
     names = list(gpu_check.SECTIONS)
     for name, section in gpu_check.SECTIONS.items():
@@ -208,16 +213,17 @@ def test_sections_come_after_what_they_need() -> None:
         assert not section.needs or names.index(section.needs) < names.index(name)
 
 
-def test_a_gpu_library_of_another_machine(
+def test_a_gpu_library_built_elsewhere_needs_no_compiler(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a variable names a library, that one is taken and no compiler asked for."""
+    """An environment variable names the library."""
     path = compile_library(tmp_path / "ops.so", "int Warp() { return 7; }")
     monkeypatch.setenv("NVCC", "no-such-compiler")
     monkeypatch.setenv(native.GPU_LIBRARY, str(path))
     native._load.cache_clear()
     try:
-        assert native.library("GPU")._name == str(path) and native.library("GPU").Warp() == 7
+        library = native.library("GPU")
+        assert library and library._name == str(path) and library.Warp() == 7
         native._load.cache_clear()
         monkeypatch.setenv(native.GPU_LIBRARY, str(tmp_path / "none.so"))
         assert native.library("GPU") is None
@@ -236,10 +242,14 @@ def test_a_gpu_library_of_another_machine(
         ("13.0", None, None),
     ],
 )
-def test_an_nvcc_that_is_too_new_for_the_driver(
-    release, driver, words, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_an_nvcc_too_new_for_the_driver_is_refused(
+    release: str,
+    driver: tuple[int, int] | None,
+    words: str | None,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A library that the driver would refuse is not built; without a driver any is."""
+    """The driver could not load the library; without a driver, any nvcc is accepted."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
     nvcc.chmod(0o755)
@@ -251,8 +261,7 @@ def test_an_nvcc_that_is_too_new_for_the_driver(
         native.check_driver(str(nvcc))
 
 
-def test_building_from_the_command_line() -> None:
-    """A missing compiler is one line, not a traceback."""
+def test_a_missing_compiler_is_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "model.native", "gpu"],
         check=False,

@@ -1,4 +1,4 @@
-"""Jobs of a few collectives under real mpirun: what ends them, and what the user reads then."""
+"""Jobs of a few collectives under real mpirun: what ends them, and what the user then reads."""
 
 import contextlib
 import os
@@ -18,28 +18,28 @@ import tiny
 
 PROGRAM = tiny.ROOT / "tests" / "collective.py"
 LIMIT = 60
-"""Seconds within which a job ends that has lost something."""
+"""Seconds within which a failed job ends."""
 
 
 class Job:
-    """Two ranks that add ones until something happens to them.
+    """Ranks that sum ones until something happens to them.
 
     Args:
-        logs: folder for the log files, not yet there.
-        seconds: how long the ranks go on.
+        logs: folder for the log files, which does not exist yet.
+        seconds: how long the ranks run.
         ranks: how many.
-        environment: what goes wrong, as tests/collective.py says.
+        environment: what goes wrong; tests/collective.py lists it.
     """
 
-    def __init__(self, logs, seconds=0, ranks=2, **environment) -> None:
+    def __init__(self, logs: pathlib.Path, seconds: float = 0, ranks: int = 2, **environment: object) -> None:
         self.logs = logs
         self.mark = f"TEST_MARK={uuid.uuid4()}"
         settings = [f"{key}={value}" for key, value in environment.items()]
         program = ["env", self.mark, *settings, sys.executable, PROGRAM, logs, seconds]
         self.mpirun = tiny.mpirun(ranks, *program)
 
-    def processes(self):
-        """Those of the job, mpirun aside, as psutil.Process."""
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the job except mpirun."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError), open(f"/proc/{process.pid}/environ", "rb") as file:
@@ -47,26 +47,29 @@ class Job:
                     found.append(process)
         return found
 
-    def watchdogs(self):
-        """Process of each rank's watchdog, which mpirun started, in the order of the ranks."""
+    def watchdogs(self) -> list[psutil.Process]:
+        """The watchdogs, which are mpirun's children, in rank order."""
         return sorted(
             (process for process in self.processes() if process.ppid() == self.mpirun.pid),
             key=lambda process: process.environ()["OMPI_COMM_WORLD_RANK"],
         )
 
-    def rank(self, number):
-        """Process of a rank."""
+    def rank(self, number: int) -> psutil.Process:
+        """A rank's process."""
         return self.watchdogs()[number].children()[0]
 
-    def started(self):
-        """Wait for the first collective."""
-        line = self.mpirun.stderr.readline()
-        assert line.startswith("sum 1 is "), line + self.mpirun.stderr.read()
-        return self
+    def read_line(self) -> str:
+        """The next line of stderr."""
+        assert self.mpirun.stderr
+        return self.mpirun.stderr.readline()
 
-    def ended(self):
-        """(exit status, stderr) once all is over, at the latest after LIMIT seconds; no process of the
-        job is left then."""
+    def wait_for_start(self) -> None:
+        """Wait for the first collective."""
+        line = self.read_line()
+        assert line.startswith("sum 1 is "), line + self.finish()[1]
+
+    def finish(self) -> tuple[int, str]:
+        """Wait until the job ends, within LIMIT seconds and leaving no process; returns (exit status, stderr)."""
         try:
             _, err = self.mpirun.communicate(timeout=LIMIT)
         finally:
@@ -79,9 +82,9 @@ class Job:
         assert not left, left
         return self.mpirun.returncode, err
 
-    def fails(self, *words, status=None):
-        """The job ends with a status that is not 0, and one line about it that has the words."""
-        found, err = self.ended()
+    def fails(self, *words: str, status: int | None = None) -> str:
+        """Check that the job ends with a non-zero status and one error line that has the words; returns stderr."""
+        found, err = self.finish()
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert found and (status is None or found == status) and len(lines) == 1, err
         for word in words:
@@ -90,10 +93,17 @@ class Job:
         return err
 
 
+def start_job(logs: pathlib.Path, seconds: float) -> Job:
+    """Start a job and wait for its first collective."""
+    job = Job(logs, seconds)
+    job.wait_for_start()
+    return job
+
+
 @pytest.mark.slow
 def test_output_is_for_the_user_and_the_rest_is_logged(tmp_path: pathlib.Path) -> None:
-    """Rank 0's progress and nothing of MindSpore's; each rank has a log with both."""
-    status, err = Job(tmp_path / "run" / "logs").ended()
+    """The terminal shows rank 0's progress and nothing from MindSpore; each rank has its own log."""
+    status, err = Job(tmp_path / "run" / "logs").finish()
     assert status == 0 and re.fullmatch("(sum . is 2\n)+", err), err
     first, second = ((tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
     assert "sum 1 is 2" in first and "rank 0 says goodbye" in first
@@ -101,24 +111,25 @@ def test_output_is_for_the_user_and_the_rest_is_logged(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.slow
-def test_a_crashed_rank_ends_the_job_with_its_last_words(tmp_path: pathlib.Path) -> None:
-    """The other rank waits in MindSpore's C++ and is ended; the user reads why, where and what more."""
+def test_a_crashed_rank_ends_the_job_with_its_last_log_line(tmp_path: pathlib.Path) -> None:
+    """The other rank waits in MPI and is killed; the user reads which rank crashed, why, and where its log is."""
     job = Job(tmp_path / "logs", 100, CRASH=1)
     job.fails("rank 1 on ", "signal 6", "terminate called", f"{tmp_path}/logs/rank-1.log", status=134)
 
 
 @pytest.mark.slow
 def test_a_rank_whose_watchdog_is_killed_ends_the_job(tmp_path: pathlib.Path) -> None:
-    """mpirun alone would name a number of a process."""
-    job = Job(tmp_path / "logs", 100).started()
+    """The error names the rank and host; mpirun alone would give a process number."""
+    job = start_job(tmp_path / "logs", 100)
     job.watchdogs()[1].kill()
     job.fails("rank 1 on ", "was killed, and its watchdog with it")
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(tmp_path: pathlib.Path) -> None:
-    """It is alive and the other one waits for it: the line says which one, where, and after which step."""
-    job = Job(tmp_path / "logs", 100, HANG=1).started()
+    """It is alive and the other rank waits for it: the error says which rank hangs, where, and after which step."""
+    job = Job(tmp_path / "logs", 100, HANG=1)
+    job.wait_for_start()
     began = time.monotonic()
     job.fails("rank 1 on ", "no progress for ", "while training, after step 1", f"{tmp_path}/logs/rank-1.log")
     assert time.monotonic() < began + LIMIT
@@ -127,8 +138,10 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "ranks,drifting,words", [(2, 1, ["rank 0 on ", ", rank 1 on "]), (3, 1, ["rank 1 on ", "against 2 others"])]
 )
-def test_ranks_whose_weights_differ(tmp_path: pathlib.Path, ranks, drifting, words) -> None:
-    """One bit is enough, and the rank that is alone with its weights is named."""
+def test_weights_that_differ_in_one_bit_end_the_job(
+    tmp_path: pathlib.Path, ranks: int, drifting: int, words: list[str]
+) -> None:
+    """The error names the rank whose weights differ from the others'."""
     Job(tmp_path / "logs", 100, ranks=ranks, DRIFT=drifting).fails(
         "after step 3 the weights of ranks differ", *words, status=1
     )
@@ -136,22 +149,18 @@ def test_ranks_whose_weights_differ(tmp_path: pathlib.Path, ranks, drifting, wor
 
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_job(tmp_path: pathlib.Path) -> None:
-    """Its watchdog still answers for it."""
-    job = Job(tmp_path / "logs", 100).started()
+    """Its watchdog still runs, and reports it."""
+    job = start_job(tmp_path / "logs", 100)
     job.rank(1).suspend()
     job.fails("rank 1 on ", "stopped (SIGSTOP)", "while training, after step ")
 
 
-def test_strangers_at_the_watchdogs_port(tmp_path: pathlib.Path) -> None:
-    """Garbage, partial messages, an endless line, silence and a thousand connections change nothing, and
-    ranks of one host listen to that host alone."""
-    job = Job(tmp_path / "logs", 12).started()
-    (port,) = (
-        entry.laddr.port for entry in job.watchdogs()[0].net_connections("tcp") if entry.status == psutil.CONN_LISTEN
-    )
-    (address,) = (
-        entry.laddr.ip for entry in job.watchdogs()[0].net_connections("tcp") if entry.status == psutil.CONN_LISTEN
-    )
+def test_strangers_at_the_watchdogs_port_change_nothing(tmp_path: pathlib.Path) -> None:
+    """Garbage, partial messages, an endless line, silence and a thousand connections change nothing; ranks on one
+    host listen on the loopback interface only."""
+    job = start_job(tmp_path / "logs", 12)
+    connections = job.watchdogs()[0].net_connections("tcp")
+    ((address, port),) = (entry.laddr for entry in connections if entry.status == psutil.CONN_LISTEN)
     assert address == "127.0.0.1"
     rng = np.random.default_rng(0)
     strangers = []
@@ -163,14 +172,14 @@ def test_strangers_at_the_watchdogs_port(tmp_path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         for _ in range(1000):
             strangers[-1].sendall(b"x" * (1 << 16))
-    status, err = job.ended()
+    status, err = job.finish()
     assert status == 0 and re.fullmatch("(sum .* is 2\n)*", err), err
 
 
 @pytest.mark.slow
-def test_a_terminated_mpirun_says_what_the_user_can_do(tmp_path: pathlib.Path) -> None:
-    """It leaves the ranks half a second, too little to say anything."""
-    job = Job(tmp_path / "logs", 100).started()
+def test_a_terminated_mpirun_says_how_to_resume(tmp_path: pathlib.Path) -> None:
+    """mpirun leaves the ranks too little time to print anything themselves."""
+    job = start_job(tmp_path / "logs", 100)
     job.mpirun.terminate()
     job.fails("interrupted", "the same command resumes")
 
@@ -182,8 +191,10 @@ def test_a_terminated_mpirun_says_what_the_user_can_do(tmp_path: pathlib.Path) -
         ({"BROKEN": 1}, ["rank 1 on ", "data/shard-1: missing"]),
     ],
 )
-def test_checks_of_all_ranks_come_before_the_first_file(tmp_path: pathlib.Path, problem, words) -> None:
-    """Data that differ or lack on one rank end the job, and the run's folder is not made."""
+def test_all_ranks_are_checked_before_the_first_file_is_created(
+    tmp_path: pathlib.Path, problem: dict[str, int], words: list[str]
+) -> None:
+    """Data that differ, or are missing, on one rank end the job, and the run folder is not created."""
     Job(tmp_path / "run" / "logs", **problem).fails(*words, status=1)
     assert not (tmp_path / "run").exists()
 
@@ -191,7 +202,7 @@ def test_checks_of_all_ranks_come_before_the_first_file(tmp_path: pathlib.Path, 
 @pytest.mark.parametrize("ranks,user", [(1, None), (2, None), (1, "3")])
 @pytest.mark.parametrize("binding", [("--bind-to", "core"), ("--oversubscribe",)])
 def test_a_rank_is_bound_to_its_share_of_the_cores(ranks: int, user: str | None, binding: tuple[str, ...]) -> None:
-    """Whether mpirun binds it to one core or to none; the number of threads that the user set stays."""
+    """Whether mpirun binds it to one core or to none; a number of threads set by the user is kept."""
     program = (
         "import os; from launch import ranks; ranks.current().claim_cores(); import cv2;"
         "print(os.environ['OMP_NUM_THREADS'], cv2.getNumThreads(), "
@@ -218,13 +229,14 @@ def test_a_rank_is_bound_to_its_share_of_the_cores(ranks: int, user: str | None,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hosts.are_possible(), reason="takes root and iproute2 to make hosts")
+@pytest.mark.skipif(not hosts.are_possible(), reason="network namespaces need root and iproute2")
 def test_a_host_that_is_cut_off_ends_the_job(tmp_path: pathlib.Path) -> None:
-    """Three hosts without a common file system compute, until the packets of one are dropped."""
+    """Three hosts without a shared file system compute until all packets of one are dropped."""
     with hosts.Hosts(tmp_path, 3) as network:
         logs = tmp_path / "local" / "logs"
         job = network.mpirun(sys.executable, PROGRAM, logs, 100)
         try:
+            assert job.stderr
             while not (line := job.stderr.readline()).startswith("sum 1 is 3"):
                 assert line, job.communicate()
             network.cut_off(3)

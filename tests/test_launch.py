@@ -1,4 +1,4 @@
-"""Starting: what an environment lacks, what the command lines of scripts and commands have in common."""
+"""Environments, scripts, and what all command lines have in common."""
 
 import os
 import pathlib
@@ -13,22 +13,20 @@ from launch import requirements
 from launch.arguments import Parser
 
 
-def test_this_environment_has_what_setup_cfg_asks_for() -> None:
-    """Comments in setup.cfg are no requirements, and versions count."""
-    wanted = requirements.wanted(["test"])
-    assert "mindspore == 2.8.0" in wanted and not any(line.startswith("#") for line in wanted)
-    assert requirements.missing(wanted) == []
+def test_requirements_are_read_from_setup_cfg_and_versions_count() -> None:
+    """Comments in setup.cfg are not requirements, and those for other platforms are not missing."""
+    required = requirements.required(["test"])
+    assert "mindspore == 2.8.0" in required and not any(line.startswith("#") for line in required)
+    assert requirements.missing(required) == []
+    assert requirements.missing(['no-such-package-anywhere; sys_platform == "win32"']) == []
     assert requirements.missing(["numpy >= 2", "no-such-package-anywhere"]) == [
         "numpy >= 2",
         "no-such-package-anywhere",
     ]
 
 
-def test_an_empty_environment_lacks_everything(tmp_path: pathlib.Path) -> None:
-    """The check itself runs with nothing but the standard library."""
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", tiny.ROOT / "launch" / "requirements.py"], capture_output=True, text=True
-    )
+def test_requirements_can_be_checked_in_an_empty_environment() -> None:
+    done = run_python("-S", "-E", "launch/requirements.py")
     assert done.returncode == 1 and "mindspore" in done.stdout and "Traceback" not in done.stderr
 
 
@@ -44,38 +42,33 @@ COMMANDS = {
     "train/evaluate.py": ["--ckpt=a", "--data=b", "--split=c", "--out=d"],
     "train/main.py": ["--config=a", "--data=b", "--data=c", "--out=d", "--accumulate=2"],
 }
-"""Commands of users, with options that may each be given once, beside --data of train/main.py."""
+"""Users' commands with options that may each be given once, except for --data of train/main.py."""
 
 
-def python(*words, **options):
-    """Run Python with these arguments, at this project's root."""
+def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments and environment variables at the project's root."""
+    environment = {**os.environ, **variables}
     return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=tiny.ROOT,
-        check=False,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        **options,
+        [sys.executable, *words], cwd=tiny.ROOT, timeout=120, capture_output=True, text=True, env=environment
     )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_given_twice(command) -> None:
-    """The last one does not win in silence."""
+def test_an_option_given_twice_is_an_error(command: str) -> None:
+    """The second value does not silently replace the first."""
     words = COMMANDS[command]
     for option in [word for word in words if word.startswith("--") and "data" not in word]:
         more = ["8", "8"] if "=" not in option else []
-        done = python(command, *words, option, *more)
+        done = run_python(command, *words, option, *more)
         assert done.returncode == 2, done.stderr
         assert f"argument {option.partition('=')[0]}: given twice" in done.stderr
     if command == "train/main.py":
-        done = python(command, *words)
+        done = run_python(command, *words)
         assert done.returncode == 1 and "a: no such recipe" in done.stderr
 
 
-def test_values_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Counted for each command line, by option and not by spelling; lists and flags as ever."""
+def test_an_option_is_counted_once_per_command_line_however_it_is_spelled(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that append, and flags, can be repeated."""
     parser = Parser()
     parser.add_argument("--ckpt", default="none")
     parser.add_argument("--size", nargs=2)
@@ -93,10 +86,48 @@ def test_values_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert "given twice" in capsys.readouterr().err
 
 
+def test_help_states_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step")
+    parser.add_argument("--size", nargs=2, default=[8, 16], help="height and width")
+    parser.add_argument("--share", default="5%", help="part of the pairs")
+    parser.add_argument("--workers", type=int, help="threads (default: one per core)")
+    parser.add_argument("--out", help="folder for the results")
+    parser.add_argument("--warp", action="store_true", help="warp the second image")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    lines = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and lines.count("default") == 4 and "None" not in lines
+    for text in ("pairs per step (default: 4)", "width (default: 8 16)", "(default: 5%)", "(default: one per core)"):
+        assert text in lines
+
+
+def test_an_option_s_former_name_still_works_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--ema-decay", type=float)
+    parser.add_argument("words", nargs="*")
+    parser.rename_option("--average", "--ema-decay")
+    for words in (["--average", "0.5"], ["--average=0.5"]):
+        assert parser.parse_args(words).ema_decay == 0.5
+        assert capsys.readouterr().err == "note: --average is now called --ema-decay\n"
+    assert parser.parse_args(["--", "--average"]).words == ["--average"]
+    assert "--average" not in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--average=0.5", "--ema-decay=0.5"])
+    assert "argument --ema-decay: given twice" in capsys.readouterr().err
+
+
+def test_usage_shows_the_command_as_typed() -> None:
+    """Python's file for a command, else the script that started it."""
+    assert run_python("launch/doctor.py", "--help").stdout.startswith("usage: python launch/doctor.py ")
+    assert run_python("launch/doctor.py", "-h", PWCNET_COMMAND="launch/doctor.sh").stdout.startswith(
+        "usage: launch/doctor.sh "
+    )
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_outside_the_environment(command) -> None:
-    """It says in one line which environment to activate or how to make one."""
-    done = python("-S", "-E", command, *COMMANDS[command])
+def test_a_command_outside_the_environment_says_how_to_get_one(command: str) -> None:
+    done = run_python("-S", "-E", command, *COMMANDS[command])
     assert done.returncode == 1 and done.stderr.startswith("error: ") and not done.stdout
     assert done.stderr.count("\n") == 1 and "lacks the package " in done.stderr, done.stderr
     assert ".venv/bin/activate" in done.stderr
@@ -114,8 +145,8 @@ SCRIPTS = sorted(path.name for path in (tiny.ROOT / "launch").glob("*.sh") if pa
         if (script, words[0]) != ("retry.sh", "steps=1")
     ],
 )
-def test_help_of_a_script(script, words, tmp_path: pathlib.Path) -> None:
-    """Nothing is made, installed or run, be the environment there or not."""
+def test_help_of_a_script_sets_nothing_up(script: str, words: list[str], tmp_path: pathlib.Path) -> None:
+    """Whether the environment exists or not, no file is created and nothing is installed."""
     checkout = tmp_path / "checkout"
     shutil.copytree(tiny.ROOT / "launch", checkout / "launch")
     before = sorted(checkout.rglob("*"))
@@ -126,7 +157,6 @@ def test_help_of_a_script(script, words, tmp_path: pathlib.Path) -> None:
         [checkout / "launch" / script, *words],
         cwd=tmp_path,
         env=variables,
-        check=False,
         capture_output=True,
         text=True,
         timeout=20,
@@ -138,29 +168,31 @@ def test_help_of_a_script(script, words, tmp_path: pathlib.Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkout"]
 
 
-def test_help_has_the_command_s_options() -> None:
-    """Where the environment has what the command imports."""
+def test_help_of_a_script_lists_the_command_s_options() -> None:
+    """If the environment has what the command imports; usage shows the script."""
     done = subprocess.run(
         [tiny.ROOT / "launch" / "train.sh", "--help"],
-        check=False,
         capture_output=True,
         text=True,
         timeout=60,
         env={**os.environ, "VIRTUAL_ENV": sys.prefix},
     )
     assert done.returncode == 0 and "mpirun -n RANKS" in done.stdout and "--accumulate" in done.stdout
+    assert f"usage: {tiny.ROOT}/launch/train.sh " in done.stdout
 
 
 @pytest.mark.parametrize(
     "variables,words",
     [
-        ({}, "no batch job of Slurm; submit it: sbatch"),
+        ({}, "not in a Slurm batch job; submit it: sbatch"),
         ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the checkout; submit from there"),
-        ({"SLURM_SUBMIT_DIR": str(tiny.ROOT)}, "no batch job of Slurm"),
+        ({"SLURM_SUBMIT_DIR": str(tiny.ROOT)}, "not in a Slurm batch job"),
     ],
 )
-def test_the_slurm_script_outside_slurm(variables, words, tmp_path: pathlib.Path) -> None:
-    """Wherever it is; sbatch runs a copy of it elsewhere."""
+def test_the_slurm_script_outside_slurm_says_how_to_submit_it(
+    variables: dict[str, str], words: str, tmp_path: pathlib.Path
+) -> None:
+    """Wherever the script is: sbatch runs a copy of it elsewhere."""
     script = tiny.ROOT / "launch" / "slurm.sh"
     if variables:
         script = shutil.copy(script, tmp_path)
@@ -169,7 +201,6 @@ def test_the_slurm_script_outside_slurm(variables, words, tmp_path: pathlib.Path
         ["bash", script, "--config", "chairs"],
         cwd=tmp_path,
         env={**kept, **variables},
-        check=False,
         capture_output=True,
         text=True,
         timeout=20,
@@ -178,7 +209,24 @@ def test_the_slurm_script_outside_slurm(variables, words, tmp_path: pathlib.Path
     assert done.stderr.count("\n") == 1
 
 
-def test_the_command_line_of_requirements() -> None:
-    assert "tensorboard" in python("launch/requirements.py", "--help").stdout
-    done = python("launch/requirements.py", "test", "nope")
-    assert done.returncode == 2 and "no extra nope; expected some of: test" in done.stderr
+@pytest.mark.parametrize("device", [["--device", "cpu"], ["--device=cpu"]])
+def test_the_slurm_script_takes_the_device_that_is_given(device: list[str], tmp_path: pathlib.Path) -> None:
+    """It adds --device gpu only if none is given: a second --device would be refused."""
+    variables = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "VIRTUAL_ENV": sys.prefix}
+    words = ["--config", "example", "--data", "none", "--out", str(tmp_path), *device, "--no-such-option"]
+    done = subprocess.run(
+        ["bash", tiny.ROOT / "launch" / "slurm.sh", *words],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "unrecognized arguments: --no-such-option" in done.stderr, done.stderr
+    assert "launch/train.sh: error" in done.stderr and "its command line is invalid" in done.stderr
+
+
+def test_an_unknown_extra_is_refused_with_the_known_ones() -> None:
+    assert "tensorboard" in run_python("launch/requirements.py", "--help").stdout
+    done = run_python("launch/requirements.py", "test", "nope")
+    assert done.returncode == 2 and "no extra nope; expected any of: test" in done.stderr

@@ -1,4 +1,4 @@
-"""The layout of the code: which folder may import which, and commands that run from anywhere."""
+"""The layout of the code: which folder may import which, and commands that run in any folder."""
 
 import ast
 import pathlib
@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 FOLDERS = ("launch", "prep", "model", "train")
-"""From the lowest to the highest: a folder imports none that comes after it."""
+"""From the lowest to the highest: no folder imports one that comes after it."""
 
 
 def imported_packages(path: pathlib.Path) -> set[str]:
-    """First parts of all names that a file imports, also inside functions."""
+    """Top-level packages that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ COMMANDS = [path for path in COMMANDS if path.read_text().startswith("#!")]
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_command_does_not_depend_on_the_folder_it_is_in(path: pathlib.Path) -> None:
-    """Not on its neighbours, of which prep/inspect.py has the name of a module that the standard library imports."""
+    """Its neighbours do not shadow modules: prep/inspect.py has the name of one in the standard library."""
     for options in ([], ["-P"] if sys.version_info >= (3, 11) else []):
         done = subprocess.run(
             [sys.executable, *options, path.name, "--help"],

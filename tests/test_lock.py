@@ -1,4 +1,4 @@
-"""The lock on a folder: who holds it, and what a killed holder leaves."""
+"""The lock on a folder: who holds it, and what happens when the holder is killed."""
 
 import os
 import pathlib
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -24,22 +25,24 @@ time.sleep(60)
 
 
 @pytest.fixture
-def path(tmp_path: pathlib.Path):
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "lock"
 
 
 @pytest.fixture
-def holder(path):
+def holder(path: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, path], cwd=tiny.ROOT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
+    assert process.stdout and process.stdout.readline() == b"held\n"
     yield process
     process.kill()
     process.communicate()
 
 
-def test_a_second_holder_is_told_who_the_first_is(path, holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And gets the lock as soon as that one was killed, even with -9."""
+def test_a_lock_that_is_held_is_refused_until_its_holder_ends(
+    path: pathlib.Path, holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the holder; a killed one (-9) leaves no lock."""
     monkeypatch.setattr(lock, "GRACE", 0.2)
     with pytest.raises(UserError) as refused:
         lock.Lock(path, "test")
@@ -54,9 +57,10 @@ def test_a_second_holder_is_told_who_the_first_is(path, holder, monkeypatch: pyt
     lock.Lock(path, "test").release()
 
 
-def test_a_host_that_flock_does_not_reach(path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shows by its heartbeat; without one it is dead."""
-    monkeypatch.setattr(lock, "WATCH", 2)
+def test_a_holder_out_of_flock_s_reach_keeps_the_lock_by_heartbeats(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "TIMEOUT", 2)
     path.write_text("elsewhere 7")
     beating = subprocess.Popen(["sh", "-c", 'while sleep 0.3; do touch "$0"; done', path])
     try:
@@ -69,10 +73,10 @@ def test_a_host_that_flock_does_not_reach(path, monkeypatch: pytest.MonkeyPatch)
     lock.Lock(path, "test").release()
 
 
-def test_the_heart_beats(path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+def test_a_holder_sends_heartbeats(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     held = lock.Lock(path, "test")
-    before = held.beaten()
+    before = held.last_heartbeat()
     time.sleep(0.5)
-    assert held.beaten() > before
+    assert held.last_heartbeat() > before
     held.release()

@@ -1,4 +1,4 @@
-"""What ranks find out about each other and exchange, without starting a job."""
+"""How ranks are numbered and what they exchange, without starting a job."""
 
 import json
 
@@ -27,7 +27,7 @@ VALUES = st.recursive(
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two values are equal, arrays in dtype, shape and bits."""
+    """Whether two values are equal; arrays in dtype, shape and bits."""
     if isinstance(one, np.ndarray):
         return (
             isinstance(other, np.ndarray)
@@ -43,27 +43,27 @@ def same(one: object, other: object) -> bool:
 
 
 @given(VALUES)
-def test_what_ranks_exchange_arrives_unchanged(value) -> None:
-    """Bit for bit, of every type that is documented."""
+def test_what_ranks_exchange_arrives_unchanged(value: object) -> None:
+    """Bit for bit, for every documented type."""
     assert same(decode(encode(value)), value)
 
 
-def test_arrays_that_arrive_can_be_written_to() -> None:
-    """Checkpoints are restored into them; float64 keeps its nan and infinity."""
+def test_arrays_that_arrive_are_writable() -> None:
+    """Checkpoints are restored into them; NaN and infinity survive."""
     array = decode(encode(np.array([np.nan, np.inf, 1e300, -0.0])))
     assert array.view(np.uint64).tolist() == np.array([np.nan, np.inf, 1e300, -0.0]).view(np.uint64).tolist()
     array[0] = 1
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), np.array(["text"]), np.array([object()]), b"bytes"])
-def test_other_types_are_refused(value) -> None:
-    """Rather than sent in some other form."""
+def test_other_types_are_refused(value: object) -> None:
+    """They are not silently converted."""
     with pytest.raises(TypeError):
         encode(value)
 
 
 def test_a_pickle_from_another_rank_is_not_run() -> None:
-    """mpi4py would unpickle by default, which can run any code."""
+    """By default mpi4py would unpickle it, which can run any code."""
     with pytest.raises((ValueError, json.JSONDecodeError)):
         decode(b"cbuiltins\nexit\n(tR.")
 
@@ -71,22 +71,22 @@ def test_a_pickle_from_another_rank_is_not_run() -> None:
 @pytest.mark.parametrize(
     "outcomes,words",
     [
-        ([("a", {"x": "1"}, None), ("b", {"x": "1"}, None)], None),
+        ([("a", {"x": "1"}, None), ("b", {"x": "1"}, None)], []),
         ([("a", {"x": "1"}, None), ("b", {"x": "2"}, None)], ["rank 1 on b", "x 2", "rank 0 on a"]),
         ([("a", {}, None), ("b", {}, "f.flo: cut short")], ["rank 1 on b: f.flo: cut short"]),
         ([("a", {}, "no recipe"), ("a", {}, "no recipe")], ["no recipe"]),
     ],
 )
-def test_ranks_that_disagree(outcomes, words) -> None:
-    """The line names the rank and host that differs, unless all failed alike."""
-    found = session.find_disagreement(outcomes)
-    assert (found is None) == (words is None)
-    for word in words or []:
-        assert word in found
+def test_the_error_of_ranks_that_disagree_names_rank_and_host(
+    outcomes: list[tuple[str, dict[str, str], str | None]], words: list[str]
+) -> None:
+    """Unless all ranks have an error."""
+    problem = session.find_disagreement([session.Outcome(*outcome) for outcome in outcomes]) or ""
+    assert bool(problem) == bool(words) and all(word in problem for word in words)
 
 
-def test_slurms_variables_are_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of srun --mpi=pmix; without PMIx they would all be rank 0 and write to the same run."""
+def test_slurm_s_variables_number_the_ranks_if_it_has_pmix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PMIx they would all be rank 0 and write to the same run."""
     given = {"STEP_NUM_TASKS": "11", "STEP_TASKS_PER_NODE": "4(x2),3", "PROCID": "9", "LOCALID": "1", "NODEID": "2"}
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -103,21 +103,21 @@ def test_slurms_variables_are_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.current.__wrapped__().local_size == 4
 
 
-def test_another_mpis_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MPICH's mpirun would start as many runs of one rank, all with the same folder."""
+def test_ranks_of_another_mpi_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPICH's mpirun would start several runs of one rank, all with the same folder."""
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UserError, match="Open MPI"):
         ranks.current.__wrapped__()
 
 
-def test_a_role_of_mindspores_own_cluster_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MindSpore would start as a scheduler or a worker, or end without a word."""
+def test_a_role_in_mindspore_s_own_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore would start as a scheduler or worker, or exit silently."""
     monkeypatch.setenv("MS_ROLE", "MS_SCHED")
     with pytest.raises(UserError, match="unset MS_ROLE"):
         session.start_mindspore(Rank(), "cpu")
 
 
 def test_more_ranks_than_gpus_are_refused() -> None:
-    """In words, on each host, before MindSpore is imported; as is a machine without a driver."""
-    with pytest.raises(UserError, match="GPU|driver"):
+    """On each host, before MindSpore is imported; as is a host without a driver."""
+    with pytest.raises(UserError, match=r"GPU|driver"):
         gpus.check_device(Rank(0, 100, 0, 100), "gpu")

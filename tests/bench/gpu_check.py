@@ -26,7 +26,7 @@ import statistics
 import time
 import traceback
 
-from launch import doctor, session
+from launch import doctor, session, versions
 from launch.arguments import Parser
 from launch.errors import UserError, run
 from launch.gpus import count_gpus
@@ -86,13 +86,13 @@ def environment(options):
             if (name := entry.metadata["Name"] or "").startswith("nvidia-")
         }
     )
-    versions = {}
+    installed = {}
     for name in packages:
         try:
-            versions[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    allowed, there = doctor.cores()
+            installed[name] = None
+    allowed, there = doctor.count_cores()
     found = {
         "host": platform.node(),
         "system": platform.platform(),
@@ -100,7 +100,7 @@ def environment(options):
         "cores": allowed,
         "cores_of_machine": there,
         "memory_free_gb": doctor.free_memory() / 1e9,
-        "packages": versions,
+        "packages": installed,
         "git": versions.git_revision(),
         "gpus": gpus(),
         "variables": {
@@ -128,7 +128,7 @@ def environment(options):
     )
     found["line"] = (
         f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
-        f"{found['python']}, MindSpore {versions['mindspore']}, {allowed} cores"
+        f"{found['python']}, MindSpore {installed['mindspore']}, {allowed} cores"
     )
     if problem and options.device == "gpu":
         return {**found, "status": doctor.FAIL, "line": problem}
@@ -149,8 +149,6 @@ def gpus():
 def libraries(options):
     """Every library that the GPU plugin asks for, by name, and every symbol and version of them."""
     found = doctor.plugin_libraries()
-    if found is None:
-        raise UserError("MindSpore is not installed")
     problem, advice = doctor.describe_libraries(found)
     result = {
         "libraries": found.found,
@@ -211,7 +209,7 @@ def plugin(options):
 
 def start_mindspore(options) -> None:
     """MindSpore in this process on the device that was asked for."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(doctor.cores()[0]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(doctor.count_cores()[0]))
     session.start_mindspore(Rank(), options.device)
 
 
@@ -418,7 +416,7 @@ def torch_step(half):
         device = "cuda" if options.device == "gpu" else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise NotHere(f"PyTorch {torch.__version__} sees no GPU")
-        torch.set_num_threads(doctor.cores()[0])
+        torch.set_num_threads(doctor.count_cores()[0])
         network = IRR().to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
         scaler = torch.amp.GradScaler(device, enabled=half)
@@ -508,8 +506,8 @@ def read(options):
     rate = count * options.batch / seconds
     return {
         "pairs_per_s": rate,
-        "cores": doctor.cores()[0],
-        "line": f"{rate:.0f} pairs/s on {doctor.cores()[0]} cores, recipe chairs",
+        "cores": doctor.count_cores()[0],
+        "line": f"{rate:.0f} pairs/s on {doctor.count_cores()[0]} cores, recipe chairs",
     }
 
 
