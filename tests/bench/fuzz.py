@@ -15,6 +15,7 @@ import io
 import json
 import mmap
 import os
+import pathlib
 import random
 import re
 import resource
@@ -359,7 +360,7 @@ def parse_shard(path, data) -> None:
     zero = "0" * 64
     names, runs = [str(i) for i in range(ROWS)], [(ROWS, 6, 8)]
     shard = shards.Shard(SHARD, size, zero, 512, zero, max(1, len(data) - 512), zero, names, runs)
-    rows = list(shard.records(folder))
+    rows = list(shard.records(pathlib.Path(folder)))
     assert len(rows) == ROWS and all(place >= 8 and place + len(record) <= size for place, record in rows)
 
 
@@ -379,7 +380,7 @@ def manifest_seeds():
         made={"command": "prep/convert.py", "plan": {"codec": "zstd"}, "versions": {"python": "3"}},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        manifest.save(folder)
+        manifest.save(pathlib.Path(folder))
         with open(os.path.join(folder, shards.MANIFEST), "rb") as file:
             return [file.read()]
 
@@ -387,13 +388,13 @@ def manifest_seeds():
 def parse_manifest(path, data) -> None:
     from prep import reader, shards
 
-    folder = os.path.dirname(path)
+    folder = pathlib.Path(path).parent
     manifest = shards.Manifest.load(folder)
     for name in manifest.splits:
-        split = reader.DatasetSplit(folder, name, manifest.dataset, manifest.split(name, folder))
+        split = reader.DatasetSplit(folder, name, manifest.dataset, manifest.shards_of(name, folder))
         assert split.sizes.shape == (len(split), 2) and len(split.names) == len(split)
         for file in split.files:
-            assert os.path.dirname(file) == folder
+            assert file.parent == folder
     str(manifest.made["command"]), manifest.made["plan"], manifest.validation["file"]
 
 
