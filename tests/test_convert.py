@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path: Path, 
     command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
                "--out", out, "--shards", "12", "--workers", "2"]  # fmt: skip
     run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not list(partial.glob("train-0000[23]*.json")) and run.poll() is None:
+    while not list(partial.glob("train-0000[23]*.mindrecord.json")) and run.poll() is None:
         time.sleep(0.002)
     if how == signal.SIGINT:
         os.killpg(run.pid, how)  # as a terminal does
@@ -197,7 +197,8 @@ def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path: Path, 
     assert not processes_of(run.pid), "workers outlive the run"
     (partial / "train-00011-of-00012.mindrecord.partial-1").mkdir()  # kill -9 may leave either
     (partial / "train-00011-of-00012.mindrecord.json.partial-1").touch()
-    before = {path: path.stat().st_ino for path in partial.glob("*.mindrecord")}
+    finished = [path.with_suffix("") for path in partial.glob("*.mindrecord.json")]
+    before = {path: path.stat().st_ino for path in finished}
     assert 0 < len(before) < 13
     tiny.convert("flyingchairs", root, out, "--shards", 12, "--workers", 1)
     assert contents(out) == contents(whole)
@@ -211,7 +212,7 @@ def test_a_lost_rank_ends_the_others_and_any_number_goes_on(tmp_path: Path) -> N
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     ranks = tiny.mpirun(2, "prep/convert.py", "flyingchairs", "--root", root, "--out", out,
                         "--shards", 12, "--workers", 1, start_new_session=True)  # fmt: skip
-    while not list(partial.glob("train-0000[12]*.json")) and ranks.poll() is None:
+    while not list(partial.glob("train-0000[12]*.mindrecord.json")) and ranks.poll() is None:
         time.sleep(0.002)
     last = max(pid for pid in processes_of(ranks.pid) if "convert.py" in command_of(pid))
     os.kill(os.getpgid(last), signal.SIGKILL)  # mpirun gives each rank a process group

@@ -10,6 +10,7 @@ chooses these. The same seed gives the same inputs.
 """
 
 import argparse
+import copy
 import dataclasses
 import io
 import json
@@ -136,7 +137,7 @@ def mutate_json(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
         elif how == 3 and isinstance(node, str):
             holder[key] = mutate_bytes(node.encode("utf-8", "replace"), rng, [b"abc"]).decode("latin-1")
         else:
-            holder[key] = rng.choice(JSON_VALUES)
+            holder[key] = copy.deepcopy(rng.choice(JSON_VALUES))  # later changes go into it, too
     return json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 
