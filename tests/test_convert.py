@@ -261,6 +261,21 @@ def test_a_killed_worker_ends_the_run_with_a_line(tmp_path: Path) -> None:
     assert begun[0].name.partition(".partial-")[0] in stderr.splitlines()[-1], "the shard is named"
 
 
+def test_a_second_conversion_to_the_same_folder_is_refused(tmp_path: Path) -> None:
+    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
+               "--out", tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
+    first = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list((tmp_path / "out.partial").glob("*.mindrecord.partial-*")) and first.poll() is None:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    line = stop("flyingchairs", root, tmp_path / "out", "--shards", "4")
+    assert "out.partial: another conversion is writing it" in line and str(first.pid) in line
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == 0
+    assert len(Manifest.load(tmp_path / "out")) == 24
+
+
 def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root: Path, tmp_path: Path) -> None:
     out = tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 2)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
