@@ -108,6 +108,19 @@ def test_the_real_pair(tmp_path: Path) -> None:
         assert getattr(batch, field)[0].tobytes() == array.tobytes()
 
 
+def test_the_readmes_decoder_reads_a_shard_without_this_project(root: Path, tmp_path: Path) -> None:
+    """The documented format is the real one."""
+    _, _, code = (tiny.ROOT / "prep" / "README.md").read_text().partition("```python\n")
+    code = code.partition("```")[0]
+    out = tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 1)
+    command = [sys.executable, "-c", code, str(out / "train-00000-of-00001.mindrecord")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sample = datasets.read_pair(flyingchairs.list_pairs(root, "")[0])
+    image1, flow = sample["image1"], sample["flow"]
+    assert done.stdout == f"{image1.shape} {image1[0, 0]} {flow.shape} {flow[0, 0]}\n"
+
+
 # --- MPI-Sintel -----------------------------------------------------------------------------------
 
 
