@@ -12,20 +12,14 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import collections
-import concurrent.futures
-import ctypes
-import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import platform
 import shlex
 import shutil
-import signal
 import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +29,7 @@ from launch import files, progress, ranks
 from launch.arguments import Parser
 from launch.errors import UserError, drop_output, run
 from launch.lock import Lock
-from prep import codec, memory, schema, shards
+from prep import codec, schema, shards
 from prep.datasets import (
     DatasetModule,
     PairFiles,
@@ -50,6 +44,7 @@ from prep.datasets import (
     splits,
     spring,
 )
+from prep.workers import WorkersKilled, run_in_workers
 
 DATASETS: dict[str, DatasetModule] = {
     "flyingchairs": flyingchairs,
@@ -65,7 +60,6 @@ PLAN = "plan.json"
 """In the work folder: the description of the conversion."""
 LOCK = "lock"
 """In the work folder: held by the conversion that writes it."""
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main() -> None:
@@ -348,8 +342,8 @@ def write_shards(
     if not remaining:
         return
     importlib.import_module("mindspore.mindrecord")  # once, before the workers are forked
-
     counter, done = os.pipe()  # gets a byte for each pair
+    os.set_blocking(counter, False)
 
     def write(index: int) -> None:
         shards.write_shard(
@@ -357,74 +351,37 @@ def write_shards(
             remaining[index].pairs,
             codec_name=options.codec,
             layout=layout,
-            progress=functools.partial(os.write, done, b"."),
+            progress=lambda: os.write(done, b"."),
         )
 
-    os.set_blocking(counter, False)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(options.workers, len(remaining)), multiprocessing.get_context("fork"), start_worker, (os.getpid(), write)
-    )
-    # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers inherit the blocked signal.
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    pending = {pool.submit(write_in_worker, index) for index in range(len(remaining))}
-    workers = multiprocessing.active_children()
+    total, to_do = (sum(len(shard.pairs) for shard in some) for some in (planned, remaining))
+    title = "converting" if rank.size == 1 else f"converting, rank 0 of {rank.size}"
     finished = False
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        total, to_do = (sum(len(shard.pairs) for shard in some) for some in (planned, remaining))
-        title = "converting" if rank.size == 1 else f"converting, rank 0 of {rank.size}"
         with (
             open(counter, "rb", buffering=0) as pairs_done,
             progress.bar(
                 total=total, initial=total - to_do, desc=title, unit="pair", smoothing=0.1, disable=rank.rank != 0
             ) as bar,
         ):
-            while pending:
-                completed, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
-                bar.update(len(pairs_done.read(1 << 16) or b""))
-                for future in completed:
-                    future.result()
+            run_in_workers(
+                write,
+                len(remaining),
+                min(options.workers, len(remaining)),
+                poll=lambda: bar.update(len(pairs_done.read(1 << 16) or b"")),
+            )
         finished = True
-    except BrokenProcessPool:
-        pool.shutdown()
-        raise UserError(describe_death(partial, workers)) from None
+    except WorkersKilled as killed:
+        unfinished = [path for pid in killed.pids for path in partial.glob(f"*.mindrecord.partial-{pid}")]
+        names = ", ".join(str(path).rpartition(".partial-")[0] for path in unfinished) or str(partial)
+        raise UserError(
+            f"{names}: the worker process writing it was killed (out of memory?); run the same command again to "
+            "resume, perhaps with fewer --workers"
+        ) from None
     finally:
-        for worker in workers:
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
         os.close(done)
         if not finished:  # otherwise rank 0 may already have renamed the folder
             remove_leftovers(partial, planned)
-
-
-_write: Callable[[int], None]
-"""In a worker process: writes a shard. Inherited by fork, so that the pairs need not be pickled."""
-
-
-def start_worker(parent: int, write: Callable[[int], None]) -> None:
-    """Prepare a worker process."""
-    global _write
-    _write = write
-    memory.keep_freed_blocks()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, however that ends
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
-
-
-def write_in_worker(index: int) -> None:
-    """Write a shard in a worker process."""
-    _write(index)
-
-
-def describe_death(partial: Path, workers: list[Any]) -> str:
-    """The message for workers that were killed; the pool has terminated the others."""
-    killed = [worker for worker in workers if worker.exitcode not in (0, -signal.SIGTERM)]
-    unfinished = [path for worker in killed for path in partial.glob(f"*.mindrecord.partial-{worker.pid}")]
-    names = ", ".join(str(path).rpartition(".partial-")[0] for path in unfinished) or str(partial)
-    return (
-        f"{names}: the worker process writing it was killed (out of memory?); run the same command again to resume, "
-        "perhaps with fewer --workers"
-    )
 
 
 def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) -> None:

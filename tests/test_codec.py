@@ -37,7 +37,7 @@ def decode(payload: bytes, like: np.ndarray, **names: str) -> np.ndarray:
 
 
 @given(arrays, codecs)
-def test_round_trip(array: np.ndarray, name: str) -> None:
+def test_every_array_comes_back_bit_for_bit(array: np.ndarray, name: str) -> None:
     found = decode(encode(array, name), array)
     assert found.dtype == array.dtype and found.shape == array.shape
     assert found.tobytes() == array.tobytes()
@@ -130,7 +130,7 @@ def test_a_right_checksum_over_wrong_contents_is_an_error(
 
 
 @given(st.lists(st.binary(max_size=9), min_size=5, max_size=5))
-def test_pack(payloads: list[bytes]) -> None:
+def test_packed_payloads_come_back(payloads: list[bytes]) -> None:
     record = codec.pack(payloads)
     assert list(codec.unpack(record, 5, pair="p", source="f")) == payloads
 

@@ -46,7 +46,7 @@ def stop(*arguments: Any) -> str:
 # --- What is written ------------------------------------------------------------------------------
 
 
-def test_the_set_is_the_same_whatever_the_workers_and_ranks(root: Path, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_workers_and_ranks(root: Path, tmp_path: Path) -> None:
     """Content may not depend on how many processes made it: hashes in papers and bug reports."""
     one = tiny.convert("flyingchairs", root, tmp_path / "1", "--shards", 5, "--workers", 3)
     ranks = tiny.mpirun(3, "prep/convert.py", "flyingchairs", "--root", root, "--out",
@@ -74,7 +74,7 @@ def test_the_manifest_says_what_is_there(root: Path, tmp_path: Path) -> None:
         assert (out / shard.file).stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
-def test_a_set_that_is_all_for_validation(root: Path, tmp_path: Path) -> None:
+def test_a_dataset_may_be_all_for_validation(root: Path, tmp_path: Path) -> None:
     """It has as many shards as are asked for, not one for each pair."""
     every = tiny.split_file(tmp_path / "all.txt", range(12))
     out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 2, "--split-file", every)
@@ -91,13 +91,13 @@ def test_the_release_folder_may_be_given_instead_of_its_data_folder(root: Path, 
     assert flyingchairs.list_pairs(root.parent, "") == flyingchairs.list_pairs(root, "")
 
 
-def test_fixed_splits() -> None:
+def test_fixed_splits_have_their_published_sizes() -> None:
     for dataset, val in ((flyingchairs, 640), (sintel, 133)):
         indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
         assert len(set(indices)) == val and max(indices) < dataset.PAIRS
 
 
-def test_the_real_pair(tmp_path: Path) -> None:
+def test_a_real_flyingchairs_pair_comes_back_bit_for_bit(tmp_path: Path) -> None:
     if not tiny.SAMPLES.exists():
         pytest.skip(f"{tiny.SAMPLES} does not exist")
     out = tiny.convert("flyingchairs", tiny.SAMPLES, tmp_path / "a dataset é")
@@ -129,7 +129,7 @@ def release(tmp_path: Path) -> Path:
     return tiny.sintel(tmp_path / "sintel", {"alley_1": 4, "market_2": 3})
 
 
-def test_sintel(release: Path, tmp_path: Path) -> None:
+def test_sintel_passes_share_a_split_and_keep_masks_and_unknown_flow(release: Path, tmp_path: Path) -> None:
     """Both passes under one split; masks and unknown flow travel with the pairs."""
     path = release / "training/flow/alley_1/frame_0002.flo"
     data = bytearray(path.read_bytes())
@@ -176,7 +176,7 @@ def stored_pair(folder: Path, name: str, pair: str) -> datasets.Sample:
     ("final", "final: does not exist; expected the final pass"),
     ("flow", "flow: does not exist; expected the flow"),
 ])  # fmt: skip
-def test_sintel_with_something_missing(release: Path, tmp_path: Path, missing: str, message: str) -> None:
+def test_what_is_missing_from_sintel_is_named(release: Path, tmp_path: Path, missing: str, message: str) -> None:
     path = release / "training" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert message in stop("sintel", release, tmp_path / "out")
@@ -187,7 +187,7 @@ def test_sintel_with_something_missing(release: Path, tmp_path: Path, missing: s
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_is_taken_up_at_the_last_whole_shard(tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupted_run_resumes_after_its_complete_shards(tmp_path: Path, how: signal.Signals) -> None:
     root = tiny.chairs(tmp_path / "data", 60, 256, 320)
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
@@ -289,7 +289,7 @@ def test_a_second_conversion_to_the_same_folder_is_refused(tmp_path: Path) -> No
     assert len(Manifest.load(tmp_path / "out")) == 24
 
 
-def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root: Path, tmp_path: Path) -> None:
+def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(root: Path, tmp_path: Path) -> None:
     out = tiny.convert("flyingchairs", root, tmp_path / "out", "--shards", 2)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = tiny.run_convert("flyingchairs", root, out, "--shards", 2)
@@ -300,7 +300,7 @@ def test_a_whole_set_is_recognised_and_another_is_not_overwritten(root: Path, tm
     assert "10 bytes, but" in stop("flyingchairs", root, out, "--shards", 2)
 
 
-def test_an_unfinished_set_of_other_options_is_left_alone(root: Path, tmp_path: Path) -> None:
+def test_an_unfinished_conversion_with_other_options_is_left_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "plan.json").write_text("{}")
     line = stop("flyingchairs", root, tmp_path / "out")
@@ -362,7 +362,7 @@ def test_a_damaged_input_file_is_named(root: Path, tmp_path: Path, file: str, ho
     (np.full((24, 40), 77, np.uint8), None),
     (Image.fromarray(np.full((24, 40), 77, np.uint8)).convert("P"), None),
 ])  # fmt: skip
-def test_frames_of_other_kinds(
+def test_frames_become_rgb_or_are_refused_if_that_loses_anything(
     release: Path, tmp_path: Path, image: np.ndarray | Image.Image, message: str | None
 ) -> None:
     """Grey and palette frames become RGB without loss; what would lose something is an error."""
@@ -425,13 +425,13 @@ def test_a_target_that_takes_no_files(root: Path, out: str) -> None:
     ("-1\n", "line 1 is '-1'"),
     ("1\n2\n1\n", "index 1 is listed twice"),
 ])  # fmt: skip
-def test_a_bad_split_file(root: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_split_file_is_named_with_the_line(root: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.txt").write_text(text)
     assert message in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "list.txt")
     assert "none.txt" in stop("flyingchairs", root, tmp_path / "o", "--split-file", tmp_path / "none.txt")
 
 
-def test_a_full_disk(root: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_conversion_resumes(root: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
     command = f"ulimit -f 100; trap '' XFSZ; exec '{sys.executable}' prep/convert.py flyingchairs" \
         f" --root '{root}' --out '{tmp_path}/out' --shards 1"  # fmt: skip
@@ -456,7 +456,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
+def test_every_command_names_the_file_when_a_disk_is_full(tmp_path: Path, small_disk: Path) -> None:
     """Each command's last line names the file, and the space is what was left when it failed."""
     root = tiny.chairs(tmp_path / "data", 4, 1000, 1500)  # 12 MB each when converted
     line = stop("flyingchairs", root, small_disk / "out", "--shards", 2, "--workers", 2)

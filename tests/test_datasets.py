@@ -28,7 +28,7 @@ def names(pairs: list[datasets.PairFiles]) -> list[str]:
     return [pair.name for pair in pairs]
 
 
-def test_every_data_set_has_the_interface_and_its_list() -> None:
+def test_every_dataset_has_the_interface_and_a_list_that_fits() -> None:
     for dataset in DATASETS.values():
         assert dataset.TITLE and dataset.PASSES and callable(dataset.list_pairs)
         if dataset.VALIDATION:
@@ -85,7 +85,7 @@ def test_kitti_2012_in_colour_or_grey(tmp_path: Path) -> None:
     assert kitti2012.list_pairs(tmp_path, "")[0].image2.parent.name == "colored_0"
 
 
-def test_kitti_with_something_missing(tmp_path: Path) -> None:
+def test_what_is_missing_from_kitti_is_named(tmp_path: Path) -> None:
     tiny.kitti(tmp_path, 2)
     with pytest.raises(UserError, match="colored_0: does not exist; expected the frames"):
         kitti2012.list_pairs(tmp_path, "")
@@ -112,7 +112,7 @@ def test_hd1k_pairs_stay_within_their_sequence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["hd1k_input/image_2", "hd1k_flow_gt/flow_occ"])
-def test_hd1k_with_something_missing(tmp_path: Path, missing: str) -> None:
+def test_what_is_missing_from_hd1k_is_named(tmp_path: Path, missing: str) -> None:
     root = tiny.hd1k(tmp_path, {0: 3})
     (root / missing / "000000_0011.png").unlink()
     with pytest.raises(UserError, match=f"{missing}/000000_0011.png: missing"):
@@ -125,7 +125,7 @@ def test_hd1k_with_something_missing(tmp_path: Path, missing: str) -> None:
 # --- Spring ---------------------------------------------------------------------------------------
 
 
-def test_spring(tmp_path: Path) -> None:
+def test_spring_lists_both_cameras_and_directions_at_frame_resolution(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 3, "0012": 2})
     pairs = spring.list_pairs(root, "")
@@ -142,7 +142,7 @@ def test_spring(tmp_path: Path) -> None:
     assert datasets.pair_size(pairs[2]) == (12, 20)
 
 
-def test_spring_with_something_missing(tmp_path: Path) -> None:
+def test_what_is_missing_from_spring_is_named(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 4})
     shutil.rmtree(root / "train/0001/flow_BW_right")
@@ -162,7 +162,9 @@ def test_spring_with_something_missing(tmp_path: Path) -> None:
 # --- FlyingThings3D -------------------------------------------------------------------------------
 
 
-def test_flyingthings3d(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flyingthings3d_lists_train_before_test_which_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000", "TEST/B/0003"])
     pairs = flyingthings3d.list_pairs(root, "clean")
     assert "all_unused_files.txt: not found" in capsys.readouterr().err
@@ -189,7 +191,7 @@ def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_flyingthings3d_subset(tmp_path: Path) -> None:
+def test_a_frame_that_the_flyingthings3d_subset_excludes_takes_two_pairs_with_it(tmp_path: Path) -> None:
     """Its val folder is held out; a frame that the release leaves out takes two pairs with it."""
     root = tiny.flyingthings3d_subset(tmp_path / "subset", [0, 1, 3, 4])
     out = tiny.convert("flyingthings3d-subset", root, tmp_path / "out", "--shards", 3)
@@ -206,5 +208,7 @@ def test_flyingthings3d_subset(tmp_path: Path) -> None:
     assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)
     with pytest.raises(UserError, match="nowhere: does not exist"):
         flyingthings3d_subset.list_pairs(tmp_path / "nowhere", "clean")
-    with pytest.raises(UserError, match=r"contains no pairs; expected files such as train/image_clean/left/0000000.png"):
+    with pytest.raises(
+        UserError, match=r"contains no pairs; expected files such as train/image_clean/left/0000000.png"
+    ):
         flyingthings3d_subset.list_pairs(tmp_path, "clean")

@@ -120,7 +120,7 @@ def test_strip_leaves_out_labels_that_do_not_fit() -> None:
     assert (flow_viz.draw_prediction(image, flow, flow)[:, :32] == image).all()
 
 
-def test_sheet_stacks_pictures_of_any_size_under_their_captions() -> None:
+def test_a_sheet_stacks_images_of_any_size_under_their_captions() -> None:
     rows = [np.full((10, 300, 3), 1, np.uint8), np.full((20, 100, 3), 2, np.uint8)]
     page = flow_viz.contact_sheet(rows, ["first", "second"])
     assert page.dtype == np.uint8 and page.shape[1:] == (300, 3)
@@ -139,7 +139,7 @@ def test_sheet_wants_a_caption_for_every_row(rows: list[np.ndarray], captions: l
         flow_viz.contact_sheet(rows, captions)
 
 
-def test_saved_png_is_the_picture(tmp_path: Path) -> None:
+def test_a_saved_png_is_the_image(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     flow_viz.save_png(tmp_path / "x.png", image)
     assert (np.asarray(Image.open(tmp_path / "x.png")) == image).all()

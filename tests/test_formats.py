@@ -62,7 +62,7 @@ def test_flo_is_what_the_middlebury_page_says(tmp_path: Path) -> None:
     (struct.pack("<4sii", b"PIEH", -2, -1) + bytes(16), "its header says -2x-1 pixels"),
     (struct.pack("<4sii", b"PIEH", 2**31 - 1, 2**31 - 1), "truncated"),
 ])  # fmt: skip
-def test_damaged_flo(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_damaged_flo_file_says_what_is_wrong(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "a.flo"
     path.write_bytes(data)
     for read in (flow_format.read_flo, flow_format.flow_size):
@@ -125,7 +125,7 @@ def test_kitti_png_is_what_the_development_kit_says(tmp_path: Path) -> None:
     assert flow_format.flow_size(path) == (2, 2)
 
 
-def test_flo5(tmp_path: Path) -> None:
+def test_flo5_files_are_read_bit_for_bit_whatever_their_chunks(tmp_path: Path) -> None:
     flow = np.random.default_rng(0).normal(0, 9, (6, 8, 2)).astype(np.float32)
     flow[0, 0] = np.nan
     variants: list[dict[str, Any]] = [
@@ -197,14 +197,14 @@ PFM, PNG = pfm(ZEROS), kitti_png(ZEROS, ZEROS[..., 0] == 0)
     (".png", encoded(np.zeros((4, 5), np.uint16), format="PNG"), "of 16 bits and colour type 0"),
     (".exr", b"", "not a supported flow format; expected .flo, .pfm, .png, .flo5"),
 ])  # fmt: skip
-def test_damaged_pfm_and_png(tmp_path: Path, suffix: str, data: bytes, message: str) -> None:
+def test_a_damaged_pfm_or_png_file_says_what_is_wrong(tmp_path: Path, suffix: str, data: bytes, message: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path}: .*{message}"):
         flow_format.read_flow(path)
 
 
-def test_damaged_flo5(tmp_path: Path) -> None:
+def test_a_damaged_flo5_file_says_what_is_wrong(tmp_path: Path) -> None:
     sound = flo5(ZEROS)
     huge = flo5(None, shape=(9999, 9999, 2), dtype=np.float32, chunks=(10, 10, 2))
     for data, message in (
@@ -257,7 +257,7 @@ def test_a_flow_png_whose_chunks_are_wrong(data: bytes, message: str) -> None:
         flow_format.parse_kitti_png(data, "a.png")
 
 
-def test_hostile_pictures_take_no_memory_and_print_nothing(tmp_path: Path) -> None:
+def test_hostile_images_take_no_memory_and_print_nothing(tmp_path: Path) -> None:
     """libpng would allocate what a chunk claims, and has an error output of its own."""
     grey = encoded(np.zeros((4, 5), np.uint8), format="PNG")
     broad = struct.pack(">IIBBBBB", 10000, 10000, 8, 0, 0, 0, 0)
@@ -367,7 +367,7 @@ def test_ppm_and_png_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFact
         assert image_format.image_size(path) == image.shape[:2]
 
 
-def test_grey_and_palette_pictures_become_rgb() -> None:
+def test_greyscale_and_palette_images_become_rgb() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     rgb = np.repeat(grey[..., None], 3, 2)
     palette = Image.fromarray(grey).convert("P")
@@ -400,12 +400,12 @@ def sixteen_bit_rgb() -> bytes:
     (encoded(np.zeros((4, 4, 4), np.uint8), format="PNG"), "transparent"),
     (b"GIF89a not this kind either", "not a readable image"),
 ])  # fmt: skip
-def test_pictures_that_cannot_be_taken(data: bytes, message: str) -> None:
+def test_an_image_that_cannot_be_read_says_why(data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         image_format.parse_image(data, "file.png")
 
 
-def test_a_picture_that_claims_to_be_huge_gets_no_memory() -> None:
+def test_an_image_that_claims_to_be_huge_gets_no_memory() -> None:
     data = bytearray(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
     data[16:24] = struct.pack(">II", 9000, 9000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -419,7 +419,7 @@ SEEDS = [encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), format=f)
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_any_bytes_are_a_picture_or_an_error(data: st.DataObject) -> None:
+def test_any_bytes_are_an_image_or_an_error(data: st.DataObject) -> None:
     """Damaged copies of every format: cut, or with some bytes overwritten."""
     seed = bytearray(data.draw(st.sampled_from(SEEDS) | st.binary(max_size=80)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)))):

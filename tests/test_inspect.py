@@ -99,7 +99,7 @@ def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
     (["--pairs", "0"], "--pairs 0: expected 1 or more"),
     (["--png", "nowhere/at all.png"], "nowhere/at all.png"),
 ])  # fmt: skip
-def test_mistakes(converted: Path, arguments: list[Any], message: str) -> None:
+def test_a_mistake_is_one_line_of_error(converted: Path, arguments: list[Any], message: str) -> None:
     if arguments[0] != "nowhere":
         arguments = [converted, *arguments]
     done = run_inspect(*arguments)

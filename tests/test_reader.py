@@ -136,7 +136,7 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted: Path) -> N
     assert np.array_equal(one[16:], images(batch=4, first_step=4, steps=4))
 
 
-def test_a_mixture_of_two_sets_with_two_sizes(converted: Path, tmp_path: Path) -> None:
+def test_a_mixture_of_datasets_with_different_sizes_needs_a_crop(converted: Path, tmp_path: Path) -> None:
     wide = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out")
     mixture = [(reader.DatasetSplit.open(folder, "train"), 1) for folder in (converted, wide)]
     batches = reader.training_batches(
@@ -232,7 +232,7 @@ def read_all(folder: Path) -> list[reader.Batch]:
 
 
 @pytest.mark.parametrize("how", ["cut", "removed", "renamed", "index cut"])
-def test_a_shard_that_is_not_whole_is_named_at_once(copy: Path, how: str) -> None:
+def test_an_incomplete_shard_is_named_at_once(copy: Path, how: str) -> None:
     path = shard_of(copy)
     if how == "cut":
         os.truncate(path, 5000)
@@ -279,7 +279,7 @@ def test_a_manifest_that_is_damaged_or_newer(copy: Path, text: str, message: str
         Manifest.load(copy)
 
 
-def test_a_folder_that_is_not_a_set(tmp_path: Path, converted: Path) -> None:
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path, converted: Path) -> None:
     with pytest.raises(UserError, match=r"not found; expected a folder written by prep/convert.py"):
         reader.DatasetSplit.open(tmp_path, "train")
     with pytest.raises(UserError, match="has no split 'test'; it has train, val"):

@@ -64,7 +64,7 @@ def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_p
     assert alone != (tmp_path / "00005_img2.ppm").read_bytes()
 
 
-def test_set_has_the_flyingchairs_layout_and_a_validation_list(tmp_path: Path) -> None:
+def test_it_has_the_flyingchairs_layout_and_a_validation_list(tmp_path: Path) -> None:
     synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(12, 32, 48, 0), workers=2)
     expected = {f"{number:05d}_{part}" for number in range(1, 13) for part in ("img1.ppm", "img2.ppm", "flow.flo")}
     assert set(all_bytes(tmp_path / "set")) == expected | {"validation.txt", "synthesize.json"}
@@ -129,7 +129,7 @@ def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(he
     assert 0.02 < (length > 40).mean() < 0.1  # and a few large ones
 
 
-def test_pictures_are_textured_bright_and_dark() -> None:
+def test_images_are_textured_bright_and_dark() -> None:
     pictures = np.stack([synthesize.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
     brightness = pictures.mean(axis=(1, 2, 3))
     assert brightness.std() > 20
@@ -167,7 +167,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_finished_set_is_recognised_and_another_is_not_overwritten(
+def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--out", tmp_path / "set", "--size", "32x32", "--workers", 1]

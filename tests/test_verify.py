@@ -61,7 +61,7 @@ def shards_of(folder: Path) -> list[shards.Shard]:
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_good_set(converted: Path, deep: bool) -> None:
+def test_an_intact_dataset_has_no_problems(converted: Path, deep: bool) -> None:
     assert problems(converted, deep) == []
     done = run_verify(converted, *["--deep"] * deep, cwd=tiny.ROOT / "prep")
     assert done.returncode == 0 and "9 pairs in 3 shards, " in done.stdout, done.stderr
@@ -119,7 +119,7 @@ def test_all_problems_are_printed_not_only_the_first(copy: Path) -> None:
     assert done.stderr.splitlines()[-1] == f"error: {copy}: 9 pairs in 3 shards, 3 problems (above)"
 
 
-def test_a_folder_that_is_not_a_set(tmp_path: Path) -> None:
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
     done = run_verify(tmp_path)
     assert done.returncode == 1 and "expected a folder written by prep/convert.py" in done.stderr
 
