@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a data set to a folder of MindRecord shards and a manifest."""
+"""Convert a dataset to a folder of MindRecord shards and a manifest."""
 
 import os
 import sys
@@ -10,26 +10,29 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import argparse
 import collections
-import dataclasses
-import fcntl
 import hashlib
+import importlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import platform
 import shlex
 import shutil
-import signal
 import time
-import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from launch import files, progress, ranks
 from launch.arguments import Parser
-from launch.errors import UserError, describe_os_error, run
-from prep import codec, memory, schema, shards
+from launch.errors import UserError, drop_output, run
+from launch.lock import Lock
+from prep import codec, schema, shards
 from prep.datasets import (
+    DatasetModule,
+    PairFiles,
     flyingchairs,
     flyingthings3d,
     flyingthings3d_subset,
@@ -38,11 +41,12 @@ from prep.datasets import (
     kitti2015,
     pair_size,
     sintel,
-    split,
+    splits,
     spring,
 )
+from prep.workers import WorkersKilled, run_in_workers
 
-DATASETS = {
+DATASETS: dict[str, DatasetModule] = {
     "flyingchairs": flyingchairs,
     "flyingthings3d": flyingthings3d,
     "flyingthings3d-subset": flyingthings3d_subset,
@@ -53,377 +57,369 @@ DATASETS = {
     "spring": spring,
 }
 PLAN = "plan.json"
+"""In the work folder: the description of the conversion."""
+LOCK = "lock"
+"""In the work folder: held by the conversion that writes it."""
 
 
 def main() -> None:
     options = parse_options()
     if options.shards < 1 or options.workers < 1:
-        raise UserError("--shards and --workers: expected numbers of at least 1")
+        raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
     for path in filter(None, (options.root, options.out, options.split_file)):
-        # MindRecord takes text, and so do the manifest's readers.
-        if not shards.TEXT.allows(os.path.abspath(path)):
-            raise UserError(f"{path!a}: the path is not UTF-8 or has control characters; rename it")
-    out = os.path.normpath(options.out)
-    partial = out + ".partial"
-    here = ranks.current()
-    if here.rank != 0:  # rank 0 says it for all
-        sys.stdout = open(os.devnull, "w")
+        # The manifest and MindRecord store text.
+        if not shards.PRINTABLE.allows(os.path.abspath(path)):
+            raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
+    out = Path(os.path.normpath(options.out))
+    partial = Path(f"{out}.partial")
+    rank = ranks.current()
+    if rank.rank != 0:
+        drop_output()  # rank 0 reports for all
     plan = make_plan(options)
-    if is_whole(out, plan):
-        print(f"{out}: this set is already whole, nothing to do")
+    if is_complete(out, plan):
+        print(f"{out}: already complete, nothing to do; {next_steps(out)}")
         return
-    layout = shards.Layout.fitting(largest_image(plan), max(len(pairs) for _, pairs in plan.tasks))
-    if here.rank == 0:
-        lock = open_partial(partial, out, plan)  # noqa: F841 - held until this process ends
+    layout = shards.PageLayout.fitting(largest_image(plan.pairs), max(len(shard.pairs) for shard in plan.planned))
+    lock = None
+    if rank.rank == 0:
+        lock = open_partial(partial, out, plan)
     else:
-        # Rank 0 may also have ended already, when no shard of this rank was left to write.
-        wait_for(lambda: read_plan(partial) == plan.description or is_whole(out, plan))
-        if is_whole(out, plan):
+        # Rank 0 may even have finished, if no shard of this rank was left to write.
+        wait_for(lambda: read_plan(partial) == plan.description or is_complete(out, plan))
+        if is_complete(out, plan):
             return
     try:
-        write_shards(partial, plan.tasks[here.rank :: here.size], options, layout, here)
+        write_shards(partial, plan.planned[rank.rank :: rank.size], options, layout, rank)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; run the same command again to go on") from None
-    if here.rank == 0:
-        wait_for(lambda: all(find_shard(partial, file) for file, _ in plan.tasks))
+        raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
+    if lock:
+        wait_for(lambda: all(read_finished_shard(partial / shard.file) for shard in plan.planned))
         finish(partial, out, plan, options)
+        lock.release()
 
 
-def parse_options():
+def parse_options() -> argparse.Namespace:
     parser = Parser(
         prog="convert.py",
-        description="Convert an optical-flow data set to MindRecord shards. Work goes to "
-        "OUT.partial, which becomes OUT when it is whole; a run that was cut short goes on where "
-        "it stopped. Under mpirun the shards are spread over the ranks.",
+        description="Convert an optical-flow dataset to MindRecord shards. Shards are written to OUT.partial, which "
+        "becomes OUT when it is complete; run the same command again to resume an interrupted conversion. Under "
+        "mpirun, the shards are distributed over the ranks. prep/README.md lists the expected folder layouts.",
     )
     parser.add_argument("dataset", choices=sorted(DATASETS), help="the layout of the files under --root")
-    parser.add_argument("--root", required=True, metavar="DIR", help="the unpacked release")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the new set's folder")
+    parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="the unpacked release (required)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument(
-        "--shards", type=int, default=16, metavar="N",
-        help="shards of the training split, and of each of its parts (default %(default)s); "
-        "several times the number of worker processes is good",
-    )  # fmt: skip
+        "--shards",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of shards of the training split, and of each rendering pass if there are several; best several "
+        "times the number of worker processes (default: %(default)s)",
+    )
     parser.add_argument(
-        "--workers", type=int, default=min(len(os.sched_getaffinity(0)), ranks.current().share),
-        metavar="W", help="worker processes of each rank, each writing one shard at a time "
-        "(default: together one per core)",
-    )  # fmt: skip
+        "--workers",
+        type=int,
+        default=min(len(os.sched_getaffinity(0)), ranks.current().share),
+        metavar="N",
+        help="worker processes per rank, each writing one shard at a time (default: one per core, here %(default)s)",
+    )
     parser.add_argument(
-        "--codec", choices=codec.CODECS, default=codec.CODECS[0],
-        help="lossless compression (default %(default)s, a fifth of the bytes) or none",
-    )  # fmt: skip
+        "--codec",
+        choices=codec.CODECS,
+        default=codec.CODECS[0],
+        help="lossless compression to about a fifth, or none (default: %(default)s)",
+    )
     parser.add_argument(
-        "--split-file", metavar="FILE",
-        help="the validation pairs' 0-based indices, one a line (default: the data set's fixed "
-        "list, or those that it holds out itself)",
-    )  # fmt: skip
+        "--split-file",
+        type=Path,
+        metavar="FILE",
+        help="0-based indices of the validation pairs, one per line (default: the dataset's fixed list in prep/splits, "
+        "or the pairs that the release itself holds out)",
+    )
     return parser.parse_args()
 
 
-@dataclasses.dataclass
+# --- The plan: which pairs go into which shard ----------------------------------------------------
+
+
+class PlannedShard(NamedTuple):
+    """A shard to write."""
+
+    file: str
+    pairs: list[PairFiles]
+
+
+@dataclass
 class Plan:
-    """What is to be written: tasks are (shard file, its pairs), splits the files of each one's
-    shards, validation the name and hash of the split file (None: the data set itself holds pairs
-    out). description tells this conversion from others."""
+    """What a conversion is to write."""
 
-    pairs: list
-    tasks: list
-    splits: dict
-    validation: dict
-    description: dict
+    pairs: list[PairFiles] = field(default_factory=list)
+    planned: list[PlannedShard] = field(default_factory=list)
+    splits: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})
+    """Shard files of each split."""
+    validation: shards.Validation = field(default_factory=lambda: shards.Validation(file=None, sha256=None))
+    description: dict[str, Any] = field(default_factory=dict)
+    """What distinguishes this conversion from others."""
 
 
-def make_plan(options):
-    """List the pairs, split them and deal them out to shards; tell when the release isn't whole."""
-    dataset = DATASETS[options.dataset]
-    path, indices, digest = options.split_file, None, None
-    if dataset.VALIDATION:
-        path = path or os.path.join(split.FOLDER, dataset.VALIDATION)
-    if path:
-        indices, digest = split.read_list(path)
-    pairs, tasks, splits = [], [], {"train": [], "val": []}
-    for part in dataset.PARTS:
-        listed = dataset.list_pairs(options.root, part)
-        if not listed:
-            continue  # a part that was not downloaded
-        pairs += listed
-        if options.split_file and max(indices, default=0) >= len(listed):
+def make_plan(options: argparse.Namespace) -> Plan:
+    """List the pairs, split them and assign them to shards; report the numbers."""
+    dataset, plan = DATASETS[options.dataset], Plan()
+    path = options.split_file or (splits.FOLDER / dataset.VALIDATION if dataset.VALIDATION else None)
+    split_file = splits.read_split_file(path) if path else None
+    if path and split_file:
+        plan.validation = {"file": path.name, "sha256": split_file.sha256}
+    for render_pass in dataset.PASSES:
+        pairs = dataset.list_pairs(options.root, render_pass)
+        if not pairs:
+            continue  # a pass that was not downloaded
+        indices = split_file.indices if split_file else splits.held_out_indices(pairs)
+        if options.split_file and max(indices, default=0) >= len(pairs):
             raise UserError(
-                f"{path}: has index {max(indices)}, but there are {len(listed)} pairs, from 0 to "
-                f"{len(listed) - 1}; it is not for these files"
+                f"{path}: contains index {max(indices)}, but {options.root} has {len(pairs)} pairs, indexed 0 to "
+                f"{len(pairs) - 1}; use a split file for this dataset"
             )
-        train, val = split.divide(listed, split.held_out(listed) if indices is None else indices)
-        share = -(-options.shards * len(val) // max(1, len(train)))
-        for name, chosen, wanted in (
-            ("train", train, options.shards),
-            ("val", val, min(share, options.shards)),
-        ):
-            stem = f"{name}-{part}" if part else name
-            dealt = deal(stem, chosen, wanted)
-            tasks += dealt
-            files = [file for file, _ in dealt]
-            splits[name] += files
-            if part:
-                splits[stem] = files
-        tell_sizes(dataset, part, listed, train, val, options)
-    check_names(pairs)
-    description = {
+        split = splits.divide(pairs, indices)
+        plan.pairs += pairs
+        add_pass(plan, render_pass, split, options.shards)
+        report_split(dataset, render_pass, split, bool(options.split_file))
+    check_names(plan.pairs)
+    plan.description = {
         "dataset": options.dataset,
         "schema_version": shards.SCHEMA_VERSION,
         "codec": options.codec,
-        "inputs": fingerprint(pairs),
-        "validation": digest,
-        "shards": [file for file, _ in tasks],
+        "inputs": fingerprint(plan.pairs),
+        "validation": plan.validation["sha256"],
+        "shards": [shard.file for shard in plan.planned],
     }
-    validation = {"file": os.path.basename(path) if path else None, "sha256": digest}
-    return Plan(pairs, tasks, splits, validation, description)
+    return plan
 
 
-def fingerprint(pairs):
-    """SHA-256 over the pairs' names and their files' sizes and times: changed input is seen."""
+def add_pass(plan: Plan, render_pass: str, split: splits.Split, train_shards: int) -> None:
+    """Add the shards of one rendering pass ("" if there is only one)."""
+    proportional = -(-train_shards * len(split.val) // max(1, len(split.train)))
+    numbers = {"train": train_shards, "val": min(proportional, train_shards)}
+    for name, pairs in split._asdict().items():
+        stem = f"{name}-{render_pass}" if render_pass else name
+        planned = assign_to_shards(stem, pairs, numbers[name])
+        plan.planned += planned
+        plan.splits[name] += [shard.file for shard in planned]
+        if render_pass:
+            plan.splits[stem] = [shard.file for shard in planned]
+
+
+def fingerprint(pairs: list[PairFiles]) -> str:
+    """SHA-256 over the pairs' names and their files' sizes and modification times, to detect changed input."""
     digest = hashlib.sha256()
     for pair in pairs:
         for path in pair.files():
-            found = os.stat(path)
-            digest.update(f"{pair.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+            status = os.stat(path)
+            digest.update(f"{pair.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def deal(stem, pairs, wanted):
-    """The (file, pairs) of at most `wanted` shards that share `pairs` out in order and evenly."""
-    count = min(wanted, len(pairs))
+def assign_to_shards(stem: str, pairs: list[PairFiles], number: int) -> list[PlannedShard]:
+    """Divide pairs, in order and evenly, among at most `number` shards."""
+    count = min(number, len(pairs))
     ends = [len(pairs) * i // count for i in range(count + 1)] if count else []
-    return [(f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)]
+    return [PlannedShard(f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)]
 
 
-def tell_sizes(dataset, part, pairs, train, val, options) -> None:
-    """Say how the pairs are split, and whether that is not the whole release or a part is empty."""
-    title = f"{dataset.TITLE} {part}".strip()
-    print(f"{title}: {len(pairs)} pairs, {len(train)} for training and {len(val)} for validation")
-    if dataset.PAIRS not in (None, len(pairs)) and not options.split_file:
+def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, custom: bool) -> None:
+    """Print how the pairs are split, and whether the release is incomplete or a split is empty."""
+    pairs = len(split.train) + len(split.val)
+    title = f"{dataset.TITLE} {render_pass}".strip()
+    print(f"{title}: {pairs} pairs, {len(split.train)} for training and {len(split.val)} for validation")
+    if dataset.PAIRS not in (None, pairs) and not custom:
         print(
-            f"note: the release has {dataset.PAIRS} pairs; these {len(pairs)} are split as it is "
-            "all the same (--split-file takes another list)"
+            f"note: found {pairs} of the release's {dataset.PAIRS} pairs; applying its fixed split to them "
+            "(--split-file: use another)"
         )
-    for name, chosen in (("training", train), ("validation", val)):
+    for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
-            print(f"note: no pair is for {name}; --split-file takes another list", file=sys.stderr)
+            print(f"note: no pairs for {name} (--split-file: use another split)", file=sys.stderr)
 
 
-def check_names(pairs) -> None:
-    """UserError if two pairs have one name, or a name that can't be written as text."""
+def check_names(pairs: list[PairFiles]) -> None:
+    """Raise UserError if two pairs have the same name, or if a name cannot be written as text."""
     for name, times in collections.Counter(pair.name for pair in pairs).items():
         if times > 1:
             raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
-        if not shards.TEXT.allows(name):
+        if not shards.PRINTABLE.allows(name):
             raise UserError(f"{name!a}: the file name is not UTF-8 or has control characters; rename the files")
 
 
-def is_whole(out, plan) -> bool:
-    """True if `out` holds just what `plan` would write; UserError if it holds anything else."""
-    if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
+def largest_image(pairs: list[PairFiles]) -> int:
+    """Number of pixels of the largest image. Checks the headers of all files; UserError for the first that is wrong."""
+    bar = progress.bar(pairs, desc="checking", unit="pair", disable=len(pairs) < 5000, leave=False)
+    return max(height * width for height, width in map(pair_size, bar))
+
+
+# --- The work folder ------------------------------------------------------------------------------
+
+
+def is_complete(out: Path, plan: Plan) -> bool:
+    """Whether `out` already contains exactly what is planned; UserError if it contains anything else."""
+    if not os.path.lexists(out) or (out.is_dir() and not os.listdir(out)):
         return False
-    if not os.path.exists(os.path.join(out, shards.MANIFEST)):
-        raise UserError(f"{out}: is there and not empty; choose another folder for --out or remove it")
+    if not (out / shards.MANIFEST).exists():
+        raise UserError(f"{out}: already exists and is not empty; choose another --out or remove it")
     manifest = shards.Manifest.load(out)
     if manifest.made["plan"] != plan.description:
         raise UserError(
-            f"{out}: holds another set ({manifest.dataset}, made by `{manifest.made['command']}`, "
-            "or from other files); choose another folder for --out or remove it"
+            f"{out}: contains another dataset ({manifest.dataset}, made by `{manifest.made['command']}`, or from "
+            "files that have changed since); choose another --out or remove it"
         )
     for shard in manifest.shards.values():
         shard.check_files(out)
     return True
 
 
-def largest_image(plan):
-    """Pixels of the largest image. Checks every file's header before the work begins; UserError for the
-    first that is wrong."""
-    pairs = progress.bar(plan.pairs, desc="checking", unit="pair", disable=len(plan.pairs) < 5000, leave=False)
-    return max(height * width for height, width in map(pair_size, pairs))
-
-
-def wait_for(condition) -> None:
-    """Wait for what other ranks do; mpirun ends this one if one of them fails."""
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for other ranks; mpirun ends this one if one of them fails."""
     while not condition():
         time.sleep(0.2)
 
 
-def read_plan(partial):
-    """The description of the plan that `partial` was begun with, None if there is none."""
+def read_plan(partial: Path) -> dict[str, Any] | None:
+    """The description of the conversion that began `partial`, None if there is none."""
     try:
-        with open(os.path.join(partial, PLAN), encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads((partial / PLAN).read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
         return {}
 
 
-def open_partial(partial, out, plan):
-    """Make the work folder, or go on with one of the same plan; returns the file that locks it."""
-    if os.path.lexists(partial) and (not os.path.isdir(partial) or os.listdir(partial)):
+def open_partial(partial: Path, out: Path, plan: Plan) -> Lock:
+    """Create the work folder, or reuse that of an interrupted conversion with the same plan; return its lock."""
+    if os.path.lexists(partial) and (not partial.is_dir() or os.listdir(partial)):
         found = read_plan(partial)
         if found is None:
-            raise UserError(f"{partial}: is there and not from a conversion; move it away")
+            raise UserError(f"{partial}: already exists and is not an unfinished conversion; move it away")
         if found != plan.description:
             raise UserError(
-                f"{partial}: an unfinished conversion of other files or with other options; remove "
-                "it, or finish it with the command that began it"
+                f"{partial}: an unfinished conversion of other files or with other options; remove it, or finish it "
+                "with the command that began it"
             )
     else:
-        os.makedirs(partial, exist_ok=True)
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        files.write_json(os.path.join(partial, PLAN), plan.description)
-    lock = open(os.path.join(partial, PLAN), "r+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{partial}: another conversion is writing it; wait for its end") from None
-    except OSError:
-        pass  # some shared file systems have no locks; two runs would only do the work twice
-    return lock
+        partial.mkdir(parents=True, exist_ok=True)
+        files.write_json(partial / PLAN, plan.description)
+    return Lock(partial / LOCK, "conversion")
 
 
-def find_shard(partial, file):
-    """The whole shard `file` of an earlier run, or None."""
+def read_finished_shard(path: Path) -> shards.Shard | None:
+    """The complete shard `path` of this or an earlier run, or None."""
     try:
-        with open(os.path.join(partial, file + ".json"), encoding="utf-8") as described:
-            shard = schema.read(shards.Shard, json.load(described))
-        shard.check_files(partial)
+        shard = schema.read(shards.Shard, json.loads(Path(f"{path}.json").read_text("utf-8")))
+        shard.check_files(path.parent)
         return shard
     except (OSError, ValueError, RecursionError, UserError):
         return None
 
 
-def write_shards(partial, tasks, options, layout, here) -> None:
-    """Write those of `tasks` that are not whole yet, in worker processes, with a progress bar."""
-    remaining = [task for task in tasks if not find_shard(partial, task[0])]
-    clear(partial, [file for file, _ in tasks])  # they take space that may be needed
-    total, to_do = (sum(len(pairs) for _, pairs in some) for some in (tasks, remaining))
+def remove_leftovers(partial: Path, planned: list[PlannedShard]) -> None:
+    """Remove what killed processes left of unfinished shards."""
+    names = tuple(shard.file for shard in planned)
+    for path in list(partial.iterdir()):
+        if ".partial-" in path.name and path.name.startswith(names):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write_shards(
+    partial: Path,
+    planned: list[PlannedShard],
+    options: argparse.Namespace,
+    layout: shards.PageLayout,
+    rank: ranks.Rank,
+) -> None:
+    """Write those shards that are not finished yet, in worker processes, with a progress bar."""
+    remaining = [shard for shard in planned if not read_finished_shard(partial / shard.file)]
+    remove_leftovers(partial, planned)  # the space may be needed
     if not remaining:
         return
-    import mindspore.mindrecord  # noqa: F401 - here once, for all the workers forked below
+    importlib.import_module("mindspore.mindrecord")  # once, before the workers are forked
+    counter, done = os.pipe()  # gets a byte for each pair
+    os.set_blocking(counter, False)
 
-    context = multiprocessing.get_context("fork")
-    workers = {}
-    for _ in range(min(options.workers, len(remaining))):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, partial, options.codec, layout, os.getpid()))
-        process.start()
-        theirs.close()
-        workers[ours] = process
-    share = "converting" if here.size == 1 else f"converting, rank 0 of {here.size}"
-    bar = progress.bar(
-        total=total, initial=total - to_do, desc=share, unit="pair", smoothing=0.1,
-        disable=here.rank != 0,
-    )  # fmt: skip
-    whole = False
+    def write(index: int) -> None:
+        shards.write_shard(
+            partial / remaining[index].file,
+            remaining[index].pairs,
+            codec_name=options.codec,
+            layout=layout,
+            progress=lambda: os.write(done, b"."),
+        )
+
+    total, to_do = (sum(len(shard.pairs) for shard in some) for some in (planned, remaining))
+    title = "converting" if rank.size == 1 else f"converting, rank 0 of {rank.size}"
+    finished = False
     try:
-        with bar:
-            drive(workers, remaining, bar)
-        whole = True
+        with (
+            open(counter, "rb", buffering=0) as pairs_done,
+            progress.bar(
+                total=total, initial=total - to_do, desc=title, unit="pair", smoothing=0.1, disable=rank.rank != 0
+            ) as bar,
+        ):
+            run_in_workers(
+                write,
+                len(remaining),
+                min(options.workers, len(remaining)),
+                poll=lambda: bar.update(len(pairs_done.read(1 << 16) or b"")),
+            )
+        finished = True
+    except WorkersKilled as killed:
+        unfinished = [path for pid in killed.pids for path in partial.glob(f"*.mindrecord.partial-{pid}")]
+        names = ", ".join(str(path).rpartition(".partial-")[0] for path in unfinished) or str(partial)
+        raise UserError(
+            f"{names}: the worker process writing it was killed (out of memory?); run the same command again to "
+            "resume, perhaps with fewer --workers"
+        ) from None
     finally:
-        for process in workers.values():
-            process.terminate()
-            process.join()
-        if not whole:  # else rank 0 may have given the folder its final name by now
-            clear(partial, [file for file, _ in tasks])
+        os.close(done)
+        if not finished:  # otherwise rank 0 may already have renamed the folder
+            remove_leftovers(partial, planned)
 
 
-def clear(partial, files) -> None:
-    """Remove what killed processes left of the unfinished shards `files`."""
-    for left in os.listdir(partial):
-        if ".partial-" in left and left.startswith(tuple(files)):
-            path = os.path.join(partial, left)
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-
-
-def drive(workers, tasks, bar) -> None:
-    """Hand out tasks to idle workers and count the pairs that they report, until all is done."""
-    queue, busy = collections.deque(tasks), 0
-    for connection in workers:
-        connection.send(queue.popleft())
-        busy += 1
-    while busy:
-        for connection in multiprocessing.connection.wait(list(workers)):
-            try:
-                kind, value = connection.recv()
-                if kind == "done" and queue:
-                    connection.send(queue.popleft())
-                elif kind == "done":
-                    busy -= 1
-            except (EOFError, ConnectionError):
-                raise UserError(
-                    f"worker process {workers[connection].pid} was killed (out of memory?); run "
-                    "the same command again to go on, perhaps with fewer --workers"
-                ) from None
-            if kind == "pairs":
-                bar.update(value)
-            elif kind == "error":
-                raise UserError(value)
-            elif kind == "bug":
-                raise RuntimeError(value)
-
-
-def work(connection, partial, codec_name, layout, parent) -> None:
-    """A worker process: write the shards that come through `connection`, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
-    memory.keep_freed_blocks()
-
-    def progress() -> None:
-        if os.getppid() != parent:  # killed; forked neighbours keep its pipes open, so none breaks
-            os._exit(1)
-        connection.send(("pairs", 1))
-
-    try:
-        while True:
-            while not connection.poll(1):
-                if os.getppid() != parent:
-                    return
-            file, pairs = connection.recv()
-            shards.write_shard(partial, file, pairs, codec_name=codec_name, layout=layout, progress=progress)
-            connection.send(("done", file))
-    except EOFError:
-        pass
-    except UserError as error:
-        connection.send(("error", str(error)))
-    except OSError as error:
-        connection.send(("error", describe_os_error(error)))
-    except Exception:
-        connection.send(("bug", traceback.format_exc()))
-
-
-def finish(partial, out, plan, options) -> None:
-    """Write the manifest and give the set its final name."""
-    found = [find_shard(partial, file) for file, _ in plan.tasks]
-    words = ["prep/convert.py", options.dataset, "--root", options.root]
-    words += ["--shards", str(options.shards), "--codec", options.codec]
-    words += ["--split-file", options.split_file] if options.split_file else []
+def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) -> None:
+    """Write the manifest and rename the folder."""
+    finished = [shard for planned in plan.planned if (shard := read_finished_shard(partial / planned.file))]
+    command = ["prep/convert.py", options.dataset, "--root", str(options.root)]
+    command += ["--shards", str(options.shards), "--codec", options.codec]
+    command += ["--split-file", str(options.split_file)] if options.split_file else []
     manifest = shards.Manifest(
         dataset=options.dataset,
         schema_version=shards.SCHEMA_VERSION,
         splits=plan.splits,
-        shards={shard.file: shard for shard in found},
+        shards={shard.file: shard for shard in finished},
         validation=plan.validation,
         made={
-            "command": shlex.join(words),
+            "command": shlex.join(command),
             "plan": plan.description,
             "versions": {"mindspore": version("mindspore"), "python": platform.python_version()},
         },
     )
     manifest.save(partial)
     files.sync(partial)
-    os.rename(partial, out)
-    files.sync(os.path.dirname(os.path.abspath(out)))
-    # Only now, as until then they are what a run that goes on would need.
-    for file in [PLAN] + [shard.file + ".json" for shard in found]:
-        os.remove(os.path.join(out, file))
-    # MindRecord's pages end in holes, which no disk stores, so blocks say more than lengths.
-    size = sum(512 * os.stat(os.path.join(out, shard.file)).st_blocks for shard in found)
-    raw = sum(os.path.getsize(path) for pair in plan.pairs for path in pair.files())
-    print(f"{out}: {len(plan.pairs)} pairs in {len(found)} shards, {size / 1e6:.1f} MB for {raw / 1e6:.1f} MB")
+    partial.rename(out)
+    files.sync(out.absolute().parent)
+    # Only now, because until then a resumed conversion would need them.
+    for name in [PLAN, LOCK] + [f"{shard.file}.json" for shard in finished]:
+        (out / name).unlink()
+    raw = sum(path.stat().st_size for pair in plan.pairs for path in pair.files())
+    print(
+        f"{out}: {len(manifest)} pairs in {len(finished)} shards, {shards.stored_bytes(finished, out) / 1e6:.1f} MB "
+        f"({raw / 1e6:.1f} MB before); {next_steps(out)}"
+    )
+
+
+def next_steps(out: Path) -> str:
+    """What to run after a conversion."""
+    folder = shlex.quote(str(out))
+    return f"next: python prep/inspect.py {folder} --html {folder}.html, then launch/train.sh --data {folder}"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""The C library's memory: how large blocks are kept between uses."""
+"""Memory of the C library: keep large freed blocks for the next allocation."""
 
 import ctypes
 
-# The numbers of mallopt's parameters in glibc's malloc.h.
+# Parameters of mallopt in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_blocks() -> None:
-    """Have large blocks that this process frees kept for its next ones, not given back to the
-    system.
+    """Keep large blocks that this process frees, instead of returning them to the system.
 
-    A pair is some megabytes and each of its arrays a block. Given back and taken anew, every page
-    costs a page fault, all together about as much time as the decoding. Without glibc nothing is
-    done.
+    Each array of a pair is a block of up to some megabytes. Returned and requested again, every page costs a page
+    fault, which together take about as long as decoding. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the maximum that it accepts
         mallopt(M_TRIM_THRESHOLD, 1 << 28)

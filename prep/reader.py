@@ -1,9 +1,9 @@
-"""The reader: batches of a converted set for training and evaluation, in a repeatable order.
+"""The reader: batches of converted datasets for training and evaluation, in a reproducible order.
 
-Training reads an endless stream of pairs: epoch after epoch, each a permutation of the split that
-is a pure function of (seed, epoch). Step b takes the next batch * ranks pairs, and each rank its
-share of them. So every pair is seen once an epoch over all ranks, no batch is partial, and neither
-the number of ranks nor of workers changes what is learnt from.
+Training reads an endless stream of pairs: epoch after epoch, each a permutation of the split that is a pure function of
+(seed, epoch). Step b takes the next batch * ranks pairs, and each rank its share of them. So every pair is read once
+per epoch over all ranks, no batch is incomplete, and the data of a step depends on neither the number of ranks nor of
+threads.
 """
 
 import collections
@@ -11,16 +11,24 @@ import concurrent.futures
 import functools
 import itertools
 import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from launch.errors import UserError
 from prep import memory
-from prep.shards import Manifest, decode_record, reason_of
+from prep.datasets import Sample
+from prep.formats import StrPath
+from prep.shards import Manifest, Shard, decode_record, extract_reason
 
-FIELDS = ("image1", "image2", "flow", "valid")
-"""What is decoded from the records of a training batch."""
+TRAINING_FIELDS = ("image1", "image2", "flow", "valid")
+"""The fields that are decoded for training."""
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+"""An augmentation. It runs in threads, and must return the same fields, all of one size (H, W)."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +39,52 @@ class Batch:
     """(B, H, W, 3) uint8 RGB."""
     image2: np.ndarray
     flow: np.ndarray
-    """(B, H, W, 2) float32 in pixels, from image 1 to image 2; in training batches 0 where it is unknown."""
+    """(B, H, W, 2) float32 in pixels, from image 1 to image 2; 0 where it is unknown."""
     valid: np.ndarray
     """(B, H, W) uint8, 1 where the flow is known."""
     index: np.ndarray | None = None
-    """(B,) int32, position of each pair in its split; in a mixture after those of the splits before it. PADDING for a
+    """(B,) int32, position of each pair in its split, in a mixture after those of the preceding splits. PADDING for a
     pair that only fills the last batch of an evaluation."""
     occluded: np.ndarray | None = None
-    """(B, H, W) uint8, 1 where image 2 hides what image 1 shows; 0 in datasets without masks, None in training."""
+    """(B, H, W) uint8, 1 where the pixel is not visible in image 2; 0 in datasets without masks, None in training."""
 
 
-# A mixture deals its sources out in blocks of this many pairs, each with every source's exact
-# share.
 MIXTURE_BLOCK = 1000
+"""A mixture distributes its sources in blocks of this many pairs, each with every source's exact share."""
 
-PADDING = -1  # the index of a pair that is only there to fill the last batch of an evaluation
+PADDING = -1
+"""The index of a pair that only fills the last batch of an evaluation."""
 
 
 # --- Order: pure functions ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Position:
+    """A pair to read."""
+
+    source: int
+    """Number of the split in a mixture."""
+    epoch: int
+    """Epoch of that split."""
+    index: int
+    """Of the pair in that split."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The same for many pairs, as int64 arrays of equal shape."""
+
+    source: np.ndarray
+    epoch: np.ndarray
+    index: np.ndarray
+
+
 @functools.lru_cache(maxsize=8)
-def epoch_order(pairs, seed, epoch, source=0):
+def epoch_order(pairs: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """The order of a source's pairs in an epoch: a permutation of range(pairs), int64, read-only.
 
-    It sorts by Philox's raw numbers, which, unlike numpy's shuffle, no later numpy may change.
+    It sorts by Philox's raw numbers, because NumPy's shuffle may change between versions.
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch, source])).random_raw(pairs)
     order = np.argsort(raw, kind="stable")
@@ -63,25 +92,27 @@ def epoch_order(pairs, seed, epoch, source=0):
     return order
 
 
-def mixture_block(weights, seed, block):
-    """Which source each of a block's positions takes from: int64 (MIXTURE_BLOCK,).
+def mixture_block(weights: Sequence[float], seed: int, block: int) -> np.ndarray:
+    """The source of each position in a block: int64 (MIXTURE_BLOCK,).
 
-    Every block has the same numbers of each source, in the ratio of `weights` (largest remainders).
+    Every block has the same number of pairs from each source, in proportion to `weights` (largest remainders).
     """
     exact = np.asarray(weights) / np.sum(weights) * MIXTURE_BLOCK
     share = np.floor(exact).astype(np.int64)
     share[np.argsort(share - exact, kind="stable")[: MIXTURE_BLOCK - share.sum()]] += 1
     sources = np.repeat(np.arange(len(share)), share)
-    # An epoch and source that no order has, so that the block's numbers are its own.
+    # No epoch order uses this source number, so the block's random numbers are its own.
     raw = np.random.Philox(np.random.SeedSequence([seed, block, 1 << 30])).random_raw(MIXTURE_BLOCK)
     return sources[np.argsort(raw, kind="stable")]
 
 
-def draw(positions, counts, weights, seed):
-    """What the training stream holds at `positions`: (source, epoch, index), each int64 like
-    positions.
+def draw(positions: np.ndarray, counts: Sequence[int], weights: Sequence[float], seed: int) -> Positions:
+    """The pairs at these positions of the training stream.
 
-    `counts` are the sources' numbers of pairs, `weights` their shares of the stream.
+    Args:
+        positions: integers of any shape.
+        counts: number of pairs of each source.
+        weights: share of each source in the stream.
     """
     positions = np.asarray(positions, np.int64)
     source = np.zeros_like(positions)
@@ -95,35 +126,52 @@ def draw(positions, counts, weights, seed):
                 before, mine = np.cumsum(choice == s), here & (source == s)
                 within[mine] = block * before[-1] + before[offsets[mine]] - 1
     epoch, index = np.divmod(within, np.asarray(counts, np.int64)[source])
-    for s, e in sorted(set(zip(source.tolist(), epoch.tolist()))):
+    for s, e in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
         here = (source == s) & (epoch == e)
         index[here] = epoch_order(counts[s], seed, e, s)[index[here]]
-    return source, epoch, index
+    return Positions(source, epoch, index)
 
 
-def sample_rng(seed, source, epoch, index):
-    """The random generator for one pair's augmentation: a pure function of its arguments."""
+def sample_rng(seed: int, source: int, epoch: int, index: int) -> np.random.Generator:
+    """The random generator for the augmentation of one pair: a pure function of its arguments."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, index])))
 
 
-# --- Sets on disk ---------------------------------------------------------------------------------
+def evaluation_order(sizes: np.ndarray, group: int) -> list[list[tuple[int, bool]]]:
+    """For each image size, the pairs in split order as (index, real), padded to a multiple of `group`.
+
+    Args:
+        sizes: (H, W) of each pair, int (pairs, 2).
+
+    Returns:
+        Padding repeats the last pair, with real False.
+    """
+    order: dict[tuple[int, ...], list[tuple[int, bool]]] = {}
+    for index, size in enumerate(map(tuple, sizes.tolist())):
+        order.setdefault(size, []).append((index, True))
+    for indices in order.values():
+        indices += [(indices[-1][0], False)] * (-len(indices) % group)
+    return list(order.values())
+
+
+# --- Datasets on disk -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """One split of a converted set, opened: its folder, name, data set and shards, all there."""
+    """One split of a converted dataset, opened: all of its shards are present."""
 
-    folder: str
+    folder: Path
     name: str
     dataset: str
-    shards: list
+    shards: list[Shard]
 
     @classmethod
-    def open(cls, folder, name):
-        """Open a split; UserError if the set, the split or a shard is missing or damaged."""
-        folder = os.fspath(folder)
+    def open(cls, folder: StrPath, name: str) -> "DatasetSplit":
+        """Open a split; UserError if the dataset, the split or a shard is missing or damaged."""
+        folder = Path(folder)
         manifest = Manifest.load(folder)
-        shards = manifest.split(name, folder)
+        shards = manifest.shards_of(name, folder)
         for shard in shards:
             shard.check_structure(folder)
         return cls(folder, name, manifest.dataset, shards)
@@ -133,23 +181,23 @@ class DatasetSplit:
         return len(self.names)
 
     @functools.cached_property
-    def names(self):
+    def names(self) -> list[str]:
         """The pairs' names, in order."""
         return [name for shard in self.shards for name in shard.names]
 
     @functools.cached_property
-    def sizes(self):
-        """The pairs' sizes in order: int64 (pairs, 2) as (H, W)."""
-        runs = np.array([run for s in self.shards for run in s.sizes], np.int64).reshape(-1, 3)
+    def sizes(self) -> np.ndarray:
+        """(H, W) of each pair, in order: int64 (pairs, 2)."""
+        runs = np.array([run for shard in self.shards for run in shard.sizes], np.int64).reshape(-1, 3)
         return np.repeat(runs[:, 1:], runs[:, 0], axis=0)
 
     @functools.cached_property
-    def files(self):
+    def files(self) -> list[Path]:
         """The shards' paths, in order."""
-        return [os.path.join(self.folder, shard.file) for shard in self.shards]
+        return [self.folder / shard.file for shard in self.shards]
 
-    def file_of(self, index):
-        """The path of the shard that holds pair `index`."""
+    def file_of(self, index: int) -> Path:
+        """The path of the shard that contains pair `index`."""
         ends = np.cumsum([len(shard.names) for shard in self.shards])
         return self.files[int(np.searchsorted(ends, index, side="right"))]
 
@@ -157,179 +205,212 @@ class DatasetSplit:
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def training_batches(sources, *, batch, rank=0, ranks=1, seed=0, first_step=0, steps, transform=None, workers=None):
-    """This rank's batches for steps first_step ... first_step + steps - 1, an iterator of `Batch`.
+def training_batches(
+    sources: DatasetSplit | Sequence[tuple[DatasetSplit, float]],
+    *,
+    batch: int,
+    rank: int = 0,
+    ranks: int = 1,
+    seed: int = 0,
+    first_step: int = 0,
+    steps: int,
+    transform: Transform | None = None,
+    workers: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's batches for steps first_step to first_step + steps - 1.
 
-    sources    an opened `DatasetSplit`, or for a mixture a list of (DatasetSplit, weight); the weights are the
-               shares of the pairs drawn
-    batch      pairs per rank and step
-    transform  function (sample, rng) -> sample on a dict of image1, image2 uint8 (H, W, 3), flow
-               float32 (H, W, 2), valid uint8 (H, W); `rng` (numpy Generator) depends on seed, epoch
-               and pair alone. It runs in threads and must return the same fields, of one size.
-    workers    decoding threads (default: one per core, at most 8)
+    Args:
+        sources: an opened split, or for a mixture a list of (split, share of the pairs drawn).
+        batch: pairs per rank and step.
+        transform: called with a sample's `TRAINING_FIELDS` and a generator that depends only on seed, epoch and pair.
+        workers: decoding threads; by default one per core, at most 8.
 
-    UserError if a dataset is damaged or has fewer pairs than the ranks take in one step.
+    Raises:
+        UserError: a dataset is damaged, or has fewer pairs than all ranks take per step.
     """
     if isinstance(sources, DatasetSplit):
         sources = [(sources, 1.0)]
     splits = [split for split, _ in sources]
     weights = [float(weight) for _, weight in sources]
     if not all(weight > 0 for weight in weights):
-        raise UserError(f"mixture weights {weights}: expected numbers above 0")
-    counts = [len(s) for s in splits]
-    for split, pairs in zip(splits, counts):
+        raise UserError(f"mixture weights {weights}: expected positive numbers")
+    counts = [len(split) for split in splits]
+    for split, pairs in zip(splits, counts, strict=True):
         if pairs < batch * ranks:
             raise UserError(
-                f"{split.folder}: split {split.name} has {pairs} pairs, but {ranks} rank(s) with a "
-                f"batch of {batch} take {batch * ranks} a step; use a smaller batch, fewer ranks "
-                "or more data"
+                f"{split.folder}: split {split.name} has {pairs} pairs, but {ranks} rank(s) with a batch of {batch} "
+                f"take {batch * ranks} per step; use a smaller batch, fewer ranks or more data"
             )
 
-    def draws():
-        # Some thousands of positions at a time: an order function's call has its price.
+    def draw_positions() -> Iterator[Position]:
+        # Thousands of positions at a time, because each call of `draw` has a fixed cost.
         chunk = max(1, 4096 // batch)
         for begin in range(first_step, first_step + steps, chunk):
             step = np.arange(begin, min(begin + chunk, first_step + steps))
             positions = step[:, None] * batch * ranks + rank * batch + np.arange(batch)
-            yield from zip(*(a.tolist() for a in draw(positions.ravel(), counts, weights, seed)))
+            drawn = draw(positions.ravel(), counts, weights, seed)
+            yield from map(Position, drawn.source.tolist(), drawn.epoch.tolist(), drawn.index.tolist())
 
-    def finish(sample, source, epoch, index):
-        return transform(sample, sample_rng(seed, source, epoch, index)) if transform else sample
+    def augment(sample: Sample, position: Position) -> Sample:
+        if not transform:
+            return sample
+        return transform(sample, sample_rng(seed, position.source, position.epoch, position.index))
 
-    return _batches(splits, draws(), batch, finish, workers)
+    return _make_batches(
+        read_samples(splits, draw_positions(), TRAINING_FIELDS, augment, workers, ahead=2 * batch), batch
+    )
 
 
-def evaluation_batches(split, *, batch, rank=0, ranks=1, workers=None):
-    """This rank's share of an opened `DatasetSplit`, every ranks-th pair, each pair once over all ranks.
+def evaluation_batches(
+    split: DatasetSplit, *, batch: int, rank: int = 0, ranks: int = 1, workers: int | None = None
+) -> Iterator[Batch]:
+    """This rank's share of a split, every ranks-th pair; over all ranks, each pair comes once.
 
-    An iterator of `Batch`. All ranks have the same number of batches, all of them whole: the last repeats a
-    pair, with index PADDING. Pairs of different sizes are never in one batch.
+    All ranks have the same number of complete batches: the last repeats a pair, with index PADDING. Pairs of different
+    sizes are never in the same batch. `workers` as in `training_batches`.
     """
     if not split.names:
-        raise UserError(f"{split.folder}: split {split.name} has no pair; convert the set with --split-file")
-
-    def draws():
-        for indices in evaluation_order(split.sizes, batch * ranks):
-            for index, real in indices[rank::ranks]:
-                yield 0, 0 if real else PADDING, index
-
-    return _batches([split], draws(), batch, lambda sample, *_: sample, workers, (*FIELDS, "occluded"))
-
-
-def evaluation_order(sizes, group):
-    """For each image size the list of (index, real), in split order, padded to a multiple of
-    `group` with repeats of its last pair, for which real is False."""
-    order = {}
-    for index, size in enumerate(map(tuple, sizes.tolist())):
-        order.setdefault(size, []).append((index, True))
-    for indices in order.values():
-        indices += [(indices[-1][0], False)] * (-len(indices) % group)
-    return list(order.values())
+        raise UserError(f"{split.folder}: split {split.name} has no pairs; convert the dataset with --split-file")
+    positions = (
+        Position(0, 0 if real else PADDING, index)
+        for indices in evaluation_order(split.sizes, batch * ranks)
+        for index, real in indices[rank::ranks]
+    )
+    fields = (*TRAINING_FIELDS, "occluded")
+    return _make_batches(read_samples([split], positions, fields, None, workers, ahead=2 * batch), batch)
 
 
-def _batches(splits, draws, batch, finish, workers, fields=FIELDS):
-    """Yield whole batches of the pairs that `draws` yields as (source, epoch, index).
+@dataclass(frozen=True)
+class DecodedPair:
+    """A pair as it is read."""
 
-    Records come from MindSpore's MindDataset; threads decode them (all of the work is done in C
-    with the interpreter released) two batches ahead. A dataset of MindSpore's around that would
-    copy each batch once more, and hide what went wrong in a report of its own.
+    sample: Sample
+    index: int
+    """As in `Batch.index`."""
+    label: str
+    """File and name, for errors."""
+
+
+def read_samples(
+    splits: Sequence[DatasetSplit],
+    positions: Iterable[Position],
+    fields: Collection[str],
+    augment: Callable[[Sample, Position], Sample] | None = None,
+    workers: int | None = None,
+    ahead: int = 2,
+) -> Iterator[DecodedPair]:
+    """Read pairs in the order of `positions`; the flow of a sample is 0 where it is unknown.
+
+    MindSpore's MindDataset reads records, and threads decode them (in C, without the GIL) up to `ahead` pairs in
+    advance. A pipeline of MindSpore around that would copy every batch once more, and wrap errors in its own report.
+
+    Args:
+        augment: called in a thread for each sample.
+        workers: threads; by default one per core, at most 8.
     """
     memory.keep_freed_blocks()
     workers = workers or min(8, len(os.sched_getaffinity(0)))
-    starts = np.cumsum([0] + [len(s) for s in splits]).tolist()
+    starts = np.cumsum([0] + [len(split) for split in splits]).tolist()
 
-    def prepare(stored, record, source, epoch, index):
-        opened = splits[source]
-        name, file = opened.names[index], opened.file_of(index)
-        if stored != name:
+    def decode(record: StoredPair, position: Position) -> DecodedPair:
+        split, index = splits[position.source], position.index
+        name, file = split.names[index], split.file_of(index)
+        if record.name != name:
             raise UserError(
-                f"{file}: the name of pair {name} is damaged (there it is {stored!r}); restore the "
-                "file from a copy or convert the set again"
+                f"{file}: the name of pair {name} is damaged (found {record.name!r}); restore the file from a copy or "
+                "convert the dataset again"
             )
-        size = tuple(opened.sizes[index].tolist())
-        sample = decode_record(record, fields, size=size, pair=name, source=file)
-        if not sample["valid"].all():  # NaN or 1e9 times a weight of 0 would still spoil a loss
+        height, width = split.sizes[index].tolist()
+        sample = decode_record(record.data, fields, size=(height, width), pair=name, source=file)
+        if not sample["valid"].all():  # NaN times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
-        sample = finish(sample, source, epoch, index)
-        return (
-            sample,
-            PADDING if epoch == PADDING else starts[source] + index,
-            f"{file}: pair {name}",
-        )
+        if augment:
+            sample = augment(sample, position)
+        number = PADDING if position.epoch == PADDING else starts[position.source] + index
+        return DecodedPair(sample, number, f"{file}: pair {name}")
 
-    pending = collections.deque()
+    pending: collections.deque[concurrent.futures.Future[DecodedPair]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-
-        def decoded():
-            for name, record, place in _records(splits, draws):
-                pending.append(pool.submit(prepare, name, record, *place))
-                if len(pending) == 2 * batch + workers:
+        try:
+            for record, position in _read_records(splits, positions):
+                pending.append(pool.submit(decode, record, position))
+                if len(pending) == ahead + workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-
-        try:
-            pairs = decoded()
-            while len(ready := list(itertools.islice(pairs, batch))) == batch:
-                yield _stack(ready, fields)
         finally:
             for future in pending:
                 future.cancel()
 
 
-def _records(splits, draws):
-    """Yield (stored name, record as uint8 (N,), (source, epoch, index)) for each of `draws`."""
-    draws = iter(draws)
+class StoredPair(NamedTuple):
+    """A record as MindSpore reads it."""
+
+    name: str
+    data: memoryview
+
+
+def _read_records(
+    splits: Sequence[DatasetSplit], positions: Iterable[Position]
+) -> Iterator[tuple[StoredPair, Position]]:
+    """Yield the record of each position."""
+    positions = iter(positions)
     total = sum(len(split) for split in splits)
-    while piece := list(itertools.islice(draws, total)):
-        rows = [[index for origin, _, index in piece if origin == source] for source in range(len(splits))]
-        records = [_read(split, indices) for split, indices in zip(splits, rows)]
-        for place in piece:
-            yield *next(records[place[0]]), place
+    while piece := list(itertools.islice(positions, total)):
+        rows = [[position.index for position in piece if position.source == s] for s in range(len(splits))]
+        records = [_read_split(split, indices) for split, indices in zip(splits, rows, strict=True)]
+        for position in piece:
+            yield next(records[position.source]), position
 
 
-def _read(split, indices):
-    """Yield (stored name, record as uint8 (N,)) of these pairs of a split."""
+def _read_split(split: DatasetSplit, indices: list[int]) -> Iterator[StoredPair]:
+    """Yield the records of these pairs of one split."""
     import mindspore.dataset as ds
 
-    # One set at a time: MindDataset refuses files that are not of one writing. And it takes at most
-    # as many indices as there are records.
+    # One dataset at a time: MindDataset refuses files that were not written together. And it takes at most as many
+    # indices as there are records.
     for start in range(0, len(indices), len(split)):
         try:
             dataset = ds.MindDataset(
-                split.files,
+                [str(file) for file in split.files],
                 ["name", "pair"],
                 num_parallel_workers=1,
                 sampler=ds.SubsetSampler(indices[start : start + len(split)]),
             )
             for name, column in dataset.create_tuple_iterator(output_numpy=True, num_epochs=1):
-                # The 'S' array of a bytes column loses trailing zeros in item(), not here.
-                yield str(name), np.frombuffer(column, np.uint8)
+                # item() of a bytes column ('S' array) would drop trailing zeros.
+                yield StoredPair(str(name), np.frombuffer(column, np.uint8).data)
         except (RuntimeError, ValueError) as error:
             raise _explain(split, error) from None
 
 
-def _explain(split, error):
-    """A UserError for what MindSpore said of a set: which shard is not what it was, if any."""
+def _explain(split: DatasetSplit, error: Exception) -> UserError:
+    """The UserError for an error of MindSpore's: names the damaged shard, if there is one."""
     for shard in split.shards:
         try:
             shard.check_bytes(split.folder)
-        except UserError as found:
-            return found
+        except UserError as damage:
+            return damage
     return UserError(
-        f"{split.folder}: MindSpore cannot read it ({reason_of(error)}); restore the set "
-        "from a copy or convert it again"
+        f"{split.folder}: MindSpore cannot read this dataset ({extract_reason(error)}); restore it from a copy or "
+        "convert it again"
     )
 
 
-def _stack(ready, fields):
-    """A Batch from (sample, index, name) of its pairs."""
-    for sample, _, name in ready:
-        for field in fields:
-            if sample[field].shape != ready[0][0][field].shape:
+def _make_batches(pairs: Iterator[DecodedPair], batch: int) -> Iterator[Batch]:
+    """Group pairs into complete batches."""
+    while len(group := list(itertools.islice(pairs, batch))) == batch:
+        yield _stack(group)
+
+
+def _stack(group: list[DecodedPair]) -> Batch:
+    first = group[0]
+    for pair in group:
+        for field, array in pair.sample.items():
+            if array.shape != first.sample[field].shape:
                 raise UserError(
-                    f"{name}: {field} is {sample[field].shape}, but {ready[0][0][field].shape} in "
-                    f"{ready[0][2]}; pairs of different sizes need a transform that crops them"
+                    f"{pair.label}: {field} is {array.shape}, but {first.sample[field].shape} in {first.label}; pairs "
+                    "of different sizes need a transform that crops them"
                 )
-    columns = {field: np.stack([sample[field] for sample, _, _ in ready]) for field in fields}
-    return Batch(**columns, index=np.array([index for _, index, _ in ready], np.int32))
+    columns = {field: np.stack([pair.sample[field] for pair in group]) for field in first.sample}
+    return Batch(**columns, index=np.array([pair.index for pair in group], np.int32))

@@ -1,4 +1,4 @@
-"""Values from JSON files as the types that they are declared as, or an error that says where."""
+"""Check values from JSON files against declared types, with errors that say where a value is wrong."""
 
 import dataclasses
 import functools
@@ -9,81 +9,86 @@ import typing
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """A whole number from `low` to `high`."""
+class IntRange:
+    """An integer from `low` to `high`."""
 
     low: int
     high: int
 
     def allows(self, value: int) -> bool:
+        """Whether a value is in the range."""
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+        return f"an integer from {self.low} to {self.high}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """A text that the regular expression `pattern` matches as a whole; `name` is for the errors."""
+class Pattern:
+    """A string that matches a regular expression as a whole; `description` is for errors."""
 
     pattern: str
-    name: str
+    description: str
 
     def allows(self, value: str) -> bool:
+        """Whether a string matches."""
         return re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
-        return self.name
+        return self.description
 
 
-def read(kind: typing.Any, value: typing.Any, place: str = "") -> typing.Any:
-    """`value`, as the json module gives it, checked to be of the type `kind` and made one.
+def read(kind: typing.Any, value: typing.Any, path: str = "") -> typing.Any:
+    """Check a value as the json module returns it, and convert it to the declared type.
 
-    `kind` is Annotated[int or str, Whole or Text], None or another (X | None), list[X],
-    tuple[X, Y, ...], dict[X, Y], a dataclass or a TypedDict (an object with these fields and no
-    others), or plain dict (an object with anything in it). Raises ValueError with the place of the
-    first value that is of another type, "shards[2].bytes", and what it is.
+    Args:
+        kind: Annotated[int, IntRange], Annotated[str, Pattern], X | None, list[X], tuple[X, Y, ...], dict[X, Y], a
+            dataclass or TypedDict (an object with exactly these fields), or plain dict (an object with any content).
+        path: of the value in its file, such as "shards[2].bytes".
+
+    Raises:
+        ValueError: a value is of another type; the message has its path, the value and the expected type.
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        if type(value) is parts[0] and parts[1].allows(value):  # True and False are int too
+        if type(value) is parts[0] and parts[1].allows(value):  # True and False are instances of int
             return value
-        raise wrong(place, value, parts[1])
+        raise mismatch(path, value, parts[1])
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else read(parts[0], value, place)
+        return None if value is None else read(parts[0], value, path)
     if origin is list and type(value) is list:
-        return [read(parts[0], item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [read(parts[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and type(value) is list and len(value) == len(parts):
-        return tuple(read(*pair, f"{place}[{i}]") for i, pair in enumerate(zip(parts, value)))
+        return tuple(read(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
     if origin is dict and type(value) is dict:
         return {
-            read(parts[0], key, f"a key in {place}"): read(parts[1], item, f"{place}.{key:.40}")
+            read(parts[0], key, f"a key in {path}"): read(parts[1], item, f"{path}.{key:.40}")
             for key, item in value.items()
         }
     if kind is dict and type(value) is dict:
         return value
     if origin is None and kind is not dict:
-        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+        if dataclasses.is_dataclass(kind) and type(value) is kind:
             return value
         fields = _fields(kind)
         if type(value) is dict and value.keys() == fields.keys():
-            prefix = f"{place}." if place else ""
-            found = {name: read(fields[name], value[name], prefix + name) for name in fields}
+            prefix = f"{path}." if path else ""
+            values = {name: read(fields[name], value[name], prefix + name) for name in fields}
             try:
-                return kind(**found)
-            except ValueError as error:  # of a dataclass whose fields don't fit each other
-                raise ValueError(f"{place or 'it'}: {error}") from None
-        raise wrong(place, value, f"an object with {', '.join(fields)}")
+                return kind(**values)
+            except ValueError as error:  # from a dataclass whose fields contradict each other
+                raise ValueError(f"{path or 'content'}: {error}") from None
+        raise mismatch(path, value, f"an object with {', '.join(fields)}")
     expected = {list: "a list", tuple: f"a list of {len(parts)}"}
-    raise wrong(place, value, expected.get(origin, "an object"))
+    raise mismatch(path, value, expected.get(origin, "an object"))
 
 
 @functools.cache
-def _fields(kind: type) -> dict:
-    """The types of a dataclass's or TypedDict's fields by name."""
+def _fields(kind: type) -> dict[str, typing.Any]:
+    """The declared types of a dataclass's or TypedDict's fields."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def wrong(place: str, value: typing.Any, expected: typing.Any) -> ValueError:
-    """The error for a `value` that is not what is `expected` at `place`."""
-    return ValueError(f"{place or 'it'} is {reprlib.repr(value)}, expected {expected}")
+def mismatch(path: str, value: typing.Any, expected: typing.Any) -> ValueError:
+    """The error for a value that is not what is expected at `path`."""
+    return ValueError(f"{path or 'content'} is {reprlib.repr(value)}, expected {expected}")

@@ -1,8 +1,8 @@
-"""Shards and manifest: what a converted set is on disk, and how it is written.
+"""Shards and manifest: the format of a converted dataset, and how it is written.
 
-A set is a folder with MindRecord shards (each with the .db index that MindSpore reads beside it)
-and manifest.json, which names every shard with its bytes, hashes and pairs. A record is one pair:
-its name, and packed in one column the payloads (prep/codec.py) of FIELDS.
+A dataset is a folder with MindRecord shards (each with the .db index that MindSpore reads beside it) and
+manifest.json, which lists every shard with its size, hashes and pairs. A record is one pair: its name, and one column
+with the payloads (prep/codec.py) of FIELDS. prep/README.md describes the format with an example.
 """
 
 import contextlib
@@ -13,17 +13,19 @@ import os
 import shutil
 import sqlite3
 import urllib.parse
-from typing import Annotated, TypedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from launch.errors import UserError, one_line
 from launch.files import sync, write_json
 from prep import codec, schema
-from prep.datasets import read_pair
+from prep.datasets import PairFiles, Sample, read_pair
+from prep.formats import StrPath
 
 SCHEMA_VERSION = 1
-# The payloads of a pair in a record's order: the numpy type and the channels of each.
 FIELDS = {
     "image1": (np.uint8, 3),
     "image2": (np.uint8, 3),
@@ -31,46 +33,56 @@ FIELDS = {
     "valid": (np.uint8, 1),
     "occluded": (np.uint8, 1),
 }
-PIXEL_BYTES = 16  # of a pair, no less than all of its fields take uncompressed
-# One column for all: of several, MindRecord stores the lengths among the data and reads them back
-# unchecked, so that one flipped bit there ends the process (segmentation fault).
+"""The fields of a pair in the order of a record's payloads: dtype and number of channels."""
+PIXEL_BYTES = 16  # at least the size of all uncompressed fields of a pixel
+# All payloads share one column: with several, MindRecord stores their lengths among the data and reads them unchecked,
+# so that one flipped bit there ends the process (segmentation fault).
 SCHEMA = {"name": {"type": "string"}, "pair": {"type": "bytes"}}
 MANIFEST = "manifest.json"
 MAX_PAGE = 1 << 28  # bytes
 
-# What manifest.json may hold (prep/schema.py checks it against these): a set may come from anyone,
-# and its hashes prove only that it is whole. Control characters could rewrite a terminal, and lone
-# surrogates, which Python makes of bytes that are not UTF-8, can't be written.
-Count = Annotated[int, schema.Whole(1, 2**53)]
-Version = Annotated[int, schema.Whole(1, 2**31)]
-TEXT = schema.Text(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,10000}", "text without control characters")
-Words = Annotated[str, TEXT]
-Sha256 = Annotated[str, schema.Text("[0-9a-f]{64}", "a SHA-256 as 64 hexadecimal digits")]
-ShardFile = Annotated[str, schema.Text(r"[A-Za-z0-9_-]{1,200}\.mindrecord", "a plain file name as train.mindrecord")]
+# What manifest.json may contain (checked by prep/schema.py): a dataset may come from anyone, and its hashes only prove
+# that it is intact. Control characters could rewrite a terminal; lone surrogates, which Python substitutes for bytes
+# that are not UTF-8, cannot be written.
+Count = Annotated[int, schema.IntRange(1, 2**53)]
+Version = Annotated[int, schema.IntRange(1, 2**31)]
+PRINTABLE = schema.Pattern(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,10000}", "text without control characters")
+Text = Annotated[str, PRINTABLE]
+Sha256 = Annotated[str, schema.Pattern("[0-9a-f]{64}", "a SHA-256 as 64 hexadecimal digits")]
+ShardFile = Annotated[
+    str, schema.Pattern(r"[A-Za-z0-9_-]{1,200}\.mindrecord", "a plain file name such as train.mindrecord")
+]
 
 
 class Validation(TypedDict):
-    """The split file's name and SHA-256; None if the data set itself holds pairs out."""
+    """Name and SHA-256 of the split file; None if the dataset itself reserves pairs for validation."""
 
-    file: Words | None
+    file: Text | None
     sha256: Sha256 | None
 
 
-class Made(TypedDict):
-    """How a set was made: the command, what it was to write (prep/convert.py), packages."""
+class Provenance(TypedDict):
+    """How a dataset was made: the command, its plan (prep/convert.py), and package versions."""
 
-    command: Words
+    command: Text
     plan: dict
-    versions: dict[Words, Words]
+    versions: dict[Text, Text]
+
+
+class Record(NamedTuple):
+    """A record as stored."""
+
+    offset: int
+    """In the shard's file, in bytes."""
+    data: bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard: sizes and SHA-256 of its file, of the header there and of its .db index; its
-    pairs.
+    """A shard's sizes in bytes and SHA-256 hashes (of its file, that file's header, and its .db index) and its pairs.
 
-    names are in the records' order, sizes are runs of it: (number of pairs, height, width).
-    ValueError if they are not as many, or of pairs larger than the file can be of.
+    Raises:
+        ValueError: the numbers of names and sizes differ, or the pairs cannot fit in the file.
     """
 
     file: ShardFile
@@ -80,198 +92,212 @@ class Shard:
     header_sha256: Sha256
     index_bytes: Count
     index_sha256: Sha256
-    names: list[Words]
+    names: list[Text]
+    """In the order of the records."""
     sizes: list[tuple[Count, Count, Count]]
+    """Runs of equal size, in the same order: (number of pairs, height, width)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if sum(number for number, _, _ in self.sizes) != len(self.names):
             raise ValueError("the numbers of names and sizes differ")
         if self.header_bytes > self.bytes:
             raise ValueError("its header is longer than its file")
-        # A shard has one page for records at least, with room for four pairs uncompressed or of
-        # MAX_PAGE bytes (Layout), which is a quarter of the largest pair.
+        # A shard has at least one page of records, with room for four uncompressed pairs or of MAX_PAGE bytes
+        # (PageLayout), a quarter of the largest pair.
         for _, height, width in self.sizes:
             if PIXEL_BYTES * height * width > 4 * self.bytes:
-                raise ValueError(f"its {self.bytes} bytes can't hold a pair of {width}x{height}")
+                raise ValueError(f"a pair of {width}x{height} does not fit in its {self.bytes} bytes")
 
-    def check_files(self, folder) -> None:
-        """UserError unless the shard and its index are in `folder` with the right sizes."""
+    def pair_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each pair, in the order of the records."""
+        return [(height, width) for number, height, width in self.sizes for _ in range(number)]
+
+    def check_files(self, folder: Path) -> None:
+        """Raise UserError unless the shard and its index exist in `folder` and have the right lengths."""
         for file, expected in ((self.file, self.bytes), (self.file + ".db", self.index_bytes)):
-            path = os.path.join(folder, file)
+            path = folder / file
             try:
-                found = os.path.getsize(path)
+                found = path.stat().st_size
             except FileNotFoundError:
                 raise UserError(
-                    f"{path}: not there, but the set's manifest names it; restore it from a copy "
-                    "(a shard must keep its name) or convert the set again"
+                    f"{path}: missing, but listed in the manifest; restore it from a copy (under this name) or convert "
+                    "the dataset again"
                 ) from None
             if found != expected:
                 raise UserError(
-                    f"{path}: {found} bytes, expected {expected} as the set's manifest says; "
-                    "restore it from a copy or convert the set again"
+                    f"{path}: {found} bytes, but {expected} in the manifest; restore it from a copy or convert the "
+                    "dataset again"
                 )
 
-    def check_structure(self, folder) -> None:
-        """UserError unless the sizes fit and header and index are what was written.
+    def check_structure(self, folder: Path) -> None:
+        """Raise UserError unless lengths, header and index are as written. Takes milliseconds.
 
-        MindSpore trusts both: a wrong byte there could end the process. It takes milliseconds; the
-        rest of the shard is records, whose payloads are checked when they are decoded.
+        MindSpore trusts header and index: a wrong byte there could end the process. The rest of a shard is records,
+        whose payloads are checked when they are decoded.
         """
         self.check_files(folder)
-        check_hash(os.path.join(folder, self.file), self.header_bytes, self.header_sha256)
-        check_hash(os.path.join(folder, self.file + ".db"), self.index_bytes, self.index_sha256)
+        check_hash(folder / self.file, self.header_bytes, self.header_sha256)
+        check_hash(folder / f"{self.file}.db", self.index_bytes, self.index_sha256)
         self.locate(folder)
 
-    def check_bytes(self, folder) -> None:
-        """UserError unless every byte of the shard and its index is as written (reads it all)."""
+    def check_bytes(self, folder: Path) -> None:
+        """Raise UserError unless every byte of the shard and its index is as written. Reads them completely."""
         self.check_structure(folder)
-        check_hash(os.path.join(folder, self.file), self.bytes, self.sha256)
+        check_hash(folder / self.file, self.bytes, self.sha256)
 
-    def records(self, folder, indices=None):
-        """Yield (offset in the file, record as bytes) of the pairs at `indices` (default: all, in
-        order).
+    def records(self, folder: Path, indices: Iterable[int] | None = None) -> Iterator[Record]:
+        """Yield the records of the pairs at `indices`, by default of all in order. Call `check_structure` first.
 
-        Only for a shard that `check_structure` has passed. It does without MindSpore, which starts
-        in seconds and gives up a whole shard for one wrong byte among the names; this reads all the
-        others.
+        It reads without MindSpore, which takes seconds to start and rejects a whole shard for one wrong byte among the
+        names.
         """
-        rows = self.locate(folder)
-        with open(os.path.join(folder, self.file), "rb") as file:
-            for offset, length in rows if indices is None else [rows[i] for i in indices]:
+        places = self.locate(folder)
+        with open(folder / self.file, "rb") as file:
+            for offset, length in places if indices is None else [places[i] for i in indices]:
                 file.seek(offset)
-                yield offset, file.read(length)
+                yield Record(offset, file.read(length))
 
-    def locate(self, folder) -> list[tuple[int, int]]:
-        """(offset, length) of each record in the shard's file, in order, as its index has them.
+    def locate(self, folder: Path) -> list[tuple[int, int]]:
+        """(offset, length) of each record in the shard's file, in order, according to its index.
 
-        UserError unless header and index are such as MindRecord writes, and all that they point to
-        is inside the file. No more is read than the manifest justifies.
+        Reads no more than the manifest justifies.
+
+        Raises:
+            UserError: header or index are not as MindRecord writes them, or point outside the file.
         """
-        path = os.path.join(folder, self.file)
+        path = folder / self.file
         try:
-            # A MindRecord file: the header's length (uint64), the header as JSON, then from
-            # header_bytes on the pages. The index has each row's page and place in it, for the name
-            # (RAW) and for the record (BLOB), which begins with its length (uint64), which nobody
-            # reads, as the index has it too.
+            # A MindRecord file: the header's length (uint64), the header as JSON, and from header_bytes on the pages.
+            # The index has the page of each row and its place there, for the name (RAW) and for the record (BLOB). A
+            # record begins with its length (uint64), which nobody reads, because the index has it too.
             with open(path, "rb") as file:
                 start = file.read(self.header_bytes)
             header = json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])
             page_size = schema.read(Count, header["page_size"], "page_size")
             if header["shard_addresses"] != [self.file]:
-                raise ValueError("the header is another shard's")
-            rows, places = self._read_index(path + ".db"), []
-            for row, *values in rows:
-                if row != len(places) or not all(type(v) is int and v >= 0 for v in values):
-                    raise ValueError(f"row {len(places)} of the index is not one")
+                raise ValueError("the header belongs to another shard")
+            places = []
+            for row, *values in self._read_index(Path(f"{path}.db")):
+                if row != len(places) or not all(type(value) is int and value >= 0 for value in values):
+                    raise ValueError(f"row {len(places)} of the index is invalid")
                 for page, begin, end, shortest in (values[:3] + [0], values[3:] + [8]):
                     offset = self.header_bytes + page * page_size + begin
                     if end - begin < shortest or offset + end - begin > self.bytes:
-                        raise ValueError(f"row {row} of the index points beyond the file")
+                        raise ValueError(f"row {row} of the index points outside the file")
                 places.append((offset + 8, end - begin - 8))
             if len(places) != len(self.names):
                 raise ValueError(f"the index has {len(places)} rows")
         except (ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as error:
             raise UserError(
-                f"{path}: not a shard of {len(self.names)} pairs ({type(error).__name__}: "
-                f"{one_line(error)}); restore it from a copy or convert the set again"
+                f"{path}: not a shard of {len(self.names)} pairs ({type(error).__name__}: {one_line(error)}); "
+                "restore it from a copy or convert the dataset again"
             ) from None
         return places
 
-    def _read_index(self, path) -> list[tuple]:
-        """The index's rows by number: (row, page, begin and end of the name, the same of the
-        record), at most one more than there are names."""
+    def _read_index(self, path: Path) -> list[tuple[int, ...]]:
+        """The index's rows by number, at most one more than there are names.
+
+        Each is (row, page, begin and end of the name, page, begin and end of the record).
+        """
         columns = "ROW_ID, " + ", ".join(
             f"PAGE_ID_{kind}, PAGE_OFFSET_{kind}, PAGE_OFFSET_{kind}_END" for kind in ("RAW", "BLOB")
         )
         uri = f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro&immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as index:
-            # A view or a computed column could have any amount of work behind it.
+            # A view or a computed column could take any amount of work.
             kinds = index.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
             hidden = [column[6] for column in index.execute("PRAGMA table_xinfo(INDEXES)")]
             if kinds != [("table",)] or any(hidden):
                 raise ValueError("its index is not a plain table")
-            index.set_progress_handler(lambda: 1, 10_000 + 100 * len(self.names))  # 1 ends it
+            index.set_progress_handler(lambda: 1, 10_000 + 100 * len(self.names))  # 1 aborts the query
             rows = index.execute(f"SELECT {columns} FROM INDEXES")
             return sorted(rows.fetchmany(len(self.names) + 1), key=lambda row: row[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a converted set holds and how it was made.
+    """What a converted dataset contains and how it was made. The file ends with a SHA-256 of everything else in it."""
 
-    shards: by file name; splits: for each split its shards' file names in order, so a shard may be
-    in several (Sintel's val-clean is a part of val); validation: the split file's name and SHA-256,
-    None if the data set itself holds pairs out. The file ends with a SHA-256 of all else in it.
-    """
-
-    dataset: Words
+    dataset: Text
     schema_version: Version
-    splits: dict[Words, list[ShardFile]]
+    splits: dict[Text, list[ShardFile]]
+    """Shard files of each split, in order. A shard may be in several: Sintel's val-clean is part of val."""
     shards: dict[ShardFile, Shard]
+    """By file name."""
     validation: Validation
-    made: Made
+    made: Provenance
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, files in self.splits.items():
             if len(set(files)) != len(files) or not self.shards.keys() >= set(files):
-                raise ValueError(f"split {name} has a shard twice or one that is not there")
+                raise ValueError(f"split {name} lists a shard twice or one that does not exist")
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return sum(len(shard.names) for shard in self.shards.values())
 
     @classmethod
-    def load(cls, folder):
-        """Read a set's manifest. UserError if there is none, or it is newer or damaged."""
-        path = os.path.join(folder, MANIFEST)
-        if not os.path.isfile(path):
-            unfinished = os.path.isdir(f"{os.path.normpath(folder)}.partial")
+    def load(cls, folder: Path) -> "Manifest":
+        """Read a dataset's manifest; UserError if it is missing, damaged or of a newer version."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            unfinished = Path(f"{os.path.normpath(folder)}.partial").is_dir()
             raise UserError(
-                f"{path}: not there; expected a folder written by prep/convert.py"
-                + (", whose last run was cut short: run it again" if unfinished else "")
+                f"{path}: not found; expected a folder written by prep/convert.py"
+                + (", whose last run was interrupted: run the same command again to resume" if unfinished else "")
             )
         try:
-            with open(path, encoding="utf-8") as file:
-                fields = schema.read(dict, json.load(file))
+            fields = schema.read(dict, json.loads(path.read_text("utf-8")))
             version = schema.read(Version, fields.get("schema_version"), "schema_version")
             if version > SCHEMA_VERSION:
                 raise UserError(
-                    f"{path}: schema version {version}, this toolkit knows up to {SCHEMA_VERSION}; "
-                    "update the toolkit or convert the set with this one"
+                    f"{path}: schema version {version}, but this toolkit supports versions up to {SCHEMA_VERSION}; "
+                    "update the toolkit or convert the dataset again"
                 )
             if fields.pop("sha256", None) != hash_fields(fields):
-                raise ValueError("its SHA-256 is not the one in it")
+                raise ValueError("its SHA-256 does not match its content")
             shards = schema.read(list[Shard], fields.get("shards"), "shards")
             by_file = {shard.file: shard for shard in shards}
             if len(by_file) != len(shards):
-                raise ValueError("two of its shards have one name")
+                raise ValueError("two of its shards have the same name")
             return schema.read(cls, {**fields, "shards": by_file})
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or convert the set again"
+                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or convert the dataset "
+                "again"
             ) from None
 
-    def save(self, folder) -> None:
-        """Write the manifest into `folder`; it appears only when it is whole."""
-        fields = {**vars(self), "shards": [dataclasses.asdict(s) for s in self.shards.values()]}
-        write_json(os.path.join(folder, MANIFEST), {**fields, "sha256": hash_fields(fields)})
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`, whole or not at all."""
+        fields = {**vars(self), "shards": [dataclasses.asdict(shard) for shard in self.shards.values()]}
+        write_json(folder / MANIFEST, {**fields, "sha256": hash_fields(fields)})
 
-    def split(self, name, folder):
-        """The shards of a split, in order; UserError, naming `folder`, if there is no such one."""
-        if name not in self.splits:
-            raise UserError(f"{folder}: has no split {name!r}; it has {', '.join(sorted(self.splits))}")
-        return [self.shards[file] for file in self.splits[name]]
+    def shards_of(self, split: str, folder: Path) -> list[Shard]:
+        """The shards of a split, in order; UserError, naming `folder`, if there is no such split."""
+        if split not in self.splits:
+            raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(sorted(self.splits))}")
+        return [self.shards[file] for file in self.splits[split]]
 
 
-def decode_record(record, fields, *, size, pair, source):
-    """The arrays of `fields` in a record (bytes or uint8 array), as a dict, as `read_pair` gave
-    them, for a pair of `size` (H, W).
+def decode_record(
+    record: codec.Payload, fields: Collection[str], *, size: tuple[int, int], pair: str, source: StrPath
+) -> Sample:
+    """Decode some fields of a record (all fields: `FIELDS`) to the arrays that `read_pair` returned.
 
-    Raises UserError with the pair and the file `source` if a bit of the record is wrong, whether or
-    not it is decoded, or if an array is of another size or type. Nothing larger is allocated.
+    Args:
+        size: (H, W) of the pair. Nothing larger is allocated.
+        pair: its name.
+        source: the file, for errors.
+
+    Raises:
+        UserError: a bit is wrong, also in the other fields, or an array is of another size or type.
     """
     sample = {}
     payloads = codec.unpack(record, len(FIELDS), pair=pair, source=source)
-    for field, payload in zip(FIELDS, payloads):
+    for field, payload in zip(FIELDS, payloads, strict=True):
         if field in fields:
             dtype, channels = FIELDS[field]
-            shape = tuple(size) if channels == 1 else (*size, channels)
+            shape = size if channels == 1 else (*size, channels)
             sample[field] = codec.decode(payload, shape=shape, dtype=dtype, pair=pair, field=field, source=source)
         else:
             codec.check(payload, pair=pair, field=field, source=source)
@@ -279,95 +305,110 @@ def decode_record(record, fields, *, size, pair, source):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes in bytes that MindRecord reads several shards together by: they must be equal in all of them."""
+class PageLayout:
+    """MindRecord's page and header sizes in bytes. It reads shards together only if these are equal in all of them."""
 
     page: int
     header: int
 
     @classmethod
-    def fitting(cls, pixels: int, pairs: int) -> "Layout":
-        """The layout for images of up to `pixels` and shards of up to `pairs`."""
-        # A record must fit in a page. Four uncompressed ones do here, so a page's unused end stays
-        # small.
+    def fitting(cls, pixels: int, pairs: int) -> "PageLayout":
+        """The layout for images of up to `pixels` pixels and shards of up to `pairs` pairs."""
+        # A record must fit in a page. With room for four uncompressed ones, little of a page stays unused.
         page = 1 << 16
         while page < 4 * (PIXEL_BYTES * pixels + 4096):
             page *= 2
-        # The header lists the pages, about 200 bytes each, and there is at most one for two pairs.
+        # The header lists the pages, with about 200 bytes each; there is at most one page for two pairs.
         return cls(min(page, MAX_PAGE), (1 << 16) * (1 + 128 * pairs // (1 << 16)))
 
 
-def write_shard(folder, file, pairs, *, codec_name, layout, progress=lambda: None):
-    """Write `pairs` as the shard `folder`/`file` in a `Layout` and return its `Shard`.
+def write_shard(
+    path: Path,
+    pairs: list[PairFiles],
+    *,
+    codec_name: str,
+    layout: PageLayout,
+    progress: Callable[[], object] = lambda: None,
+) -> Shard:
+    """Write pairs as the shard `path`.
 
-    The shard and its index appear under their names only when they are whole and on the disk; a
-    file FILE.json beside them, written last, says so to a later run. `progress` is called after
-    each pair.
+    The shard and its index appear under their names only when they are complete and on disk; `path`.json, written
+    last, tells a later run so. `progress` is called after each pair.
+
+    Raises:
+        UserError: a file of a pair is damaged, or MindRecord cannot write the shard.
     """
-    from mindspore.mindrecord import FileWriter  # takes seconds, and is not for those who only load
+    from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
 
-    work = os.path.join(folder, f"{file}.partial-{os.getpid()}")  # MindRecord keeps the file's name
-    os.mkdir(work)
+    folder, file = path.parent, path.name
+    work = folder / f"{file}.partial-{os.getpid()}"  # MindRecord stores the file's name, so it must not change
+    work.mkdir()
+    unfinished, index = work / file, work / f"{file}.db"
+    free = free_bytes(folder)
     try:
-        path = os.path.join(work, file)
-        writer = FileWriter(path, 1, overwrite=True)
+        writer = FileWriter(str(unfinished), 1, overwrite=True)
         writer.set_page_size(layout.page)
         writer.set_header_size(layout.header)
         writer.add_schema(SCHEMA, "optical flow pair")
-        runs, free = [], free_bytes(folder)
+        runs: list[tuple[int, int, int]] = []
         for pair in pairs:
             sample = read_pair(pair)
-            size = sample["flow"].shape[:2]
-            if not runs or runs[-1][1:] != size:
-                runs.append((0, *size))
-            runs[-1] = (runs[-1][0] + 1, *size)
+            height, width = sample["valid"].shape
+            if runs and runs[-1][1:] == (height, width):
+                runs[-1] = (runs[-1][0] + 1, height, width)
+            else:
+                runs.append((1, height, width))
             payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
             writer.write_raw_data([{"name": pair.name, "pair": codec.pack(payloads)}])
             free = min(free, free_bytes(folder))
             progress()
         writer.commit()
-        size, index_size = sync(path), sync(path + ".db")
+        length, index_length = sync(unfinished), sync(index)
         shard = Shard(
             file=file,
-            bytes=size,
-            sha256=hash_file(path, size),
+            bytes=length,
+            sha256=hash_file(unfinished, length),
             header_bytes=layout.header,
-            header_sha256=hash_file(path, layout.header),
-            index_bytes=index_size,
-            index_sha256=hash_file(path + ".db", index_size),
+            header_sha256=hash_file(unfinished, layout.header),
+            index_bytes=index_length,
+            index_sha256=hash_file(index, index_length),
             names=[pair.name for pair in pairs],
             sizes=runs,
         )
-        for suffix in (".db", ""):
-            os.chmod(path + suffix, os.stat(work).st_mode & 0o666)  # MindRecord's own is 0600
-            os.replace(path + suffix, os.path.join(folder, file + suffix))
-        write_json(os.path.join(folder, file + ".json"), dataclasses.asdict(shard))
-    except RuntimeError as error:  # MindRecord's own errors; reading's are UserError or OSError
-        # MindRecord, or another process at the same moment, may already have removed what filled the
-        # disk, so the least that was free counts.
+        for written in (index, unfinished):
+            written.chmod(work.stat().st_mode & 0o666)  # MindRecord's own mode is 0600
+            written.replace(folder / written.name)
+        write_json(f"{path}.json", dataclasses.asdict(shard))
+    except RuntimeError as error:  # from MindRecord; reading raises UserError or OSError
+        # MindRecord or another process may already have deleted what filled the disk: report the minimum.
         free = min(free, free_bytes(folder))
         raise UserError(
-            f"{os.path.join(folder, file)}: MindRecord could not write it ({free / 1e6:.1f} MB were "
-            f"free there; {reason_of(error)}); make room, then run the command again"
+            f"{path}: MindRecord could not write it ({free / 1e6:.1f} MB were free there; {extract_reason(error)}); "
+            "free some space, then run the same command again"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shard
 
 
-def free_bytes(folder) -> int:
-    """What a folder's file system has left for this user."""
+def free_bytes(folder: Path) -> int:
+    """Free space for this user on a folder's file system."""
     return shutil.disk_usage(folder).free
 
 
-def reason_of(error) -> str:
-    """What an exception of MindSpore's says, in one line without the report around it."""
+def stored_bytes(shards: Iterable[Shard], folder: Path) -> int:
+    """Bytes that shards occupy on disk. MindRecord's pages end in holes, which are not stored, so count blocks."""
+    return sum(512 * (folder / shard.file).stat().st_blocks for shard in shards)
+
+
+def extract_reason(error: Exception) -> str:
+    """What an exception of MindSpore says, on one line, without the report around it."""
     lines = [line for line in str(error).splitlines() if line.startswith("[ERROR]")]
     return one_line(" ".join(lines) or error, 200)
 
 
-def hash_file(path, length):
-    """The SHA-256 of a file's first `length` bytes, as hexadecimal digits."""
+def hash_file(path: Path, length: int) -> str:
+    """SHA-256 of the first `length` bytes of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while length > 0 and (block := file.read(min(length, 1 << 20))):
@@ -376,16 +417,16 @@ def hash_file(path, length):
     return digest.hexdigest()
 
 
-def hash_fields(fields):
-    """The SHA-256 of what a JSON file holds, however it is laid out, as hexadecimal digits."""
+def hash_fields(fields: dict[str, Any]) -> str:
+    """SHA-256 of the content of a JSON file, whatever its layout, in hexadecimal."""
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_hash(path, length, expected) -> None:
-    """UserError unless the first `length` bytes of a file have the SHA-256 `expected`."""
+def check_hash(path: Path, length: int, expected: str) -> None:
+    """Raise UserError unless the first `length` bytes of a file have the expected SHA-256."""
     if hash_file(path, length) != expected:
         raise UserError(
-            f"{path}: damaged (its SHA-256 is not the one in the set's manifest); restore it from "
-            "a copy or convert the set again"
+            f"{path}: damaged (its SHA-256 is not the one in the manifest); restore it from a copy or convert the "
+            "dataset again"
         )

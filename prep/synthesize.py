@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Example data: image pairs of moving textured shapes with exact flow, in the FlyingChairs layout.
+"""Make example data: image pairs of moving textured shapes with exact flow, in the layout of FlyingChairs.
 
-A pair is a stack of layers: a textured background and several textured shapes over it, each with
-an affine motion of its own. Both frames sample the same textures, so the flow is exact, and the
-front-most layer of a pixel gives its flow.
+A pair is a stack of layers: a textured background and several textured shapes in front of it, each with its own affine
+motion. Both frames sample the same textures, so the flow is exact; a pixel's flow is that of its frontmost layer.
 """
 
 import os
@@ -15,124 +14,176 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import argparse
 import functools
 import json
 import multiprocessing
 import re
+import shlex
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from launch import errors, files, progress
+from launch import files, progress
 from launch.arguments import Parser
+from launch.errors import UserError, run
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
 
-CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384 x 512
-SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
-MOST_PAIRS = 99999  # names have five digits, and name order must be number order
-VERSION = 1  # of the pictures: one more whenever the same seed gives other bytes
+CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384x512
+MIN_SIDE, MAX_SIDE = 32, 2048
+MAX_PAIRS = 99999  # names have five digits, and name order must be number order
+VERSION = 1  # of the pairs: incremented whenever the same seed gives other bytes
 
-# Motions are drawn by the rule of the FlyingChairs data set (FlowNet, ICCV 2015): a number is
-# clip(sign(g) |g|^power, low, high) with g ~ N(0, sigma), drawn with `chance`, else 0. The powers
-# give the heavy tail: most motions are small, a few very large. The parameters here were chosen
-# for a mean displacement of about 11 pixels at 384 x 512, as FlyingChairs has.
-BACKGROUND_MOTION = {
-    "shift": {"power": 2, "sigma": 1.8, "low": -40, "high": 40, "chance": 1.0},
-    "turn": {"power": 2, "sigma": 1.2, "low": -10, "high": 10, "chance": 0.3},
-    "zoom": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.6},
-    "squeeze": {"power": 2, "sigma": 0.1, "low": -0.07, "high": 0.07, "chance": 0.3},
-}
-SHAPE_MOTION = {
-    "shift": {"power": 3, "sigma": 2.0, "low": -120, "high": 120, "chance": 1.0},
-    "turn": {"power": 2, "sigma": 2.3, "low": -30, "high": 30, "chance": 0.7},
-    "zoom": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.7},
-    "squeeze": {"power": 2, "sigma": 0.18, "low": -0.2, "high": 0.2, "chance": 0.5},
-}
+
+@dataclass(frozen=True)
+class MotionParameter:
+    """The distribution of one number of a motion.
+
+    By the rule of FlyingChairs (FlowNet, ICCV 2015), it is clip(sign(g) |g|^power, low, high) with g ~ N(0, sigma) and
+    the given probability, else 0. The powers make the tail heavy: most motions are small, a few very large.
+    """
+
+    power: int
+    sigma: float
+    low: float
+    high: float
+    probability: float
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """Draw a number."""
+        value = rng.normal(0, self.sigma)
+        if rng.random() >= self.probability:
+            return 0.0
+        return float(np.clip(np.sign(value) * abs(value) ** self.power, self.low, self.high))
+
+
+@dataclass(frozen=True)
+class MotionParameters:
+    """The distribution of affine motions."""
+
+    shift: MotionParameter
+    """In pixels of CHAIRS_WIDTH, horizontally and vertically."""
+    turn: MotionParameter
+    """In degrees."""
+    zoom: MotionParameter
+    """Relative change of size."""
+    squeeze: MotionParameter
+    """Logarithm of the stretch along a random axis."""
+
+
+# Chosen for a mean displacement of about 11 pixels at 384x512, as in FlyingChairs.
+BACKGROUND_MOTION = MotionParameters(
+    shift=MotionParameter(2, 1.8, -40, 40, 1.0),
+    turn=MotionParameter(2, 1.2, -10, 10, 0.3),
+    zoom=MotionParameter(2, 0.1, -0.07, 0.07, 0.6),
+    squeeze=MotionParameter(2, 0.1, -0.07, 0.07, 0.3),
+)
+SHAPE_MOTION = MotionParameters(
+    shift=MotionParameter(3, 2.0, -120, 120, 1.0),
+    turn=MotionParameter(2, 2.3, -30, 30, 0.7),
+    zoom=MotionParameter(2, 0.18, -0.2, 0.2, 0.7),
+    squeeze=MotionParameter(2, 0.18, -0.2, 0.2, 0.5),
+)
 
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
 
-def make_pair(rng_or_seed, height, width):
-    """One image pair with its flow.
+class SyntheticPair(NamedTuple):
+    """An image pair with its flow."""
+
+    image1: np.ndarray
+    """uint8 (H, W, 3) RGB."""
+    image2: np.ndarray
+    flow: np.ndarray
+    """float32 (H, W, 2) in pixels, from image 1 to image 2."""
+    occluded: np.ndarray
+    """bool (H, W): whether a pixel of image 1 is hidden in image 2 by another layer or has left the frame."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A textured patch and its motion. Matrices are 3x3, for homogeneous coordinates (x, y, 1) in pixels."""
+
+    patch: np.ndarray
+    """uint8 (h, w, 4) RGB and alpha."""
+    border: int
+    """OpenCV's border mode: how the patch continues outside."""
+    pose: np.ndarray
+    """From the patch to frame 1."""
+    motion: np.ndarray
+    """From frame 1 to frame 2."""
+
+
+def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
+    """Make one image pair with its flow.
 
     Args:
-        rng_or_seed: a numpy Generator, or what numpy.random.default_rng takes as a seed.
-        height, width: size of the frames in pixels; displacements scale with the width.
-
-    Returns:
-        (image1, image2, flow, occluded): uint8 H x W x 3 RGB, the same, float32 H x W x 2
-        (x then y, in pixels, from image1 to image2), and bool H x W, true where a pixel of image1
-        is hidden in image2 by a layer in front of its own or has left the frame.
+        rng_or_seed: a numpy Generator, or what numpy.random.default_rng accepts as a seed.
+        height, width: of the frames in pixels; displacements scale with the width.
     """
     rng = np.random.default_rng(rng_or_seed)
     background = draw_background(rng, height, width)
     layers = [background]
     for _ in range(rng.integers(3, 9)):
-        layers.append(draw_shape(rng, height, width, background["motion"]))
-    image1, label1 = render(layers, [layer["pose"] for layer in layers], height, width)
-    image2, label2 = render(layers, [layer["motion"] @ layer["pose"] for layer in layers], height, width)
-    flow = flow_of_labels(label1, [layer["motion"] for layer in layers])
-    # The exposure is the scene's: both frames have the same.
+        layers.append(draw_shape(rng, height, width, background.motion))
+    image1, label1 = render(layers, [layer.pose for layer in layers], height, width)
+    image2, label2 = render(layers, [layer.motion @ layer.pose for layer in layers], height, width)
+    flow = flow_from_labels(label1, [layer.motion for layer in layers])
+    # The exposure is that of the scene, the same in both frames.
     gain, gamma = rng.uniform(0.75, 1.0), np.exp(rng.normal(0, 0.25))
     exposed = np.rint(255 * gain * (np.arange(256) / 255) ** gamma).astype(np.uint8)
-    return exposed[image1], exposed[image2], flow, find_occluded(flow, label1, label2)
+    return SyntheticPair(exposed[image1], exposed[image2], flow, find_occluded(flow, label1, label2))
 
 
-def draw_background(rng, height, width):
-    """The layer at the back: an opaque texture that reaches beyond the frame on every side."""
+def draw_background(rng: np.random.Generator, height: int, width: int) -> Layer:
+    """The layer at the back: an opaque texture that extends beyond the frame on all sides."""
     rows, columns = int(1.25 * height), int(1.25 * width)
     alpha = np.full((rows, columns), 255, np.uint8)
     centre = ((width - 1) / 2, (height - 1) / 2)
-    pose = place(rng.uniform(-0.15, 0.15), (columns, rows), centre)
+    pose = place_patch(rng.uniform(-0.15, 0.15), (columns, rows), centre)
     motion = draw_motion(rng, BACKGROUND_MOTION, centre, width)
-    return {
-        "patch": np.dstack([draw_texture(rng, rows, columns), alpha]),
-        "border": cv2.BORDER_REFLECT_101,
-        "pose": pose,
-        "motion": motion,
-    }
+    return Layer(np.dstack([draw_texture(rng, rows, columns), alpha]), cv2.BORDER_REFLECT_101, pose, motion)
 
 
-def draw_shape(rng, height, width, background_motion):
-    """A layer in front: a textured shape on a transparent patch, moving with the background and
-    on its own."""
+def draw_shape(rng: np.random.Generator, height: int, width: int, background_motion: np.ndarray) -> Layer:
+    """A layer in front: a textured shape on a transparent patch, with the background's motion and its own."""
     radius = width * np.exp(rng.uniform(np.log(0.07), np.log(0.3)))
     side = int(2 * radius) + 8
     alpha = np.zeros((side, side), np.uint8)
     contours = [side / 2 + radius * contour for contour in draw_contours(rng)]
-    cv2.fillPoly(alpha, [to_fixed_point(contour) for contour in contours], 255, cv2.LINE_AA, FIXED_POINT)
+    cv2.fillPoly(alpha, [to_fixed_point(contour) for contour in contours], (255,), cv2.LINE_AA, FIXED_POINT)
     centre = (rng.uniform(0, width), rng.uniform(0, height))
-    pose = place(rng.uniform(0, 2 * np.pi), (side, side), centre)
+    pose = place_patch(rng.uniform(0, 2 * np.pi), (side, side), centre)
     motion = background_motion @ draw_motion(rng, SHAPE_MOTION, centre, width)
-    return {
-        "patch": np.dstack([draw_texture(rng, side, side), alpha]),
-        "border": cv2.BORDER_CONSTANT,
-        "pose": pose,
-        "motion": motion,
-    }
+    return Layer(np.dstack([draw_texture(rng, side, side), alpha]), cv2.BORDER_CONSTANT, pose, motion)
 
 
-def place(turn, patch_size, centre):
-    """3 x 3 matrix that turns a patch by `turn` radians and puts its middle on `centre` (x, y)."""
+def place_patch(angle: float, patch_size: tuple[int, int], centre: tuple[float, float]) -> np.ndarray:
+    """3x3 matrix that rotates a patch of (W, H) by an angle in radians and puts its middle on `centre` (x, y)."""
     middle = (np.array(patch_size) - 1) / 2
     matrix = np.eye(3)
-    matrix[:2, :2] = rotation(turn)
+    matrix[:2, :2] = rotation(angle)
     matrix[:2, 2] = centre - matrix[:2, :2] @ middle
     return matrix
 
 
-def draw_motion(rng, parameters, centre, width):
-    """3 x 3 matrix of a random affine motion about `centre`, from frame 1 to frame 2, in pixels."""
-    shift = [draw_skewed(rng, **parameters["shift"]) * width / CHAIRS_WIDTH for _ in range(2)]
-    turn = np.deg2rad(draw_skewed(rng, **parameters["turn"]))
-    zoom = 1 + draw_skewed(rng, **parameters["zoom"])
-    # Wider by this factor along a direction of its own, and narrower across it.
-    squeeze = np.exp(draw_skewed(rng, **parameters["squeeze"]))
+def draw_motion(
+    rng: np.random.Generator, parameters: MotionParameters, centre: tuple[float, float], width: int
+) -> np.ndarray:
+    """3x3 matrix of a random affine motion about `centre` (x, y), from frame 1 to frame 2, in pixels."""
+    shift = [parameters.shift.draw(rng) * width / CHAIRS_WIDTH for _ in range(2)]
+    turn = np.deg2rad(parameters.turn.draw(rng))
+    zoom = 1 + parameters.zoom.draw(rng)
+    # Wider by this factor along a random axis, and narrower across it.
+    squeeze = np.exp(parameters.squeeze.draw(rng))
     axis = rotation(rng.uniform(0, np.pi))
     matrix = np.eye(3)
     matrix[:2, :2] = zoom * rotation(turn) @ axis @ np.diag([squeeze, 1 / squeeze]) @ axis.T
@@ -140,20 +191,14 @@ def draw_motion(rng, parameters, centre, width):
     return matrix
 
 
-def rotation(angle):
-    """2 x 2 matrix that turns by `angle` radians."""
+def rotation(angle: float) -> np.ndarray:
+    """2x2 matrix of a rotation by an angle in radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin], [sin, cos]])
 
 
-def draw_skewed(rng, power, sigma, low, high, chance):
-    """A random number by the rule of the motion tables above."""
-    value = rng.normal(0, sigma)
-    return np.clip(np.sign(value) * abs(value) ** power, low, high) if rng.random() < chance else 0
-
-
-def draw_contours(rng):
-    """Closed contours (N x 2, inside the unit circle) of a random shape; a second one is a hole."""
+def draw_contours(rng: np.random.Generator) -> list[np.ndarray]:
+    """Closed contours of a random shape, (N, 2) inside the unit circle; a second one is a hole."""
     kind = rng.choice(["ellipse", "polygon", "star", "blob"])
     angle = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     radius = np.ones_like(angle)
@@ -171,30 +216,30 @@ def draw_contours(rng):
         radius /= radius.max()
     contour = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     contour[:, 1] *= rng.uniform(0.3, 1.0)
-    # Rings and frames show what is behind them, as the legs of FlyingChairs' chairs do.
+    # Holes show what is behind, as between the legs of FlyingChairs' chairs.
     return [contour, contour * rng.uniform(0.4, 0.75)] if rng.random() < 0.2 else [contour]
 
 
-def to_fixed_point(points):
-    """Pixel coordinates as the int32 that OpenCV's drawing functions take."""
+def to_fixed_point(points: np.ndarray) -> np.ndarray:
+    """Pixel coordinates as int32 in units of 1/16 pixel, for OpenCV's drawing functions."""
     return np.round(points * 2**FIXED_POINT).astype(np.int32)
 
 
-def draw_texture(rng, height, width):
-    """uint8 H x W x 3 texture like a natural picture: dead leaves over and under 1/f noise."""
+def draw_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A texture with the statistics of natural images: dead leaves with 1/f noise; uint8 (H, W, 3)."""
     palette = draw_palette(rng)
-    picture = np.empty((height, width, 3), np.uint8)
-    picture[:] = palette[0]
-    draw_dead_leaves(rng, picture, palette)
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = palette[0]
+    draw_dead_leaves(rng, image, palette)
     grain = draw_pink_noise(rng, height, width) * rng.uniform(4, 24)
-    texture = cv2.add(picture, grain, dtype=cv2.CV_32F)
-    # No detail finer than resampling can carry: warped frames must agree to a few grey levels.
+    texture = cv2.add(image, grain, dtype=cv2.CV_32F)
+    # Blur detail that resampling would lose: warped frames must agree to a few grey levels.
     texture = cv2.GaussianBlur(texture, (0, 0), rng.uniform(0.6, 0.8))
     return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
 
 
-def draw_palette(rng):
-    """float32 P x 3 RGB colours that go together: near one hue or across the wheel."""
+def draw_palette(rng: np.random.Generator) -> np.ndarray:
+    """Matching colours, near one hue or all around the wheel: float32 (P, 3) RGB."""
     count = rng.integers(3, 8)
     hue = rng.uniform(0, 360) + rng.normal(0, rng.choice([15, 40, 120]), count)
     saturation = rng.beta(1.5, 2.5, count) * rng.uniform(0.3, 1)
@@ -203,20 +248,20 @@ def draw_palette(rng):
     return 255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
 
 
-def draw_dead_leaves(rng, picture, palette) -> None:
-    """Cover `picture` (uint8 H x W x 3) with overlapping leaves whose radii follow r^-3.
+def draw_dead_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray) -> None:
+    """Cover an image, uint8 (H, W, 3), with overlapping leaves whose radii follow r^-3.
 
-    Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: that law makes edges
-    and contrast alike at all scales, as in natural pictures.
+    Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: this distribution makes edges and contrast
+    the same at all scales, as in natural images.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     smallest = np.exp(rng.uniform(np.log(1.2), np.log(5)))
     largest = max(0.4 * max(height, width), 2 * smallest)
     mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
     count = int(rng.uniform(0.5, 2.5) * height * width / mean_area)
     uniform = rng.random((count, 1))
     radius = (smallest**-2 - uniform * (smallest**-2 - largest**-2)) ** -0.5
-    # Sixteen points round an ellipse; leaves with fewer corners have several points on each.
+    # Sixteen points around an ellipse; in leaves with fewer corners, several points coincide.
     corners = rng.choice([3, 4, 5, 16], (count, 1))
     angle = np.floor(np.arange(16) * corners / 16) / corners * 2 * np.pi
     angle += rng.uniform(0, 2 * np.pi, (count, 1))
@@ -232,12 +277,12 @@ def draw_dead_leaves(rng, picture, palette) -> None:
     )
     colour = palette[rng.integers(0, len(palette), count)]
     colour = colour * rng.uniform(0.7, 1.3, (count, 1)) + rng.normal(0, 8, (count, 3))
-    for leaf, shade in zip(to_fixed_point(points), np.clip(colour, 0, 255).tolist()):
-        cv2.fillConvexPoly(picture, leaf, shade, cv2.LINE_AA, FIXED_POINT)
+    for leaf, shade in zip(to_fixed_point(points), np.clip(colour, 0, 255).tolist(), strict=True):
+        cv2.fillConvexPoly(image, leaf, shade, cv2.LINE_AA, FIXED_POINT)
 
 
-def draw_pink_noise(rng, height, width):
-    """float32 H x W x 3 noise of about unit variance with equal power in every octave (1/f)."""
+def draw_pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise of about unit variance with equal power in every octave (1/f): float32 (H, W, 3)."""
     noise = np.zeros((height, width, 3), np.float32)
     steps = [2**octave for octave in range(int(np.log2(min(height, width))))]
     for step in steps:
@@ -245,20 +290,21 @@ def draw_pink_noise(rng, height, width):
         noise += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
     noise /= np.sqrt(len(steps))
     grey = noise[..., :1] + noise[..., 1:2]
-    return 0.6 * grey + 0.4 * noise  # more in brightness than in colour, as in natural pictures
+    return 0.6 * grey + 0.4 * noise  # more in brightness than in colour, as in natural images
 
 
-def render(layers, poses, height, width):
-    """Paint the layers back to front, each under its pose (3 x 3, patch to frame).
+def render(layers: list[Layer], poses: list[np.ndarray], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Paint layers from back to front, each under its pose (3x3, patch to frame).
 
-    Returns (uint8 H x W x 3 image, int H x W index of the front-most layer of each pixel).
+    Returns:
+        The image, uint8 (H, W, 3), and the index of each pixel's frontmost layer, int64 (H, W).
     """
     image = np.zeros((height, width, 3), np.float32)
     label = np.zeros((height, width), np.int64)
-    for index, (layer, pose) in enumerate(zip(layers, poses)):
-        rows, columns = layer["patch"].shape[:2]
+    for index, (layer, pose) in enumerate(zip(layers, poses, strict=True)):
+        rows, columns = layer.patch.shape[:2]
         left, top, right, bottom = 0, 0, width, height
-        if index > 0:  # only the part of the frame that the patch can reach
+        if index > 0:  # only the part of the frame that the patch covers
             corners = np.array([[0, columns, columns, 0], [0, 0, rows, rows], [1, 1, 1, 1]])
             x, y, _ = pose @ corners
             left, right = np.clip([np.floor(x.min()), np.ceil(x.max()) + 1], 0, width).astype(int)
@@ -267,11 +313,11 @@ def render(layers, poses, height, width):
                 continue
         local = pose[:2] - [[0, 0, left], [0, 0, top]]
         warped = cv2.warpAffine(
-            layer["patch"],
+            layer.patch,
             local,
             (int(right - left), int(bottom - top)),
             flags=cv2.INTER_CUBIC,
-            borderMode=layer["border"],
+            borderMode=layer.border,
         )
         alpha = warped[..., 3:].astype(np.float32) / 255
         view = image[top:bottom, left:right]
@@ -280,8 +326,8 @@ def render(layers, poses, height, width):
     return np.rint(image).astype(np.uint8), label
 
 
-def flow_of_labels(label, motions):
-    """float32 H x W x 2 flow of a frame whose pixels move by the motion (3 x 3) of their label."""
+def flow_from_labels(label: np.ndarray, motions: list[np.ndarray]) -> np.ndarray:
+    """The flow, float32 (H, W, 2), of a frame whose pixels move by the motion (3x3) of their label (H, W)."""
     y, x = np.indices(label.shape)
     change = np.stack(motions) - np.eye(3)
     return np.stack(
@@ -289,8 +335,8 @@ def flow_of_labels(label, motions):
     ).astype(np.float32)
 
 
-def find_occluded(flow, label1, label2):
-    """bool H x W: where the pixel that the flow leads to belongs to another layer or to none."""
+def find_occluded(flow: np.ndarray, label1: np.ndarray, label2: np.ndarray) -> np.ndarray:
+    """Where the flow leads to another layer or out of the frame: bool (H, W)."""
     height, width = label1.shape
     y, x = np.indices(label1.shape)
     x, y = x + flow[..., 0], y + flow[..., 1]
@@ -300,134 +346,167 @@ def find_occluded(flow, label1, label2):
     return ~inside | (label2[row, column] != label1)
 
 
-def write_pair(folder, number, seed, height, width) -> None:
-    """Write pair `number` (from 1) of a set as NNNNN_img1.ppm, NNNNN_img2.ppm, NNNNN_flow.flo."""
-    # One stream of random numbers for each pair, so that its bytes do not depend on which worker
-    # makes it or on how many pairs there are.
-    image1, image2, flow, _ = make_pair(np.random.SeedSequence([seed, number]), height, width)
-    name = os.path.join(folder, f"{number:05d}")
-    image_format.write_ppm(f"{name}_img1.ppm", image1)
-    image_format.write_ppm(f"{name}_img2.ppm", image2)
-    flow_format.write_flo(f"{name}_flow.flo", flow)
+# --- Writing --------------------------------------------------------------------------------------
 
 
-def write_set(folder, pairs, height, width, seed, workers) -> bool:
-    """Write a whole set into a new `folder`; it appears there when finished, or not at all.
+@dataclass(frozen=True)
+class Recipe:
+    """What a dataset of synthetic pairs depends on. Its bytes are a pure function of this."""
 
-    Returns True, or False when the folder already holds the same finished set.
-    Raises UserError when it holds anything else.
+    pairs: int
+    height: int
+    width: int
+    seed: int
+
+    def fields(self) -> dict[str, Any]:
+        """The content of synthesize.json."""
+        return {"made by": "prep/synthesize.py", "version": VERSION, **asdict(self)}
+
+
+def write_pair(folder: Path, number: int, recipe: Recipe) -> None:
+    """Write pair `number` (from 1) as NNNNN_img1.ppm, NNNNN_img2.ppm and NNNNN_flow.flo."""
+    # Each pair has its own random numbers, so its bytes depend neither on the worker nor on the number of pairs.
+    pair = make_pair(np.random.SeedSequence([recipe.seed, number]), recipe.height, recipe.width)
+    image_format.write_ppm(folder / f"{number:05d}_img1.ppm", pair.image1)
+    image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
+    flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
+
+
+def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
+    """Write a dataset into a new folder, which appears when it is complete or not at all.
+
+    Returns:
+        Whether it was written; False if the folder already contains the same complete dataset.
+
+    Raises:
+        UserError: the folder contains anything else.
     """
-    recipe = {
-        "made by": "prep/synthesize.py",
-        "version": VERSION,
-        "pairs": pairs,
-        "height": height,
-        "width": width,
-        "seed": seed,
-    }
-    if is_finished(folder, recipe):
+    if is_complete(folder, recipe):
         return False
-    partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
-    os.makedirs(partial)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    partial.mkdir(parents=True)
     try:
-        write_pairs(partial, pairs, height, width, seed, workers)
+        write_pairs(partial, recipe, workers)
         lines = [
-            f"# 0-based index of the validation pairs among the {pairs} pairs of this set in name "
+            f"# 0-based index of the validation pairs among the {recipe.pairs} pairs of this set in name "
             "order (pair 00001 is index 0); every tenth",
-            *validation_indices(pairs),
+            *map(str, validation_indices(recipe.pairs)),
             "",
         ]
-        files.write_bytes(os.path.join(partial, "validation.txt"), "\n".join(map(str, lines)).encode())
-        files.write_bytes(os.path.join(partial, "synthesize.json"), json.dumps(recipe, indent=2).encode() + b"\n")
-        os.rename(partial, folder)
+        files.write_bytes(partial / "validation.txt", "\n".join(lines).encode())
+        files.write_bytes(partial / "synthesize.json", json.dumps(recipe.fields(), indent=2).encode() + b"\n")
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
-def is_finished(folder, recipe) -> bool:
-    """Whether `folder` holds the set that `recipe` describes; UserError if it holds another."""
-    if not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder)):
+def is_complete(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder contains exactly this dataset; UserError if it contains anything else."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not os.listdir(folder)):
         return False
     try:
-        with open(os.path.join(folder, "synthesize.json")) as file:
-            found = dict(json.load(file))
+        found = dict(json.loads((folder / "synthesize.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise errors.UserError(
-            f"{folder}: already there and not a set of this script's; "
-            "expected a new or empty folder; choose another --out"
+        raise UserError(
+            f"{folder}: already exists and was not made by this command; expected a new or empty folder, choose "
+            "another --out"
         ) from None
-    if found != recipe:
-        names = [name for name in recipe if found.get(name) != recipe[name]]
-        seen = ", ".join(f"{name} {found.get(name)} instead of {recipe[name]}" for name in names)
-        raise errors.UserError(f"{folder}: holds another set ({seen}); choose another --out or remove it first")
+    expected = recipe.fields()
+    if found != expected:
+        differences = [name for name in expected if found.get(name) != expected[name]]
+        seen = ", ".join(f"{name} {found.get(name)} instead of {expected[name]}" for name in differences)
+        raise UserError(f"{folder}: contains another dataset ({seen}); choose another --out or remove it")
     return True
 
 
-def validation_indices(pairs):
-    """0-based indices of the validation pairs: every tenth, and one at least."""
+def validation_indices(pairs: int) -> range:
+    """0-based indices of the validation pairs: every tenth, at least one."""
     return range(min(9, pairs - 1), pairs, 10)
 
 
-def write_pairs(folder, pairs, height, width, seed, workers) -> None:
-    """Write all pairs of a set with `workers` processes and a progress bar."""
-    # A fresh interpreter for each worker: forking a process that has threads can hang.
-    pool = ProcessPoolExecutor(min(workers, pairs), multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,))
-    write = functools.partial(write_pair, folder, seed=seed, height=height, width=width)
+def write_pairs(folder: Path, recipe: Recipe, workers: int) -> None:
+    """Write all pairs in worker processes, with a progress bar."""
+    # A new interpreter for each worker, because forking a process with threads can deadlock.
+    pool = ProcessPoolExecutor(
+        min(workers, recipe.pairs), multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)
+    )
+    write = functools.partial(write_pair, folder, recipe=recipe)
     try:
-        # Ctrl-C goes to every process of the terminal but is the parent's to handle: the workers,
-        # which start with the first job, inherit that it is blocked.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        done = pool.map(write, range(1, pairs + 1), chunksize=4)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for _ in progress.bar(done, total=pairs, unit="pair", desc="synthesize"):
+        # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the
+        # first job, inherit the blocked signal.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        written = pool.map(write, range(1, recipe.pairs + 1), chunksize=4)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for _ in progress.bar(written, total=recipe.pairs, unit="pair", desc="synthesizing"):
             pass
     except BrokenProcessPool:
-        raise errors.UserError(
-            "a worker process was killed, most likely for want of memory; try again with fewer --workers"
+        raise UserError(
+            f"{folder}: a worker process was killed (out of memory?); try again with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def parse_size(text):
-    """(height, width) of a text such as 128x192."""
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of a text such as 128x192."""
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    size = tuple(map(int, match.groups())) if match else ()
-    if not size or min(size) < SMALLEST_SIDE or max(size) > LARGEST_SIDE:
-        raise errors.UserError(
-            f"--size {text}: expected HEIGHTxWIDTH, each from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels, such as 128x192"
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
+        raise UserError(
+            f"--size {text}: expected HEIGHTxWIDTH, each from {MIN_SIDE} to {MAX_SIDE} pixels, such as 128x192"
         )
-    return size
+    return height, width
+
+
+def parse_options() -> argparse.Namespace:
+    parser = Parser(
+        prog="synthesize.py",
+        description="Make example data: image pairs of moving textured shapes with exact flow, in the layout of "
+        "FlyingChairs. The same options always give the same bytes.",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
+    parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs (default: %(default)s)")
+    parser.add_argument(
+        "--size", default="128x192", metavar="HxW", help="height and width in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the random numbers (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="worker processes (default: one per core, here %(default)s)",
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
-    """The command line."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the set")
-    parser.add_argument("--pairs", type=int, default=1200, help="default: %(default)s")
-    parser.add_argument("--size", default="128x192", metavar="HxW", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
-    )
-    options = parser.parse_args()
+    options = parse_options()
     height, width = parse_size(options.size)
-    if not 1 <= options.pairs <= MOST_PAIRS:
-        raise errors.UserError(f"--pairs {options.pairs}: expected 1 to {MOST_PAIRS}")
+    if not 1 <= options.pairs <= MAX_PAIRS:
+        raise UserError(f"--pairs {options.pairs}: expected 1 to {MAX_PAIRS}")
     if options.seed < 0:
-        raise errors.UserError(f"--seed {options.seed}: expected 0 or more")
+        raise UserError(f"--seed {options.seed}: expected 0 or more")
     if options.workers < 1:
-        raise errors.UserError(f"--workers {options.workers}: expected 1 or more")
-    folder = os.path.abspath(options.out)
-    made = write_set(folder, options.pairs, height, width, options.seed, options.workers)
-    held_out = len(validation_indices(options.pairs))
+        raise UserError(f"--workers {options.workers}: expected 1 or more")
+    folder, recipe = options.out.absolute(), Recipe(options.pairs, height, width, options.seed)
+    written = write_dataset(folder, recipe, options.workers)
+    validation = len(validation_indices(recipe.pairs))
+    out = shlex.quote(str(options.out))
     print(
-        f"{options.out}: {options.pairs} pairs of {height}x{width}, seed {options.seed}, "
-        f"{held_out} for validation (validation.txt)" + ("" if made else "; already there, nothing to do")
+        f"{options.out}: {recipe.pairs} pairs of {height}x{width}, seed {recipe.seed}, {validation} for validation"
+        + ("" if written else "; already complete, nothing to do")
+    )
+    print(
+        f"next: python prep/convert.py flyingchairs --root {out} --out {out}-mindrecord "
+        f"--split-file {out}/validation.txt"
     )
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

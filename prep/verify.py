@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a converted set: quickly, its files and sizes, or deeply, every byte and every pair."""
+"""Check a converted dataset: quickly, its files and sizes, or completely, every byte and every pair."""
 
 import os
 import sys
@@ -10,12 +10,18 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import argparse
 import concurrent.futures
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import tqdm
 
 from launch import progress
 from launch.arguments import Parser
 from launch.errors import UserError, run
-from prep.shards import FIELDS, Manifest, decode_record
+from prep.shards import FIELDS, Manifest, Shard, decode_record
 
 
 def main() -> None:
@@ -23,54 +29,58 @@ def main() -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
     manifest = Manifest.load(options.folder)
-    problems = []
-    for _, found in check_set(manifest, options.folder, options.deep, options.workers):
-        problems += found
-    for stranger in strangers(manifest, options.folder):
-        print(f"note: {stranger}: not in the set's manifest; a shard under another name?")
+    problems = list(find_problems(manifest, options.folder, deep=options.deep, workers=options.workers))
+    for path in unlisted_files(manifest, options.folder):
+        print(f"note: {path}: not in the manifest; a renamed shard?")
     for problem in problems:
         print(problem)
-    pairs = sum(len(shard.names) for shard in manifest.shards.values())
-    title = f"{options.folder}: {pairs} pairs in {len(manifest.shards)} shards"
+    title = f"{options.folder}: {len(manifest)} pairs in {len(manifest.shards)} shards"
     if problems:
         raise UserError(f"{title}, {len(problems)} problems (above)")
-    print(f"{title}, " + ("every byte and pair is right" if options.deep else "all there (--deep reads it all)"))
+    folder = shlex.quote(str(options.folder))
+    if options.deep:
+        print(f"{title}, every byte and pair is correct; next: launch/train.sh --data {folder}")
+    else:
+        print(f"{title}, all present; next: python prep/verify.py {folder} --deep, which reads everything")
 
 
-def parse_options():
+def parse_options() -> argparse.Namespace:
     parser = Parser(
         prog="verify.py",
-        description="Check a converted set: the manifest, and each shard's presence, size, header "
-        "and index. Prints all that is wrong; the exit status is 1 if anything is.",
+        description="Check a converted dataset: the manifest, and each shard's presence, size, header and index. "
+        "Prints all problems; exits with status 1 if there are any.",
     )
-    parser.add_argument("folder", metavar="DIR", help="the set's folder")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of the dataset")
     parser.add_argument(
-        "--deep", action="store_true",
-        help="read every byte (SHA-256) and decode every pair too, which finds a single flipped "
-        "bit",
-    )  # fmt: skip
+        "--deep",
+        action="store_true",
+        help="also read every byte (SHA-256) and decode every pair, which finds any flipped bit (default: off)",
+    )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W",
-        help="threads, each checking one shard at a time (default: one per core)",
-    )  # fmt: skip
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads, each checking one shard at a time (default: one per core, here %(default)s)",
+    )
     return parser.parse_args()
 
 
-def check_set(manifest, folder, deep, workers):
-    """Yield (shard, its problems as lines) for every shard, in order, with a progress bar."""
+def find_problems(manifest: Manifest, folder: Path, *, deep: bool, workers: int) -> Iterator[str]:
+    """Yield a line for each problem, in the order of the shards, with a progress bar."""
+    shards = list(manifest.shards.values())
     check = check_deeply if deep else check_quickly
-    total = sum(shard.bytes for shard in manifest.shards.values())
-    # Threads do: hashing, zstd and OpenCV all run with the interpreter released.
+    # Threads suffice: hashing, zstd and OpenCV all release the interpreter.
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        progress.bar(total=total, desc="verifying", unit="B", unit_scale=True) as bar,
+        progress.bar(total=sum(shard.bytes for shard in shards), desc="verifying", unit="B", unit_scale=True) as bar,
     ):
-        shards = list(manifest.shards.values())
-        yield from zip(shards, pool.map(lambda shard: check(shard, folder, bar), shards))
+        for problems in pool.map(lambda shard: check(shard, folder, bar), shards):
+            yield from problems
 
 
-def check_quickly(shard, folder, bar):
-    """What is wrong with a shard's files, sizes, header and index, as a list of lines."""
+def check_quickly(shard: Shard, folder: Path, bar: tqdm.tqdm) -> list[str]:
+    """Problems with a shard's files, sizes, header and index."""
     try:
         shard.check_structure(folder)
     except (UserError, OSError) as error:
@@ -80,23 +90,22 @@ def check_quickly(shard, folder, bar):
     return []
 
 
-def check_deeply(shard, folder, bar):
-    """What is wrong with a shard anywhere, and with which of its pairs, as a list of lines."""
+def check_deeply(shard: Shard, folder: Path, bar: tqdm.tqdm) -> list[str]:
+    """Problems anywhere in a shard, and with which of its pairs."""
     try:
         shard.check_structure(folder)
     except (UserError, OSError) as error:
         bar.update(shard.bytes)
-        return [str(error)]  # without a sound header and index its records can't be found
-    path, problems, position = os.path.join(folder, shard.file), [], 0
-    sizes = [size for number, *size in shard.sizes for _ in range(number)]
+        return [str(error)]  # its records can only be found with an intact header and index
+    path, problems, position = folder / shard.file, [], 0
     try:
-        for name, size, (start, record) in zip(shard.names, sizes, shard.records(folder), strict=True):
+        for name, size, record in zip(shard.names, shard.pair_sizes(), shard.records(folder), strict=True):
             try:
-                decode_record(record, FIELDS, size=size, pair=name, source=path)
+                decode_record(record.data, FIELDS, size=size, pair=name, source=path)
             except UserError as error:
                 problems.append(str(error))
-            bar.update(start - position)
-            position = start
+            bar.update(record.offset - position)
+            position = record.offset
         shard.check_bytes(folder)
     except (UserError, OSError) as error:  # the file as a whole, after its pairs
         problems.append(str(error))
@@ -104,12 +113,10 @@ def check_deeply(shard, folder, bar):
     return problems
 
 
-def strangers(manifest, folder):
-    """The paths of MindRecord files in the folder that the manifest does not name."""
+def unlisted_files(manifest: Manifest, folder: Path) -> list[Path]:
+    """The MindRecord files in the folder that the manifest does not list."""
     known = {file + suffix for file in manifest.shards for suffix in ("", ".db")}
-    return [
-        os.path.join(folder, file) for file in sorted(os.listdir(folder)) if ".mindrecord" in file and file not in known
-    ]
+    return [path for path in sorted(folder.iterdir()) if ".mindrecord" in path.name and path.name not in known]
 
 
 if __name__ == "__main__":

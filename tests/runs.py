@@ -38,7 +38,7 @@ def other(tmp_path_factory: pytest.TempPathFactory):
 
 def make_set(folder, height, width, validation):
     """Synthetic pairs, converted to a set that is named as its folder."""
-    synthesize.write_set(str(folder / "raw"), 14, height, width, 1, 2)
+    synthesize.write_dataset(folder / "raw", synthesize.Recipe(14, height, width, seed=1), workers=2)
     return tiny.convert(
         "flyingchairs",
         folder / "raw",

@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,16 +28,16 @@ FLOW = np.zeros((2, 3, 2), np.float32)
 NAMES = {"pair": "clean/alley_1/frame_0001", "field": "flow"}
 
 
-def encode(array, name):
+def encode(array: np.ndarray, name: str) -> bytes:
     return codec.encode(array, name, **NAMES)
 
 
-def decode(payload, like, **names):
+def decode(payload: bytes, like: np.ndarray, **names: str) -> np.ndarray:
     return codec.decode(payload, shape=like.shape, dtype=like.dtype, **{**NAMES, **names}, source="f.mindrecord")
 
 
 @given(arrays, codecs)
-def test_round_trip(array, name) -> None:
+def test_every_array_comes_back_bit_for_bit(array: np.ndarray, name: str) -> None:
     found = decode(encode(array, name), array)
     assert found.dtype == array.dtype and found.shape == array.shape
     assert found.tobytes() == array.tobytes()
@@ -57,15 +58,15 @@ def test_sums_beyond_32_bits_wrap_back() -> None:
 
 
 @given(arrays, codecs, st.integers(0, 10**9), st.integers(0, 7))
-def test_one_flipped_bit_is_found(array, name, place, bit) -> None:
+def test_one_flipped_bit_is_found(array: np.ndarray, name: str, place: int, bit: int) -> None:
     payload = bytearray(encode(array, name))
     payload[place % len(payload)] ^= 1 << bit
-    with pytest.raises(UserError, match="f.mindrecord: flow of pair clean/alley_1/frame_0001"):
+    with pytest.raises(UserError, match=r"f.mindrecord: flow of pair clean/alley_1/frame_0001"):
         decode(bytes(payload), array)
 
 
 @given(st.binary(max_size=80))
-def test_any_bytes_are_an_error(data) -> None:
+def test_any_bytes_are_an_error(data: bytes) -> None:
     with pytest.raises(UserError):
         decode(data, FLOW)
     with pytest.raises(UserError):
@@ -79,14 +80,14 @@ def test_another_pairs_or_fields_payload_is_found() -> None:
             decode(payload, FLOW, **names)
 
 
-def forged(number, kind, channels, height, width, body):
+def forged(number: int, kind: bytes, channels: int, height: int, width: int, body: bytes) -> bytes:
     """A payload of any header whose checksum is right."""
     rest = codec.HEADER.pack(0, number, kind, channels, height, width)[4:] + body
     seed = zlib.crc32("{pair}\0{field}".format(**NAMES).encode())
     return struct.pack("<I", zlib.crc32(rest, seed)) + rest
 
 
-def zstd(data, **options):
+def zstd(data: bytes, **options: Any) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
@@ -114,12 +115,14 @@ RGB = np.zeros((2, 3, 3), np.uint8)
     (codec.GRADIENT_ZSTD, b"B", 1, 2, 3, zstd(bytes(6)), RGB[..., 0]),
     (200, b"f", 2, 2, 3, bytes(48), FLOW),
 ])  # fmt: skip
-def test_a_right_checksum_over_wrong_contents_is_an_error(number, kind, channels, height, width, body, like) -> None:
+def test_a_right_checksum_over_wrong_contents_is_an_error(
+    number: int, kind: bytes, channels: int, height: int, width: int, body: bytes, like: np.ndarray
+) -> None:
     """Anyone can compute it, so it must not lead to other exceptions, nor to large memory."""
     payload = forged(number, kind, channels, height, width, body)
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="^f.mindrecord: .*(in the manifest|decoded|codec 200)"):
+        with pytest.raises(UserError, match=r"^f.mindrecord: .*(the manifest says|decoded|codec 200)"):
             decode(payload, like)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
@@ -127,15 +130,14 @@ def test_a_right_checksum_over_wrong_contents_is_an_error(number, kind, channels
 
 
 @given(st.lists(st.binary(max_size=9), min_size=5, max_size=5))
-def test_pack(payloads) -> None:
+def test_packed_payloads_come_back(payloads: list[bytes]) -> None:
     record = codec.pack(payloads)
     assert list(codec.unpack(record, 5, pair="p", source="f")) == payloads
 
 
 def test_the_real_pair_takes_a_quarter_at_most() -> None:
-    root = tiny.ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
-    if not root.exists():
-        pytest.skip(f"{root} is not there")
-    sample = datasets.read_pair(flyingchairs.list_pairs(root, "")[0])
+    if not tiny.SAMPLES.exists():
+        pytest.skip(f"{tiny.SAMPLES} does not exist")
+    sample = datasets.read_pair(flyingchairs.list_pairs(tiny.SAMPLES, "")[0])
     raw = sum(sample[field].nbytes for field in ("image1", "image2", "flow"))
     assert sum(len(encode(array, "zstd")) for array in sample.values()) <= 0.25 * raw

@@ -1,8 +1,8 @@
 """The layouts of the data sets: which pairs each has, what they hold, what is said of gaps."""
 
 import os
-import pathlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,54 +18,54 @@ from prep.datasets import (
     hd1k,
     kitti2012,
     kitti2015,
-    split,
+    splits,
     spring,
 )
 from prep.formats.flow import read_flow
 
 
-def names(pairs):
+def names(pairs: list[datasets.PairFiles]) -> list[str]:
     return [pair.name for pair in pairs]
 
 
-def test_every_data_set_has_the_interface_and_its_list() -> None:
+def test_every_dataset_has_the_interface_and_a_list_that_fits() -> None:
     for dataset in DATASETS.values():
-        assert dataset.TITLE and dataset.PARTS and callable(dataset.list_pairs)
+        assert dataset.TITLE and dataset.PASSES and callable(dataset.list_pairs)
         if dataset.VALIDATION:
-            indices, _ = split.read_list(os.path.join(split.FOLDER, dataset.VALIDATION))
-            assert len(indices) > 0 and max(indices) < dataset.PAIRS
-            assert 0.02 < len(indices) / dataset.PAIRS < 0.15
+            indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
+            assert len(indices) > 0 and dataset.PAIRS
+            assert max(indices) < dataset.PAIRS and 0.02 < len(indices) / dataset.PAIRS < 0.15
 
 
-def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path: pathlib.Path) -> None:
+def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path: Path) -> None:
     """Readers refuse more, so it must not be written."""
     path = tmp_path / "a.flo"
     path.write_bytes(b"PIEH" + np.array([8200, 8200], np.int32).tobytes())
     os.truncate(path, 12 + 8 * 8200 * 8200)  # a hole, which takes no space
-    with pytest.raises(UserError, match="a.flo: 8200x8200 pixels, expected 67108864 in all at most"):
-        datasets.pair_size(datasets.PairFiles("a", "a.ppm", "b.ppm", str(path)))
+    with pytest.raises(UserError, match=r"a.flo: 8200x8200 pixels, expected at most 67108864 in total"):
+        datasets.pair_size(datasets.PairFiles("a", Path("a.ppm"), Path("b.ppm"), path))
 
 
 # --- KITTI ----------------------------------------------------------------------------------------
 
 
-def test_kitti_through_conversion_and_reader(tmp_path: pathlib.Path) -> None:
+def test_kitti_through_conversion_and_reader(tmp_path: Path) -> None:
     """Sparse flow keeps its validity to the batches; pairs of every size are read."""
     release = tiny.kitti(tmp_path / "KITTI 2015", 4)
     list_file = tiny.split_file(tmp_path / "val.txt", [3])
     out = tiny.convert("kitti2015", release, tmp_path / "out", "--shards", 2, "--split-file", list_file)
     assert reader.DatasetSplit.open(out, "val").names == ["000003"]
-    ((image1, image2, flow, valid, _),) = tiny.evaluation(out, "val", batch=1)
+    (batch,) = tiny.evaluation(out, "val", batch=1)
     training = release / "training"
-    for image, number in ((image1, 10), (image2, 11)):
+    for image, number in ((batch.image1, 10), (batch.image2, 11)):
         assert np.array_equal(image[0], np.asarray(Image.open(training / f"image_2/000003_{number}.png")))
     expected, known = read_flow(training / "flow_occ/000003_10.png")
-    assert np.array_equal(valid[0], known) and 0 < known.mean() < 1
-    assert np.array_equal(flow[0], np.where(known[..., None] == 1, expected, 0))
+    assert np.array_equal(batch.valid[0], known) and 0 < known.mean() < 1
+    assert np.array_equal(batch.flow[0], np.where(known[..., None] == 1, expected, 0))
     assert len(reader.DatasetSplit.open(out, "train")) == 3
 
 
-def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: pathlib.Path) -> None:
+def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: Path) -> None:
     release = tiny.kitti(tmp_path, 2)
     for root in (release, release / "training"):
         pair = kitti2015.list_pairs(root, "")[1]
@@ -78,19 +78,19 @@ def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: pathlib.Path)
     assert not datasets.read_pair(kitti2015.list_pairs(release, "")[1])["occluded"].any()
 
 
-def test_kitti_2012_in_colour_or_grey(tmp_path: pathlib.Path) -> None:
+def test_kitti_2012_in_colour_or_grey(tmp_path: Path) -> None:
     tiny.kitti(tmp_path, 1, frames="image_0")
-    assert "/image_0/" in kitti2012.list_pairs(tmp_path, "")[0].image1
+    assert kitti2012.list_pairs(tmp_path, "")[0].image1.parent.name == "image_0"
     tiny.kitti(tmp_path, 1, frames="colored_0")
-    assert "/colored_0/" in kitti2012.list_pairs(tmp_path, "")[0].image2
+    assert kitti2012.list_pairs(tmp_path, "")[0].image2.parent.name == "colored_0"
 
 
-def test_kitti_with_something_missing(tmp_path: pathlib.Path) -> None:
+def test_what_is_missing_from_kitti_is_named(tmp_path: Path) -> None:
     tiny.kitti(tmp_path, 2)
     with pytest.raises(UserError, match="colored_0: does not exist; expected the frames"):
         kitti2012.list_pairs(tmp_path, "")
     (tmp_path / "training/image_2/000001_11.png").unlink()
-    with pytest.raises(UserError, match="000001_11.png: not there; complete the folder"):
+    with pytest.raises(UserError, match=r"000001_11.png: missing; restore the missing file"):
         kitti2015.list_pairs(tmp_path, "")
     shutil.rmtree(tmp_path / "training/flow_occ")
     with pytest.raises(UserError, match="flow_occ: does not exist"):
@@ -100,22 +100,22 @@ def test_kitti_with_something_missing(tmp_path: pathlib.Path) -> None:
 # --- HD1K -----------------------------------------------------------------------------------------
 
 
-def test_hd1k_pairs_stay_within_their_sequence(tmp_path: pathlib.Path) -> None:
+def test_hd1k_pairs_stay_within_their_sequence(tmp_path: Path) -> None:
     root = tiny.hd1k(tmp_path, {0: 3, 8: 1, 9: 2})
     pairs = hd1k.list_pairs(root, "")
     assert names(pairs) == ["000000_0010", "000000_0011", "000009_0010"]
-    assert [os.path.basename(pair.image2) for pair in pairs] == [
+    assert [pair.image2.name for pair in pairs] == [
         "000000_0011.png", "000000_0012.png", "000009_0011.png",
     ]  # fmt: skip
-    assert split.held_out(pairs) == [2]
+    assert splits.held_out_indices(pairs) == [2]
     assert 0 < datasets.read_pair(pairs[0])["valid"].mean() < 1
 
 
 @pytest.mark.parametrize("missing", ["hd1k_input/image_2", "hd1k_flow_gt/flow_occ"])
-def test_hd1k_with_something_missing(tmp_path: pathlib.Path, missing) -> None:
+def test_what_is_missing_from_hd1k_is_named(tmp_path: Path, missing: str) -> None:
     root = tiny.hd1k(tmp_path, {0: 3})
     (root / missing / "000000_0011.png").unlink()
-    with pytest.raises(UserError, match=f"{missing}/000000_0011.png: not there"):
+    with pytest.raises(UserError, match=f"{missing}/000000_0011.png: missing"):
         hd1k.list_pairs(root, "")
     shutil.rmtree(root / missing)
     with pytest.raises(UserError, match=f"{missing}: does not exist"):
@@ -125,7 +125,7 @@ def test_hd1k_with_something_missing(tmp_path: pathlib.Path, missing) -> None:
 # --- Spring ---------------------------------------------------------------------------------------
 
 
-def test_spring(tmp_path: pathlib.Path) -> None:
+def test_spring_lists_both_cameras_and_directions_at_frame_resolution(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 3, "0012": 2})
     pairs = spring.list_pairs(root, "")
@@ -134,27 +134,27 @@ def test_spring(tmp_path: pathlib.Path) -> None:
         "0001/FW_right/0001", "0001/FW_right/0002", "0001/BW_right/0002", "0001/BW_right/0003",
         "0012/FW_left/0001", "0012/BW_left/0002", "0012/FW_right/0001", "0012/BW_right/0002",
     ]  # fmt: skip
-    assert split.held_out(pairs) == [8, 9, 10, 11]
-    assert pairs[2].image2.endswith("0001/frame_left/frame_left_0001.png")
+    assert splits.held_out_indices(pairs) == [8, 9, 10, 11]
+    assert str(pairs[2].image2).endswith("0001/frame_left/frame_left_0001.png")
     assert names(spring.list_pairs(root / "train", "")) == names(pairs)
     flow, _ = read_flow(pairs[2].flow)
     assert np.array_equal(datasets.read_pair(pairs[2])["flow"], flow[::2, ::2])
     assert datasets.pair_size(pairs[2]) == (12, 20)
 
 
-def test_spring_with_something_missing(tmp_path: pathlib.Path) -> None:
+def test_what_is_missing_from_spring_is_named(tmp_path: Path) -> None:
     pytest.importorskip("h5py")
     root = tiny.spring(tmp_path, {"0001": 4})
     shutil.rmtree(root / "train/0001/flow_BW_right")
     shutil.rmtree(root / "train/0001/frame_left")
     assert names(spring.list_pairs(root, "")) == [f"0001/FW_right/000{i}" for i in (1, 2, 3)]
     (root / "train/0001/flow_FW_right/flow_FW_right_0002.flo5").unlink()
-    with pytest.raises(UserError, match="flow_FW_right_0002.flo5: not there; every frame but"):
+    with pytest.raises(UserError, match=r"flow_FW_right_0002.flo5: missing; every frame except"):
         spring.list_pairs(root, "")
     (root / "train/0001/frame_right/frame_right_0002.png").unlink()
-    with pytest.raises(UserError, match="frame_right_0002.png: not there; the scene's frames must run"):
+    with pytest.raises(UserError, match=r"frame_right_0002.png: missing; frames of a scene must run"):
         spring.list_pairs(root, "")
-    with pytest.raises(UserError, match="train: no pair in it; expected 0001/frame_left"):
+    with pytest.raises(UserError, match="train: contains no pairs; expected folders such as 0001/frame_left"):
         shutil.rmtree(root / "train/0001")
         spring.list_pairs(root, "")
 
@@ -162,24 +162,26 @@ def test_spring_with_something_missing(tmp_path: pathlib.Path) -> None:
 # --- FlyingThings3D -------------------------------------------------------------------------------
 
 
-def test_flyingthings3d(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flyingthings3d_lists_train_before_test_which_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000", "TEST/B/0003"])
     pairs = flyingthings3d.list_pairs(root, "clean")
-    assert "all_unused_files.txt: not there" in capsys.readouterr().err
+    assert "all_unused_files.txt: not found" in capsys.readouterr().err
     assert names(pairs)[:5] == [
         f"clean/TRAIN/A/0000/{name}" for name in (
             "left/into_future/0006", "left/into_future/0007", "left/into_past/0007",
             "left/into_past/0008", "right/into_future/0006",
         )
     ]  # fmt: skip
-    assert len(pairs) == 16 and split.held_out(pairs) == list(range(8, 16))
-    assert pairs[2].image2.endswith("frames_cleanpass/TRAIN/A/0000/left/0006.png")
-    assert pairs[4].flow.endswith("/into_future/right/OpticalFlowIntoFuture_0006_R.pfm")
+    assert len(pairs) == 16 and splits.held_out_indices(pairs) == list(range(8, 16))
+    assert str(pairs[2].image2).endswith("frames_cleanpass/TRAIN/A/0000/left/0006.png")
+    assert str(pairs[4].flow).endswith("/into_future/right/OpticalFlowIntoFuture_0006_R.pfm")
     assert datasets.read_pair(pairs[0])["flow"].shape == (24, 40, 2)
     assert flyingthings3d.list_pairs(root, "final") == []
 
 
-def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path: pathlib.Path) -> None:
+def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path: Path) -> None:
     root = tiny.flyingthings3d(tmp_path, ["TRAIN/A/0000"])
     (root / "all_unused_files.txt").write_text("TRAIN/A/0000/left/0008.png\nTEST/A/0000/left/0006.png\n")
     assert names(flyingthings3d.list_pairs(root, "clean"))[:3] == [
@@ -189,7 +191,7 @@ def test_flyingthings3d_leaves_the_hard_frames_out(tmp_path: pathlib.Path) -> No
     ]  # fmt: skip
 
 
-def test_flyingthings3d_subset(tmp_path: pathlib.Path) -> None:
+def test_a_frame_that_the_flyingthings3d_subset_excludes_takes_two_pairs_with_it(tmp_path: Path) -> None:
     """Its val folder is held out; a frame that the release leaves out takes two pairs with it."""
     root = tiny.flyingthings3d_subset(tmp_path / "subset", [0, 1, 3, 4])
     out = tiny.convert("flyingthings3d-subset", root, tmp_path / "out", "--shards", 3)
@@ -206,5 +208,7 @@ def test_flyingthings3d_subset(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)
     with pytest.raises(UserError, match="nowhere: does not exist"):
         flyingthings3d_subset.list_pairs(tmp_path / "nowhere", "clean")
-    with pytest.raises(UserError, match="no pair in it; expected train/image_clean/left/0000000.png"):
+    with pytest.raises(
+        UserError, match=r"contains no pairs; expected files such as train/image_clean/left/0000000.png"
+    ):
         flyingthings3d_subset.list_pairs(tmp_path, "clean")

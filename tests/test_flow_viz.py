@@ -1,7 +1,7 @@
 """The pictures of flow and error: the published colour codes, scales, unknown flow, the layouts."""
 
 import math
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from PIL import Image
 from prep import flow_viz
 
 
-def middlebury_color(u, v):
+def middlebury_color(u: float, v: float) -> list[int]:
     """One vector (1 is full saturation) by the Middlebury flow code, colorcode.cpp."""
     wheel = []
     wheel += [(255, 255 * i // 15, 0) for i in range(15)]
@@ -24,14 +24,14 @@ def middlebury_color(u, v):
     first = int(place)
     part = place - first
     colour = []
-    for a, b in zip(wheel[first], wheel[(first + 1) % len(wheel)]):
+    for a, b in zip(wheel[first], wheel[(first + 1) % len(wheel)], strict=True):
         value = ((1 - part) * a + part * b) / 255
         value = 1 - radius * (1 - value) if radius <= 1 else 0.75 * value
         colour.append(int(255 * value))
     return colour
 
 
-def color_of(u, v, max_flow=1.0):
+def color_of(u: float, v: float, max_flow: float = 1.0) -> list[int]:
     return flow_viz.flow_to_color(np.array([[[u, v]]], np.float32), max_flow)[0, 0].tolist()
 
 
@@ -60,7 +60,7 @@ def test_wheel_has_the_55_published_colours() -> None:
         (2, 0, [191, 0, 0]),  # beyond the scale: darkened
     ],
 )
-def test_directions_have_their_published_colours(u, v, colour) -> None:
+def test_directions_have_their_published_colours(u: float, v: float, colour: list[int]) -> None:
     assert color_of(u, v) == colour
 
 
@@ -120,7 +120,7 @@ def test_strip_leaves_out_labels_that_do_not_fit() -> None:
     assert (flow_viz.draw_prediction(image, flow, flow)[:, :32] == image).all()
 
 
-def test_sheet_stacks_pictures_of_any_size_under_their_captions() -> None:
+def test_a_sheet_stacks_images_of_any_size_under_their_captions() -> None:
     rows = [np.full((10, 300, 3), 1, np.uint8), np.full((20, 100, 3), 2, np.uint8)]
     page = flow_viz.contact_sheet(rows, ["first", "second"])
     assert page.dtype == np.uint8 and page.shape[1:] == (300, 3)
@@ -134,12 +134,12 @@ def test_sheet_stacks_pictures_of_any_size_under_their_captions() -> None:
 
 
 @pytest.mark.parametrize("rows, captions", [([], []), ([np.zeros((2, 2, 3), np.uint8)], [])])
-def test_sheet_wants_a_caption_for_every_row(rows, captions) -> None:
+def test_sheet_wants_a_caption_for_every_row(rows: list[np.ndarray], captions: list[str]) -> None:
     with pytest.raises(ValueError, match="captions"):
         flow_viz.contact_sheet(rows, captions)
 
 
-def test_saved_png_is_the_picture(tmp_path: pathlib.Path) -> None:
+def test_a_saved_png_is_the_image(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     flow_viz.save_png(tmp_path / "x.png", image)
     assert (np.asarray(Image.open(tmp_path / "x.png")) == image).all()

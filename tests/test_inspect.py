@@ -1,10 +1,11 @@
-"""Looking at a converted set: the figures are right, the picture and the page hold the pairs."""
+"""Inspecting a converted dataset: the statistics are right, image and web page show the pairs."""
 
 import base64
-import pathlib
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,8 @@ from prep.shards import Manifest
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory):
-    """Ten pairs: the flow is (3, 4) times 1 to 10, so lengths are multiples of 5; a part "
-    "unknown."""
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pairs whose flow is (3, 4) times 1 to 10, of magnitude 5 to 50; a quarter of it is unknown."""
     folder = tmp_path_factory.mktemp("set")
     data = tiny.chairs(folder / "data", 10)
     for number in range(1, 11):
@@ -30,12 +30,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
     return tiny.convert("flyingchairs", data, folder / "a <set> é", "--split-file", list_file)
 
 
-def run_inspect(*arguments, cwd=tiny.ROOT.parent):
+def run_inspect(*arguments: Any, cwd: Path = tiny.ROOT.parent) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, tiny.ROOT / "prep" / "inspect.py", *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def test_the_figures(converted) -> None:
+def test_the_statistics_are_right(converted: Path) -> None:
     done = run_inspect(converted, cwd=tiny.ROOT / "prep")  # where it would hide Python's own inspect
     assert done.returncode == 0, done.stderr
     for text in (
@@ -45,35 +45,35 @@ def test_the_figures(converted) -> None:
         "sizes        10 of 40x24",
         "measured on  all pairs",
         "75.0 % with known flow, 0.0 % occluded",
-        "mean 27.50 px, longest 50.0 px; 10 % below 9.50, 50 % below 27.50",
+        "mean 27.50 px, maximum 50.0 px; 10 % below 9.50, 50 % below 27.50",
         "     4-8 px  10.0 % ##########\n",
         "   32-64 px  40.0 % ",
     ):
         assert text in done.stdout, text
 
 
-def test_a_sample_is_spread_evenly_and_said_to_be_one(converted) -> None:
+def test_a_sample_is_spread_evenly_and_said_to_be_one(converted: Path) -> None:
     text = run_inspect(converted, "--pairs", 3).stdout
-    assert "a sample of 3 of the 10 pairs" in text and "longest 50.0 px" in text
-    assert inspect_set.evenly(10, 3).tolist() == [0, 4, 9]
-    assert inspect_set.evenly(2, 5).tolist() == [0, 1]
+    assert "a sample of 3 of the 10 pairs" in text and "maximum 50.0 px" in text
+    assert inspect_set.spread_evenly(10, 3).tolist() == [0, 4, 9]
+    assert inspect_set.spread_evenly(2, 5).tolist() == [0, 1]
 
 
-def test_the_picture(converted, tmp_path: pathlib.Path) -> None:
+def test_the_sheet_shows_pairs_and_marks_unknown_flow(converted: Path, tmp_path: Path) -> None:
     done = run_inspect(converted, "--png", tmp_path / "sheet é.png")
     assert done.returncode == 0, done.stderr
     sheet = np.asarray(Image.open(tmp_path / "sheet é.png"))
     assert sheet.ndim == 3 and sheet.shape[0] > 200 + 8 * 24
-    found = inspect_set.measure(Manifest.load(converted), converted, 10)
-    assert len(found.strips) == 8 and found.strips[0].shape == (24, 120, 3)
-    flow = found.strips[0][:, 80:]
+    statistics, panels = inspect_set.measure(Manifest.load(converted), converted, 10)
+    assert len(panels) == 8 and panels[0].image.shape == (24, 120, 3)
+    flow = panels[0].image[:, 80:]
     assert (flow[:12, :20] == 0).all() and (flow[12:, 20:] == flow[23, 39]).all()
-    assert found.captions[0] == "00001 (train), 40x24, mean 5.0, longest 5.0 px"
-    bars = inspect_set.draw_histogram(found.shares)
+    assert panels[0].caption == "00001 (train), 40x24, mean 5.0, maximum 5.0 px"
+    bars = inspect_set.draw_histogram(statistics.shares)
     assert (bars == (69, 117, 180)).all(axis=2).any()
 
 
-def test_the_page_holds_all_in_one_file(converted, tmp_path: pathlib.Path) -> None:
+def test_the_page_holds_all_in_one_file(converted: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert run_inspect(converted, "--html", page).returncode == 0
     text = page.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
         "flow": np.zeros((100, 1200, 2), np.float32),
         "valid": np.zeros((100, 1200), np.uint8),
     }
-    assert inspect_set.draw_pair(sample).shape == (43, 3 * inspect_set.PANEL, 3)
+    assert inspect_set.draw_pair(sample).shape == (43, 3 * inspect_set.PANEL_WIDTH, 3)
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -99,7 +99,7 @@ def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
     (["--pairs", "0"], "--pairs 0: expected 1 or more"),
     (["--png", "nowhere/at all.png"], "nowhere/at all.png"),
 ])  # fmt: skip
-def test_mistakes(converted, arguments, message) -> None:
+def test_a_mistake_is_one_line_of_error(converted: Path, arguments: list[Any], message: str) -> None:
     if arguments[0] != "nowhere":
         arguments = [converted, *arguments]
     done = run_inspect(*arguments)

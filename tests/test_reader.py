@@ -1,9 +1,9 @@
 """Reading a converted set: bytes, order over ranks and epochs, evaluation, mixtures, damage."""
 
 import os
-import pathlib
 import shutil
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -13,29 +13,29 @@ from hypothesis import strategies as st
 
 from launch.errors import UserError
 from prep import datasets, reader
-from prep.datasets import flyingchairs, sintel
+from prep.datasets import Sample, flyingchairs, sintel
 from prep.shards import Manifest
 
 PAIRS, VAL = 17, [3, 5, 6, 16]  # 13 training pairs
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory):
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.chairs(tmp_path_factory.mktemp("chairs") / "data", PAIRS)
 
 
 @pytest.fixture(scope="module")
-def converted(root, tmp_path_factory: pytest.TempPathFactory):
+def converted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("set")
     list_file = tiny.split_file(folder / "split.txt", VAL)
     return tiny.convert("flyingchairs", root, folder / "out", "--shards", 3, "--split-file", list_file)
 
 
-def train_indices(directory, **options):
-    return [batch.index.tolist() for batch in tiny.training(directory, **options)]
+def train_indices(directory: Path, **options: Any) -> list[list[int]]:
+    return [tiny.indices(batch) for batch in tiny.training(directory, **options)]
 
 
-def flip_byte(path, offset) -> None:
+def flip_byte(path: Path, offset: int) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)
@@ -47,7 +47,7 @@ def flip_byte(path, offset) -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 10**6))
-def test_an_epoch_is_a_permutation(pairs, seed, epoch) -> None:
+def test_an_epoch_is_a_permutation(pairs: int, seed: int, epoch: int) -> None:
     assert sorted(reader.epoch_order(pairs, seed, epoch).tolist()) == list(range(pairs))
 
 
@@ -64,17 +64,20 @@ def test_orders_differ_between_epochs_seeds_and_sources() -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=4),
        st.integers(0, 5000), st.integers(1, 3000))  # fmt: skip
-def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(sources, start, length) -> None:
+def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(
+    sources: list[tuple[int, float]], start: int, length: int
+) -> None:
     """The resume: positions drawn from the middle are those that a whole run would draw."""
-    counts, weights = zip(*sources)
+    counts, weights = [pairs for pairs, _ in sources], [weight for _, weight in sources]
     whole = reader.draw(np.arange(start + length), counts, weights, 7)
     part = reader.draw(np.arange(start, start + length), counts, weights, 7)
-    for a, b in zip(whole, part):
-        assert np.array_equal(a[start:], b)
+    for field in ("source", "epoch", "index"):
+        assert np.array_equal(getattr(whole, field)[start:], getattr(part, field))
 
 
 def test_a_mixture_takes_each_sources_share_and_its_epochs_whole() -> None:
-    source, epoch, index = reader.draw(np.arange(5000), (10, 700), (1, 3), 0)
+    drawn = reader.draw(np.arange(5000), (10, 700), (1, 3), 0)
+    source, epoch, index = drawn.source, drawn.epoch, drawn.index
     assert np.bincount(source).tolist() == [1250, 3750]
     for pairs, which in ((10, 0), (700, 1)):
         mine = source == which
@@ -87,43 +90,43 @@ def test_a_mixture_takes_each_sources_share_and_its_epochs_whole() -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
-def test_every_pair_comes_back_byte_for_byte(root, tmp_path: pathlib.Path, codec) -> None:
+def test_every_pair_comes_back_byte_for_byte(root: Path, tmp_path: Path, codec: str) -> None:
     out = tiny.convert("flyingchairs", root, tmp_path / "set", "--shards", 4, "--codec", codec)
     pairs = {p.name: p for p in flyingchairs.list_pairs(root, "")}
     for split in ("train", "val"):
         names = reader.DatasetSplit.open(out, split).names
         for batch in tiny.evaluation(out, split, batch=1):
-            for name, array in datasets.read_pair(pairs.pop(names[batch.index[0]])).items():
+            for name, array in datasets.read_pair(pairs.pop(names[tiny.indices(batch)[0]])).items():
                 assert getattr(batch, name).dtype == array.dtype
                 assert getattr(batch, name)[0].tobytes() == array.tobytes(), name
     assert not pairs
 
 
-def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted) -> None:
+def test_the_order_is_one_whatever_the_ranks_workers_and_first_step(converted: Path) -> None:
     one = train_indices(converted, batch=6, steps=7, seed=3)
     ranks = [train_indices(converted, batch=2, rank=r, ranks=3, steps=7, seed=3, workers=r + 1)
              for r in range(3)]  # fmt: skip
-    assert one == [a + b + c for a, b, c in zip(*ranks)]
+    assert one == [a + b + c for a, b, c in zip(*ranks, strict=True)]
     assert one[4:] == train_indices(converted, batch=6, first_step=4, steps=3, seed=3)
-    stream = sum(one, [])
+    stream = [index for indices in one for index in indices]
     assert stream[:13] == reader.epoch_order(13, 3, 0).tolist()
     assert sorted(stream[13:26]) == list(range(13))
 
 
-def test_index_names_the_pair_that_is_in_the_batch(root, converted) -> None:
+def test_index_names_the_pair_that_is_in_the_batch(root: Path, converted: Path) -> None:
     names, pairs = reader.DatasetSplit.open(converted, "train").names, flyingchairs.list_pairs(root, "")
     by_name = {p.name: datasets.read_pair(p)["image1"] for p in pairs}
     for batch in tiny.training(converted, batch=4, steps=5):
-        for image, i in zip(batch.image1, batch.index):
+        for image, i in zip(batch.image1, tiny.indices(batch), strict=True):
             assert np.array_equal(image, by_name[names[i]])
 
 
-def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted) -> None:
-    def crop(sample, rng):
+def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted: Path) -> None:
+    def crop(sample: Sample, rng: np.random.Generator) -> Sample:
         y, x = rng.integers(0, 8, 2)
         return {k: v[y : y + 16, x : x + 24] for k, v in sample.items()}
 
-    def images(**options):
+    def images(**options: Any) -> np.ndarray:
         batches = tiny.training(converted, transform=crop, **options)
         return np.concatenate([batch.image1 for batch in batches])
 
@@ -133,25 +136,25 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(converted) -> None:
     assert np.array_equal(one[16:], images(batch=4, first_step=4, steps=4))
 
 
-def test_a_mixture_of_two_sets_with_two_sizes(converted, tmp_path: pathlib.Path) -> None:
+def test_a_mixture_of_datasets_with_different_sizes_needs_a_crop(converted: Path, tmp_path: Path) -> None:
     wide = tiny.convert("flyingchairs", tiny.chairs(tmp_path / "data", 6, width=64), tmp_path / "out")
     mixture = [(reader.DatasetSplit.open(folder, "train"), 1) for folder in (converted, wide)]
     batches = reader.training_batches(
         mixture, batch=4, steps=10, transform=lambda s, rng: {k: v[:16, :16] for k, v in s.items()}
     )
-    seen = np.concatenate([batch.index for batch in batches])
-    assert set(seen.tolist()) == set(range(13 + len(mixture[1][0])))
+    seen = [index for batch in batches for index in tiny.indices(batch)]
+    assert set(seen) == set(range(13 + len(mixture[1][0])))
     with pytest.raises(UserError, match="different sizes need a transform"):
         list(reader.training_batches(mixture, batch=4, steps=10))
 
 
-def test_fewer_pairs_than_a_global_batch(converted) -> None:
-    with pytest.raises(UserError, match="has 13 pairs.*take 14 a step"):
+def test_fewer_pairs_than_a_global_batch(converted: Path) -> None:
+    with pytest.raises(UserError, match=r"has 13 pairs.*take 14 per step"):
         next(tiny.training(converted, batch=7, ranks=2, steps=1))
 
 
-def test_an_error_in_a_transform_is_not_hidden(converted) -> None:
-    def broken(sample, rng) -> NoReturn:
+def test_an_error_in_a_transform_is_not_hidden(converted: Path) -> None:
+    def broken(sample: Sample, rng: np.random.Generator) -> NoReturn:
         raise ZeroDivisionError("a bug in the transform")
 
     with pytest.raises(ZeroDivisionError, match="a bug in the transform"):
@@ -162,9 +165,9 @@ def test_an_error_in_a_transform_is_not_hidden(converted) -> None:
 
 
 @pytest.mark.parametrize("ranks,batch", [(1, 1), (1, 3), (2, 2), (3, 4)])
-def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch) -> None:
+def test_evaluation_takes_each_pair_once_over_all_ranks(converted: Path, ranks: int, batch: int) -> None:
     shares = [
-        [found.index.tolist() for found in tiny.evaluation(converted, "train", batch=batch, rank=r, ranks=ranks)]
+        [tiny.indices(found) for found in tiny.evaluation(converted, "train", batch=batch, rank=r, ranks=ranks)]
         for r in range(ranks)
     ]  # fmt: skip
     assert len({len(share) for share in shares}) == 1, "ranks would wait for each other for ever"
@@ -173,7 +176,7 @@ def test_evaluation_takes_each_pair_once_over_all_ranks(converted, ranks, batch)
     assert all(len(indices) == batch for share in shares for indices in share)
 
 
-def test_shards_of_pairs_of_different_sizes(tmp_path: pathlib.Path) -> None:
+def test_shards_of_pairs_of_different_sizes(tmp_path: Path) -> None:
     """MindRecord reads shards together only if their pages and headers have the same sizes, so the largest
     pair of the dataset decides for all of its shards."""
     release = tiny.kitti(tmp_path / "kitti", 12)
@@ -184,29 +187,29 @@ def test_shards_of_pairs_of_different_sizes(tmp_path: pathlib.Path) -> None:
     assert sorted(sizes) == [(24, 40 + 8 * number) for number in range(1, 12)]
 
 
-def test_evaluation_keeps_sizes_apart(tmp_path: pathlib.Path) -> None:
+def test_evaluation_keeps_sizes_apart(tmp_path: Path) -> None:
     data = tiny.chairs(tmp_path / "data", 9)
     tiny.chairs(data, 4, width=56)  # 00001 to 00004 are wider
     none = tiny.split_file(tmp_path / "none.txt", [])
     out = tiny.convert("flyingchairs", data, tmp_path / "out", "--split-file", none)
-    widths = [(batch.image1.shape[2], batch.index.tolist()) for batch in tiny.evaluation(out, "train", batch=3)]
+    widths = [(batch.image1.shape[2], tiny.indices(batch)) for batch in tiny.evaluation(out, "train", batch=3)]
     assert widths == [(56, [0, 1, 2]), (56, [3, -1, -1]), (40, [4, 5, 6]), (40, [7, 8, -1])]
 
 
-def test_evaluation_has_what_is_occluded(tmp_path: pathlib.Path) -> None:
+def test_evaluation_has_what_is_occluded(tmp_path: Path) -> None:
     root = tiny.sintel(tmp_path / "sintel", {"alley_1": 4})
     everything = tiny.split_file(tmp_path / "val.txt", range(3))
     out = tiny.convert("sintel", root, tmp_path / "out", "--split-file", everything)
     names = reader.DatasetSplit.open(out, "val").names
-    pairs = {p.name: p for part in sintel.PARTS for p in sintel.list_pairs(root, part)}
+    pairs = {p.name: p for render_pass in sintel.PASSES for p in sintel.list_pairs(root, render_pass)}
     for batch in tiny.evaluation(out, "val", batch=2):
-        for i, position in enumerate(batch.index):
+        for i, position in enumerate(tiny.indices(batch)):
             expected = datasets.read_pair(pairs[names[position]])["occluded"]
-            assert expected.any() and np.array_equal(batch.occluded[i], expected)
-            assert batch.occluded.dtype == np.uint8 and batch.occluded.shape == batch.valid.shape
+            assert expected.any() and np.array_equal(tiny.occluded(batch)[i], expected)
+            assert tiny.occluded(batch).dtype == np.uint8 and tiny.occluded(batch).shape == batch.valid.shape
 
 
-def test_helpers(converted) -> None:
+def test_an_opened_split_lists_names_and_sizes(converted: Path) -> None:
     split = reader.DatasetSplit.open(converted, "val")
     assert len(split) == len(VAL) and split.sizes.tolist() == [[24, 40]] * len(VAL)
     assert split.names == [f"{i + 1:05}" for i in VAL]
@@ -216,20 +219,20 @@ def test_helpers(converted) -> None:
 
 
 @pytest.fixture
-def copy(converted, tmp_path: pathlib.Path):
+def copy(converted: Path, tmp_path: Path) -> Path:
     return shutil.copytree(converted, tmp_path / "copy")
 
 
-def shard_of(folder, number=1):
+def shard_of(folder: Path, number: int = 1) -> Path:
     return folder / Manifest.load(folder).splits["train"][number]
 
 
-def read_all(folder):
+def read_all(folder: Path) -> list[reader.Batch]:
     return list(tiny.training(folder, batch=13, steps=1))
 
 
 @pytest.mark.parametrize("how", ["cut", "removed", "renamed", "index cut"])
-def test_a_shard_that_is_not_whole_is_named_at_once(copy, how) -> None:
+def test_an_incomplete_shard_is_named_at_once(copy: Path, how: str) -> None:
     path = shard_of(copy)
     if how == "cut":
         os.truncate(path, 5000)
@@ -240,11 +243,11 @@ def test_a_shard_that_is_not_whole_is_named_at_once(copy, how) -> None:
     else:
         path = path.with_name(path.name + ".db")
         os.truncate(path, 100)
-    with pytest.raises(UserError, match=f"{path}: (not there|[0-9]+ bytes, expected)"):
+    with pytest.raises(UserError, match=f"{path}: (missing|[0-9]+ bytes, but)"):
         next(tiny.training(copy, batch=2, steps=1))
 
 
-def test_a_flipped_byte_is_found_with_its_file(copy) -> None:
+def test_a_flipped_byte_is_found_with_its_file(copy: Path) -> None:
     """In each part of a shard and its index: none may pass, and none may end the process."""
     path = shard_of(copy)
     shard = Manifest.load(copy).shards[path.name]
@@ -268,16 +271,16 @@ def test_a_flipped_byte_is_found_with_its_file(copy) -> None:
 
 @pytest.mark.parametrize("text,message", [
     ("", "damaged"), ("[]", "damaged"), ("{}", "damaged"), ("[" * 100000, "damaged"),
-    ('{"schema_version": 99}', "schema version 99, this toolkit knows up to 1"),
+    ('{"schema_version": 99}', "schema version 99, but this toolkit supports versions up to 1"),
 ])  # fmt: skip
-def test_a_manifest_that_is_damaged_or_newer(copy, text, message) -> None:
+def test_a_manifest_that_is_damaged_or_newer(copy: Path, text: str, message: str) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=message):
         Manifest.load(copy)
 
 
-def test_a_folder_that_is_not_a_set(tmp_path: pathlib.Path, converted) -> None:
-    with pytest.raises(UserError, match="not there; expected a folder written by prep/convert.py"):
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path, converted: Path) -> None:
+    with pytest.raises(UserError, match=r"not found; expected a folder written by prep/convert.py"):
         reader.DatasetSplit.open(tmp_path, "train")
     with pytest.raises(UserError, match="has no split 'test'; it has train, val"):
         reader.DatasetSplit.open(converted, "test")

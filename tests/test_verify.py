@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import shutil
 import sqlite3
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from prep.shards import Manifest
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory):
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("set")
     data = tiny.chairs(folder / "data", 9)
     tiny.chairs(data, 3, width=56)  # two sizes
@@ -32,21 +34,21 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def copy(converted, tmp_path: pathlib.Path):
+def copy(converted: Path, tmp_path: Path) -> Path:
     return shutil.copytree(converted, tmp_path / "copy é?#")
 
 
-def problems(folder, deep):
+def problems(folder: Path, deep: bool) -> list[str]:
     manifest = Manifest.load(folder)
-    return [line for _, found in verify.check_set(manifest, folder, deep, 2) for line in found]
+    return list(verify.find_problems(manifest, folder, deep=deep, workers=2))
 
 
-def run_verify(*arguments, cwd=tiny.ROOT.parent):
+def run_verify(*arguments: Any, cwd: Path = tiny.ROOT.parent) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, tiny.ROOT / "prep" / "verify.py", *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def flip(path, offset) -> None:
+def flip(path: Path, offset: int) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -54,18 +56,18 @@ def flip(path, offset) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def shards_of(folder):
+def shards_of(folder: Path) -> list[shards.Shard]:
     return list(Manifest.load(folder).shards.values())
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_good_set(converted, deep) -> None:
+def test_an_intact_dataset_has_no_problems(converted: Path, deep: bool) -> None:
     assert problems(converted, deep) == []
     done = run_verify(converted, *["--deep"] * deep, cwd=tiny.ROOT / "prep")
     assert done.returncode == 0 and "9 pairs in 3 shards, " in done.stdout, done.stderr
 
 
-def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy) -> None:
+def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy: Path) -> None:
     rng = np.random.default_rng(0)
     for shard in shards_of(copy)[:2]:
         for suffix, size in (("", shard.bytes), (".db", shard.index_bytes)):
@@ -78,7 +80,7 @@ def test_one_flipped_bit_anywhere_in_a_shard_is_found(copy) -> None:
     assert problems(copy, deep=True) == []
 
 
-def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy) -> None:
+def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy: Path) -> None:
     path = copy / "manifest.json"
     size = path.stat().st_size
     for offset in [0, size - 3, *np.random.default_rng(1).integers(0, size - 1, 200)]:
@@ -89,7 +91,7 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_found(copy) -> None:
     assert Manifest.load(copy)
 
 
-def test_every_damaged_pair_is_named_and_no_other(copy) -> None:
+def test_every_damaged_pair_is_named_and_no_other(copy: Path) -> None:
     shard = shards_of(copy)[0]
     path = copy / shard.file
     offsets = [offset for offset, _ in shard.records(copy)]
@@ -100,29 +102,29 @@ def test_every_damaged_pair_is_named_and_no_other(copy) -> None:
     assert len(found) == 3
     assert f"of pair {shard.names[0]} is damaged" in found[0]
     assert f"the record of pair {shard.names[2]} is damaged" in found[1]
-    assert "its SHA-256 is not the one in the set's manifest" in found[2]
+    assert "its SHA-256 is not the one in the manifest" in found[2]
 
 
-def test_all_problems_are_printed_not_only_the_first(copy) -> None:
+def test_all_problems_are_printed_not_only_the_first(copy: Path) -> None:
     first, second, third = [copy / shard.file for shard in shards_of(copy)]
     os.truncate(first, 5000)
     second.rename(copy / "renamed.mindrecord")
     flip(third, 100)
     done = run_verify(copy)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{first}: 5000 bytes, expected" in done.stdout
-    assert f"{second}: not there, but the set's manifest names it" in done.stdout
+    assert f"{first}: 5000 bytes, but" in done.stdout
+    assert f"{second}: missing, but listed in the manifest" in done.stdout
     assert f"{third}: damaged" in done.stdout
-    assert f"note: {copy}/renamed.mindrecord: not in the set's manifest" in done.stdout
+    assert f"note: {copy}/renamed.mindrecord: not in the manifest" in done.stdout
     assert done.stderr.splitlines()[-1] == f"error: {copy}: 9 pairs in 3 shards, 3 problems (above)"
 
 
-def test_a_folder_that_is_not_a_set(tmp_path: pathlib.Path) -> None:
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
     done = run_verify(tmp_path)
     assert done.returncode == 1 and "expected a folder written by prep/convert.py" in done.stderr
 
 
-def test_a_manifest_that_is_of_other_pairs(copy) -> None:
+def test_a_manifest_that_is_of_other_pairs(copy: Path) -> None:
     """Names and sizes are in the manifest too, and must be those of the records."""
     manifest = Manifest.load(copy)
     shard = manifest.shards[manifest.splits["train"][-1]]
@@ -132,7 +134,7 @@ def test_a_manifest_that_is_of_other_pairs(copy) -> None:
         (
             {"sizes": [(number, height, width + 1)]},
             f"image1 of pair {shard.names[0]} is {width}x{height} (3 of b'B'), but "
-            f"{width + 1}x{height} uint8 in the manifest",
+            f"the manifest says {width + 1}x{height} uint8",
         ),
     ):
         changed = {**manifest.shards, shard.file: dataclasses.replace(shard, **wrong)}
@@ -143,7 +145,7 @@ def test_a_manifest_that_is_of_other_pairs(copy) -> None:
 # --- Sets that were made to do harm: their hashes are right ----------------------------------------
 
 
-def forge(folder, change) -> None:
+def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a set's manifest by `change(fields)` and make its hash right again."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
@@ -152,7 +154,7 @@ def forge(folder, change) -> None:
     path.write_text(json.dumps({**fields, "sha256": shards.hash_fields(fields)}))
 
 
-def forge_file(folder, suffix, change) -> None:
+def forge_file(folder: Path, suffix: str, change: Callable[[Path], None]) -> None:
     """Change the first shard's file or index by `change(path)` and make its hashes right again."""
     shard = shards_of(folder)[0]
     path = folder / (shard.file + suffix)
@@ -164,11 +166,11 @@ def forge_file(folder, suffix, change) -> None:
     forge(folder, lambda fields: fields["shards"][0].update(hashes))
 
 
-def put(*place):
+def put(*place: Any) -> Callable[[dict[str, Any]], None]:
     """A change of a manifest: the last of `place` becomes the value at the others."""
     *keys, last, value = place
 
-    def change(fields) -> None:
+    def change(fields: dict[str, Any]) -> None:
         for key in keys:
             fields = fields[key]
         fields[last] = value
@@ -180,7 +182,7 @@ FIRST = ("shards", 0)
 
 
 @pytest.mark.parametrize("change,message", [
-    (put("schema_version", 0), "schema_version is 0, expected a whole number from 1"),
+    (put("schema_version", 0), "schema_version is 0, expected an integer from 1"),
     (put("schema_version", -1), "schema_version is -1"),
     (put("schema_version", "1"), "schema_version is '1'"),
     (put("schema_version", True), "schema_version is True"),
@@ -191,11 +193,11 @@ FIRST = ("shards", 0)
     (put("splits", []), "splits is .*, expected an object"),
     (put("splits", "train", "x"), "splits.train is 'x', expected a list"),
     (put("splits", "train", 0, {}), r"splits.train\[0\] is {}, expected a plain file name"),
-    (put("splits", "train", ["a.mindrecord"]), "split train has a shard .* that is not there"),
+    (put("splits", "train", ["a.mindrecord"]), "split train lists a shard twice or one that does not exist"),
     (lambda fields: fields["splits"]["val"].extend(fields["splits"]["val"]), "a shard twice"),
     (put("shards", {}), "shards is {}, expected a list"),
     (put("shards", 0, []), r"shards\[0\] is \[\], expected an object with file, bytes"),
-    (lambda fields: fields["shards"].append(fields["shards"][0]), "two of its shards have one name"),
+    (lambda fields: fields["shards"].append(fields["shards"][0]), "two of its shards have the same name"),
     (lambda fields: fields.pop("shards"), "shards is None, expected a list"),
     (lambda fields: fields.pop("made"), "expected an object with dataset, schema_version"),
     (put("unheard of", 1), "expected an object with dataset, schema_version"),
@@ -206,7 +208,7 @@ FIRST = ("shards", 0)
     (put("made", "plan", 1), "made.plan is 1, expected an object"),
     (put(*FIRST, "file", "../train-00000-of-00002.mindrecord"), r"shards\[0\].file is '../train"),
     (put(*FIRST, "file", "/etc/passwd"), r"file is '/etc/passwd', expected a plain file name"),
-    (put(*FIRST, "bytes", "5"), "bytes is '5', expected a whole number"),
+    (put(*FIRST, "bytes", "5"), "bytes is '5', expected an integer"),
     (put(*FIRST, "bytes", -5), "bytes is -5"),
     (put(*FIRST, "bytes", 1e9), "bytes is 1000000000.0"),
     (put(*FIRST, "header_bytes", 10**12), "its header is longer than its file"),
@@ -217,9 +219,11 @@ FIRST = ("shards", 0)
     (put(*FIRST, "sizes", [[10**12, 24, 40], [3 - 10**12, 24, 40]]), r"sizes\[1\]\[0\] is -"),
     (put(*FIRST, "sizes", [[4, 24]]), r"sizes\[0\] is \[4, 24\], expected a list of 3"),
     (put(*FIRST, "sizes", [[4, 24, "40"]]), r"sizes\[0\]\[2\] is '40'"),
-    (put(*FIRST, "sizes", [[3, 60000, 60000]]), "bytes can't hold a pair of 60000x60000"),
+    (put(*FIRST, "sizes", [[3, 60000, 60000]]), "a pair of 60000x60000 does not fit"),
 ])  # fmt: skip
-def test_a_manifest_of_wrong_types_is_one_line(copy, change, message) -> None:
+def test_a_manifest_of_wrong_types_is_one_line(
+    copy: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
     forge(copy, lambda fields: None)
     assert problems(copy, deep=False) == [], "what is forged well is the same set"
     forge(copy, change)
@@ -228,7 +232,7 @@ def test_a_manifest_of_wrong_types_is_one_line(copy, change, message) -> None:
     assert len(str(raised.value)) < 1000
 
 
-def test_a_shard_outside_the_folder_is_not_opened(copy) -> None:
+def test_a_shard_outside_the_folder_is_not_opened(copy: Path) -> None:
     """Whoever sends a set could else have any file read, and know whether it is there."""
     name = shards_of(copy)[0].file
     for suffix in ("", ".db"):
@@ -240,8 +244,8 @@ def test_a_shard_outside_the_folder_is_not_opened(copy) -> None:
         assert "expected a plain file name" in done.stderr
 
 
-def change_index(*commands):
-    def change(path) -> None:
+def change_index(*commands: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path)) as index:
             for command in commands:
                 index.execute(command)
@@ -263,19 +267,19 @@ COMPUTED = (
 
 
 @pytest.mark.parametrize("commands,message", [
-    (["UPDATE INDEXES SET PAGE_ID_BLOB = 1000000"], "row 0 of the index points beyond the file"),
-    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = 1 << 62"], "points beyond the file"),
-    (["UPDATE INDEXES SET PAGE_OFFSET_RAW_END = 1 << 62"], "points beyond the file"),
-    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = PAGE_OFFSET_BLOB"], "points beyond the file"),
-    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB = -8"], "row 0 of the index is not one"),
-    (["UPDATE INDEXES SET PAGE_ID_BLOB = 'x'"], "row 0 of the index is not one"),
-    (["UPDATE INDEXES SET ROW_ID = ROW_ID + 10"], "row 0 of the index is not one"),
+    (["UPDATE INDEXES SET PAGE_ID_BLOB = 1000000"], "row 0 of the index points outside the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = 1 << 62"], "points outside the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_RAW_END = 1 << 62"], "points outside the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB_END = PAGE_OFFSET_BLOB"], "points outside the file"),
+    (["UPDATE INDEXES SET PAGE_OFFSET_BLOB = -8"], "row 0 of the index is invalid"),
+    (["UPDATE INDEXES SET PAGE_ID_BLOB = 'x'"], "row 0 of the index is invalid"),
+    (["UPDATE INDEXES SET ROW_ID = ROW_ID + 10"], "row 0 of the index is invalid"),
     (["DELETE FROM INDEXES WHERE ROW_ID = 2"], "the index has 2 rows"),
     (["DROP TABLE INDEXES"], "not a shard of 3 pairs"),
     (ENDLESS, "its index is not a plain table"),
     (COMPUTED, "its index is not a plain table"),
 ])  # fmt: skip
-def test_an_index_that_leads_astray(copy, commands, message) -> None:
+def test_a_manipulated_index_is_an_error(copy: Path, commands: Sequence[str], message: str) -> None:
     """Neither this toolkit nor MindSpore, which believes it, may follow it."""
     forge_file(copy, ".db", change_index(*commands))
     (line,) = problems(copy, deep=True)
@@ -290,10 +294,10 @@ def test_an_index_that_leads_astray(copy, commands, message) -> None:
     (struct.pack("<Q", 4) + b"null", "not a shard"),
     (struct.pack("<Q", 60000) + b"[" * 60000, "not a shard"),
     (struct.pack("<Q", 16) + b'{"page_size": 0}', "page_size is 0"),
-    (struct.pack("<Q", 49) + b'{"page_size": 131072, "shard_addresses": ["/a"]} ', "another shard's"),
+    (struct.pack("<Q", 49) + b'{"page_size": 131072, "shard_addresses": ["/a"]} ', "another shard"),
 ])  # fmt: skip
-def test_a_header_that_leads_astray(copy, header, message) -> None:
-    def change(path) -> None:
+def test_a_manipulated_header_is_an_error(copy: Path, header: bytes, message: str) -> None:
+    def change(path: Path) -> None:
         path.write_bytes(header + path.read_bytes()[len(header) :])
 
     forge_file(copy, "", change)

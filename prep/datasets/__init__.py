@@ -1,17 +1,13 @@
-"""The data sets that can be converted: how each one's pairs are listed and read.
+"""What every dataset module has in common: how its pairs are described, read and checked.
 
-A data set is a module with
-
-    TITLE       its name for people
-    PAIRS       the number of pairs in its release (in each part); None if that is not certain
-    VALIDATION  the file in prep/splits that lists its validation pairs; None if its pairs say
-                themselves which are held out, as the release does or as whole scenes
-    PARTS       its parts, each holding the same scenes under the same split; ("",) if it has none
-    list_pairs(root, part) -> list[PairFiles], in the order that the split's indices mean
+One module per dataset, with the attributes of `DatasetModule`. prep/README.md has the table of datasets, and says
+how to add one.
 """
 
-import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -19,47 +15,73 @@ from launch.errors import UserError
 from prep.formats.flow import MAX_PIXELS, flow_size, read_flow
 from prep.formats.image import image_size, read_image
 
+Sample = dict[str, np.ndarray]
+"""The arrays of a pair by field: image1 and image2 uint8 (H, W, 3) RGB, flow float32 (H, W, 2) in pixels, valid and
+occluded uint8 (H, W), 1 where the flow is known and where the second frame hides what the first shows."""
+
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files of one pair: two frames, the flow between them and the masks that the set has.
-
-    invalid, occluded  pictures, not 0 where the flow is not to be trusted or where the pixel can't
-                       be seen in the second frame
-    visible            a flow file that lacks those pixels of `flow` that can't be seen there
-    flow_step          rows and columns of the flow file for each of the frames', as Spring has 2
-    held_out           whether the data set itself has the pair for validation
-    """
+    """The files of one pair: two frames, the flow between them, and the dataset's masks if it has any."""
 
     name: str
-    image1: str
-    image2: str
-    flow: str
-    invalid: str | None = None
-    occluded: str | None = None
-    visible: str | None = None
+    image1: Path
+    image2: Path
+    flow: Path
+    invalid: Path | None = None
+    """A mask image, nonzero where the flow is unreliable."""
+    occluded: Path | None = None
+    """A mask image, nonzero where the pixel is not visible in the second frame."""
+    visible: Path | None = None
+    """A second flow file, without the pixels that are not visible in the second frame."""
     flow_step: int = 1
+    """Flow resolution divided by frame resolution: 2 for Spring."""
     held_out: bool = False
+    """Whether the dataset itself reserves this pair for validation."""
 
-    def files(self):
-        """The paths of all its files."""
-        return [f for f in (self.image1, self.image2, self.flow, *self.masks(), self.visible) if f]
+    def files(self) -> list[Path]:
+        """All files that exist for this pair."""
+        return [self.image1, self.image2, self.flow, *self.masks(), *([self.visible] if self.visible else [])]
 
-    def masks(self):
-        """The paths of its masks: invalid, occluded; None for one that it has not."""
-        return self.invalid, self.occluded
+    def masks(self) -> list[Path]:
+        """The mask images that exist for this pair."""
+        return [path for path in (self.invalid, self.occluded) if path]
 
 
-def read_pair(pair):
-    """Read all of a pair, bit for bit, as a dict of arrays.
+class DatasetModule(Protocol):
+    """The interface of a dataset module."""
 
-    image1, image2: uint8 (H, W, 3); flow: float32 (H, W, 2), pixels; valid, occluded: uint8 (H, W),
-    1 where the flow is known and where it leads to something hidden. UserError if the sizes differ.
-    """
-    flow, valid = (a[:: pair.flow_step, :: pair.flow_step] for a in read_flow(pair.flow))
+    @property
+    def TITLE(self) -> str:
+        """Name for messages."""
+        ...
+
+    @property
+    def PAIRS(self) -> int | None:
+        """Number of pairs in the release (per pass); None if that is not certain."""
+        ...
+
+    @property
+    def VALIDATION(self) -> str | None:
+        """File in prep/splits that lists the validation pairs; None if `PairFiles.held_out` decides."""
+        ...
+
+    @property
+    def PASSES(self) -> tuple[str, ...]:
+        """Rendering passes, all of the same scenes and with the same split; ("",) if there is only one."""
+        ...
+
+    def list_pairs(self, root: Path, render_pass: str) -> list[PairFiles]:
+        """All pairs of one pass under `root`, in the order that the indices of the split file refer to."""
+        ...
+
+
+def read_pair(pair: PairFiles) -> Sample:
+    """Read all arrays of a pair, bit for bit. Raises UserError if a file is damaged or the sizes differ."""
+    flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in read_flow(pair.flow))
     size = flow.shape[:2]
 
-    def read(path):
+    def read(path: Path) -> np.ndarray:
         image = read_image(path)
         check_size(path, image.shape[:2], pair.flow, size)
         return image
@@ -77,59 +99,59 @@ def read_pair(pair):
     return {**sample, "valid": valid, "occluded": occluded}
 
 
-def pair_size(pair):
-    """(H, W) of a pair from its files' headers; UserError if a header is wrong or they differ."""
-    size = tuple(-(-side // pair.flow_step) for side in flow_size(pair.flow))
-    if size[0] * size[1] > MAX_PIXELS:
-        raise UserError(f"{pair.flow}: {size[1]}x{size[0]} pixels, expected {MAX_PIXELS} in all at most")
-    for path in (pair.image1, pair.image2, *filter(None, pair.masks())):
-        check_size(path, image_size(path), pair.flow, size)
+def pair_size(pair: PairFiles) -> tuple[int, int]:
+    """(H, W) of a pair from its files' headers; UserError if a header is damaged or the sizes differ."""
+    flow_height, flow_width = flow_size(pair.flow)
+    height, width = -(-flow_height // pair.flow_step), -(-flow_width // pair.flow_step)
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{pair.flow}: {width}x{height} pixels, expected at most {MAX_PIXELS} in total")
+    for path in (pair.image1, pair.image2, *pair.masks()):
+        check_size(path, image_size(path), pair.flow, (height, width))
     if pair.visible:
-        check_size(pair.visible, flow_size(pair.visible), pair.flow, size)
-    return size
+        check_size(pair.visible, flow_size(pair.visible), pair.flow, (flow_height, flow_width))
+    return height, width
 
 
-def check_size(path, found, other, expected) -> None:
-    """UserError if two files of one pair are not of the same (H, W)."""
+def check_size(path: Path, found: tuple[int, ...], other: Path, expected: tuple[int, ...]) -> None:
+    """Raise UserError unless two files of a pair have the same (H, W)."""
     if found != expected:
         raise UserError(
-            f"{path}: {found[1]}x{found[0]} pixels, expected {expected[1]}x{expected[0]} as "
-            f"{os.path.basename(other)} has; the files of a pair must have one size"
+            f"{path}: {found[1]}x{found[0]} pixels, expected {expected[1]}x{expected[0]} as in {other.name}; "
+            "all files of a pair must have the same size"
         )
 
 
-def check_folder(path, expected) -> None:
-    """UserError unless `path` is a folder; `expected` says what it should hold."""
-    if not os.path.isdir(path):
-        found = "is not a folder" if os.path.exists(path) else "does not exist"
+def check_folder(path: Path, expected: str) -> None:
+    """Raise UserError unless `path` is a folder; `expected` says what it should contain."""
+    if not path.is_dir():
+        found = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}; expected {expected}")
 
 
-def find_folder(root, inner, expected):
-    """`root`/`inner` if it is a folder, else `root` itself; UserError unless that is one."""
+def find_folder(root: Path, inner: str, expected: str) -> Path:
+    """`root`/`inner` if that is a folder, else `root`; UserError unless `root` is one."""
     check_folder(root, expected)
-    path = os.path.join(root, inner)
-    return path if os.path.isdir(path) else root
+    path = root / inner
+    return path if path.is_dir() else root
 
 
-def check_present(paths, reason) -> None:
-    """UserError, with the `reason`, if one of the files `paths` is not there."""
-    missing = [path for path in paths if not os.path.exists(path)]
+def check_present(paths: Iterable[Path], remedy: str) -> None:
+    """Raise UserError, ending in `remedy`, if one of the files is missing."""
+    missing = [path for path in paths if not path.exists()]
     if missing:
-        raise missing_files(missing, reason)
+        raise missing_files(missing, remedy)
 
 
-def check_run(numbers, path_of) -> None:
-    """UserError if frame `numbers` don't run from 1 without a gap; `path_of(number)` is a file."""
-    gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
+def check_consecutive(numbers: list[int], path_of: Callable[[int], Path]) -> None:
+    """Raise UserError unless the frame numbers run from 1 without a gap; `path_of(number)` is a frame's file."""
+    last = max(numbers, default=0)
+    gaps = sorted(set(range(1, last + 1)) - set(numbers))
     if gaps:
-        raise missing_files(
-            [path_of(number) for number in gaps],
-            f"the scene's frames must run from 1 to {max(numbers)} without a gap",
-        )
+        raise missing_files(map(path_of, gaps), f"frames of a scene must run from 1 to {last} without a gap")
 
 
-def missing_files(missing, reason):
-    """UserError that names the first of the `missing` files and says how many more there are."""
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return UserError(f"{missing[0]}: not there{more}; {reason}")
+def missing_files(missing: Iterable[Path], remedy: str) -> UserError:
+    """A UserError that names the first missing file and counts the others."""
+    first, *others = missing
+    more = f", and {len(others)} more files" if others else ""
+    return UserError(f"{first}: missing{more}; {remedy}")

@@ -4,6 +4,7 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.e
 """
 
 import os
+from pathlib import Path
 
 from launch.errors import UserError
 from prep.datasets import PairFiles, check_present, find_folder
@@ -11,20 +12,23 @@ from prep.datasets import PairFiles, check_present, find_folder
 TITLE = "FlyingChairs"
 PAIRS = 22872
 VALIDATION = "flyingchairs_val.txt"
-PARTS = ("",)
+PASSES = ("",)
 SUFFIXES = ("_img1.ppm", "_img2.ppm", "_flow.flo")
 
 
-def list_pairs(root, part):
-    """All pairs under `root`, in name order. `root` is the release's folder or its data folder."""
-    folder = find_folder(root, "data", "the FlyingChairs release (with data/ in it) or its data folder")
+def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+    """All pairs in name order. `root` is the release's folder or its data folder."""
+    folder = find_folder(root, "data", "the FlyingChairs release (containing data/) or its data folder")
     files = set(os.listdir(folder))
-    names = sorted({f[: -len(s)] for f in files for s in SUFFIXES if f.endswith(s) and f != s})
+    names = sorted({f.removesuffix(s) for f in files for s in SUFFIXES if f.endswith(s) and f != s})
     if not names:
-        raise UserError(f"{folder}: no pair in it; expected files as 00001{', 00001'.join(SUFFIXES)}")
-    pairs = [PairFiles(n, *(os.path.join(folder, n + s) for s in SUFFIXES)) for n in names]
+        raise UserError(f"{folder}: contains no pairs; expected files such as 00001{', 00001'.join(SUFFIXES)}")
     check_present(
-        [os.path.join(folder, n + s) for n in names for s in SUFFIXES if n + s not in files],
-        "every pair needs two images and a flow; complete the folder or remove the pair's others",
+        [folder / (name + suffix) for name in names for suffix in SUFFIXES if name + suffix not in files],
+        "every pair needs two images and a flow file; restore the missing file or delete the rest of its pair",
     )
-    return pairs
+    image1, image2, flow = SUFFIXES
+    return [
+        PairFiles(name, folder / f"{name}{image1}", folder / f"{name}{image2}", folder / f"{name}{flow}")
+        for name in names
+    ]

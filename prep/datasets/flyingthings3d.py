@@ -1,79 +1,81 @@
-"""FlyingThings3D, the whole release: both passes, cameras and directions of time; its flow is .pfm.
+"""FlyingThings3D, the full release: both passes, both cameras, flow forward and backward in time, as .pfm.
 
 frames_cleanpass (or frames_finalpass)/TRAIN/A/0000/left/0006.png and
 optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm; TEST is held out.
 
-Its makers leave the frames out of training that are too hard, by the list all_unused_files.txt: put
-that beside the folders. Source:
-https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
+The authors exclude frames that are too hard, listed in all_unused_files.txt: put that file beside the folders.
+Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
-import glob
 import os
 import re
 import sys
+from pathlib import Path
 
 from launch.errors import UserError
 from prep.datasets import PairFiles, check_folder
 
 TITLE = "FlyingThings3D"
-PAIRS = None  # how many the list leaves
+PAIRS = None  # depends on the list of excluded frames
 VALIDATION = None
-PARTS = ("clean", "final")
-HARD = "all_unused_files.txt"
-DIRECTIONS = (("into_future", "IntoFuture", 1), ("into_past", "IntoPast", -1))
+PASSES = ("clean", "final")
+EXCLUDED_FRAMES = "all_unused_files.txt"
+DIRECTIONS = {"into_future": ("IntoFuture", 1), "into_past": ("IntoPast", -1)}
+"""By folder: the word in its files' names, and the step from the first frame's number to the second's."""
 
 
-def list_pairs(root, part):
+def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
     """The pairs of one pass by scene, camera, direction and frame, TRAIN before TEST.
 
-    They are named PASS/TRAIN/A/0000/left/into_future/0006. A pass that was not downloaded
-    has no pair, as has a flow whose second frame does not exist.
+    Named PASS/TRAIN/A/0000/left/into_future/0006. A flow without a second frame makes no pair. The final pass may be
+    absent.
     """
-    flows = os.path.join(root, "optical_flow")
+    flows = root / "optical_flow"
     check_folder(flows, "the flow of the FlyingThings3D release, TRAIN/A/0000/into_future/left/*.pfm")
-    frames = os.path.join(root, f"frames_{part}pass")
-    if part == "final" and not os.path.isdir(frames):
+    frames = root / f"frames_{render_pass}pass"
+    if render_pass == "final" and not frames.is_dir():
         return []
-    check_folder(frames, f"the {part} pass, TRAIN/A/0000/left/0006.png")
-    hard = read_hard(os.path.join(root, HARD))
+    check_folder(frames, f"the {render_pass} pass, TRAIN/A/0000/left/0006.png")
+    excluded = read_excluded_frames(root / EXCLUDED_FRAMES)
+    scenes = [str(scene.relative_to(flows)) for scene in flows.glob("T*/*/*")]
     pairs = [
         pair
-        for scene in sorted(glob.glob("T*/*/*", root_dir=flows), key=lambda s: (s[:2] == "TE", s))
+        for scene in sorted(scenes, key=lambda scene: (scene.startswith("TE"), scene))
         for camera in ("left", "right")
-        for direction, word, step in DIRECTIONS
-        for pair in _list_flows(flows, frames, part, scene, camera, direction, word, step)
-        if not hard & {os.path.relpath(path, frames) for path in (pair.image1, pair.image2)}
+        for direction in DIRECTIONS
+        for pair in _list_scene(root, render_pass, scene, camera, direction)
+        if not excluded & {str(path.relative_to(frames)) for path in (pair.image1, pair.image2)}
     ]
     if not pairs:
-        raise UserError(f"{flows}: no pair in it; expected TRAIN/A/0000/into_future/left/*.pfm")
+        raise UserError(f"{flows}: contains no pairs; expected TRAIN/A/0000/into_future/left/*.pfm")
     return pairs
 
 
-def _list_flows(flows, frames, part, scene, camera, direction, word, step):
-    folder, pairs = os.path.join(flows, scene, direction, camera), []
-    pattern = re.compile(rf"OpticalFlow{word}_(\d{{4}})_[LR]\.pfm")
-    for match in map(pattern.fullmatch, sorted(os.listdir(folder) if os.path.isdir(folder) else [])):
+def _list_scene(root: Path, render_pass: str, scene: str, camera: str, direction: str) -> list[PairFiles]:
+    flows = root / "optical_flow" / scene / direction / camera
+    frames = root / f"frames_{render_pass}pass" / scene / camera
+    word, step = DIRECTIONS[direction]
+    pattern, pairs = re.compile(rf"OpticalFlow{word}_(\d{{4}})_[LR]\.pfm"), []
+    for match in map(pattern.fullmatch, sorted(os.listdir(flows)) if flows.is_dir() else []):
         if match:
-            first, second = (os.path.join(frames, scene, camera, f"{int(match[1]) + n:04}.png") for n in (0, step))
-            # A scene's last frame has flow too, to one that was not rendered.
-            if os.path.exists(second):
+            second = frames / f"{int(match[1]) + step:04}.png"
+            # A scene's last frame has flow too, to a frame that was not rendered.
+            if second.exists():
                 pairs.append(
                     PairFiles(
-                        name=f"{part}/{scene}/{camera}/{direction}/{match[1]}",
-                        image1=first,
+                        name=f"{render_pass}/{scene}/{camera}/{direction}/{match[1]}",
+                        image1=frames / f"{match[1]}.png",
                         image2=second,
-                        flow=os.path.join(folder, match[0]),
+                        flow=flows / match[0],
                         held_out=scene.startswith("TEST"),
                     )
                 )
     return pairs
 
 
-def read_hard(path):
-    """The frames in the list of hard ones, as TRAIN/A/0000/left/0006.png; none without a list."""
-    if not os.path.exists(path):
-        print(f"note: {path}: not there, so no hard frame is left out", file=sys.stderr)
+def read_excluded_frames(path: Path) -> set[str]:
+    """The frames that the authors exclude, as TRAIN/A/0000/left/0006.png; none if there is no such file."""
+    if not path.exists():
+        print(f"note: {path}: not found, so no hard frames are excluded", file=sys.stderr)
         return set()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return {line.strip() for line in file}
+    return {line.strip() for line in path.read_text("utf-8", "replace").splitlines()}

@@ -1,13 +1,13 @@
-"""The FlyingThings3D subset, without the hard samples: both passes, cameras and directions.
+"""The FlyingThings3D subset, without the hardest samples: both passes, both cameras, both directions in time.
 
-train/image_clean (or image_final)/left/0000000.png, train/flow/left/into_future/0000000.flo and,
-where they were downloaded too, train/flow_occlusions/left/into_future/0000000.png; right for left,
-into_past for into_future; val/ the same, which is held out. Where its flow is not known it is NaN.
-Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
+train/image_clean (or image_final)/left/0000000.png, train/flow/left/into_future/0000000.flo and, optionally,
+train/flow_occlusions/left/into_future/0000000.png; likewise with right, into_past and val/, which is held out.
+Unknown flow is NaN. Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
 import os
 import re
+from pathlib import Path
 
 from launch.errors import UserError
 from prep.datasets import PairFiles, check_folder
@@ -15,51 +15,52 @@ from prep.datasets import PairFiles, check_folder
 TITLE = "FlyingThings3D subset"
 PAIRS = None
 VALIDATION = None
-PARTS = ("clean", "final")
+PASSES = ("clean", "final")
 FLOW = re.compile(r"(\d{7})\.flo")
+DIRECTIONS = {"into_future": 1, "into_past": -1}
+"""By folder: the step from the first frame's number to the second's."""
 
 
-def list_pairs(root, part):
-    """The pairs of one pass by camera, direction and frame, named
-    PASS/train/left/into_future/NNNNNNN.
+def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+    """The pairs of one pass by camera, direction and frame, named PASS/train/left/into_future/NNNNNNN.
 
-    A pass that was not downloaded has no pair, as has a flow whose second frame was left out as
-    hard.
+    A flow whose second frame was excluded from the subset makes no pair. The final pass may be absent.
     """
-    check_folder(root, "the FlyingThings3D subset, with train/ and val/ in it")
-    folders = [os.path.join(root, split, f"image_{part}") for split in ("train", "val")]
-    if part == "final" and not any(map(os.path.isdir, folders)):
+    check_folder(root, "the FlyingThings3D subset, containing train/ and val/")
+    if render_pass == "final" and not any((root / split / "image_final").is_dir() for split in ("train", "val")):
         return []
-    pairs = []
-    for split in ("train", "val"):
-        for camera in ("left", "right"):
-            for direction, step in (("into_future", 1), ("into_past", -1)):
-                pairs += _list_flows(root, part, split, camera, direction, step)
+    pairs = [
+        pair
+        for split in ("train", "val")
+        for camera in ("left", "right")
+        for direction in DIRECTIONS
+        for pair in _list_flows(root, render_pass, split, camera, direction)
+    ]
     if not pairs:
         raise UserError(
-            f"{root}: no pair in it; expected train/image_{part}/left/0000000.png and "
-            "train/flow/left/into_future/0000000.flo and so on"
+            f"{root}: contains no pairs; expected files such as train/image_{render_pass}/left/0000000.png and "
+            "train/flow/left/into_future/0000000.flo"
         )
     return pairs
 
 
-def _list_flows(root, part, split, camera, direction, step):
-    frames = os.path.join(root, split, f"image_{part}", camera)
-    flows = os.path.join(root, split, "flow", camera, direction)
-    masks = os.path.join(root, split, "flow_occlusions", camera, direction)
-    if not (os.path.isdir(frames) and os.path.isdir(flows)):
+def _list_flows(root: Path, render_pass: str, split: str, camera: str, direction: str) -> list[PairFiles]:
+    frames = root / split / f"image_{render_pass}" / camera
+    flows = root / split / "flow" / camera / direction
+    masks = root / split / "flow_occlusions" / camera / direction
+    if not (frames.is_dir() and flows.is_dir()):
         return []
-    has_masks, there, pairs = os.path.isdir(masks), set(os.listdir(frames)), []
+    has_masks, present, pairs = masks.is_dir(), set(os.listdir(frames)), []
     for match in filter(None, map(FLOW.fullmatch, sorted(os.listdir(flows)))):
-        first, second = f"{match[1]}.png", f"{int(match[1]) + step:07}.png"
-        if second in there:
+        first, second = f"{match[1]}.png", f"{int(match[1]) + DIRECTIONS[direction]:07}.png"
+        if second in present:
             pairs.append(
                 PairFiles(
-                    name=f"{part}/{split}/{camera}/{direction}/{match[1]}",
-                    image1=os.path.join(frames, first),
-                    image2=os.path.join(frames, second),
-                    flow=os.path.join(flows, match[0]),
-                    occluded=os.path.join(masks, first) if has_masks else None,
+                    name=f"{render_pass}/{split}/{camera}/{direction}/{match[1]}",
+                    image1=frames / first,
+                    image2=frames / second,
+                    flow=flows / match[0],
+                    occluded=masks / first if has_masks else None,
                     held_out=split == "val",
                 )
             )

@@ -1,13 +1,16 @@
-"""KITTI 2012: 194 pairs of static streets, in colour (colored_0) or else grey (image_0)."""
+"""KITTI 2012: 194 pairs of static streets, in colour (colored_0) or else greyscale (image_0)."""
 
+from pathlib import Path
+
+from prep.datasets import PairFiles
 from prep.datasets.kitti import list_kitti
 
 TITLE = "KITTI 2012"
 PAIRS = 194
 VALIDATION = "kitti2012_val.txt"
-PARTS = ("",)
+PASSES = ("",)
 
 
-def list_pairs(root, part):
-    """All pairs, as `list_kitti` says."""
+def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+    """All pairs, as described in `list_kitti`."""
     return list_kitti(root, ("colored_0", "image_0"))

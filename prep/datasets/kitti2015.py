@@ -1,13 +1,16 @@
 """KITTI 2015: 200 pairs of street scenes with moving cars, in colour (image_2)."""
 
+from pathlib import Path
+
+from prep.datasets import PairFiles
 from prep.datasets.kitti import list_kitti
 
 TITLE = "KITTI 2015"
 PAIRS = 200
 VALIDATION = "kitti2015_val.txt"
-PARTS = ("",)
+PASSES = ("",)
 
 
-def list_pairs(root, part):
-    """All pairs, as `list_kitti` says."""
+def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+    """All pairs, as described in `list_kitti`."""
     return list_kitti(root, ("image_2",))

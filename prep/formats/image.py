@@ -1,4 +1,4 @@
-"""Image files: read any 8-bit picture as RGB, bit for bit, and write PPM."""
+"""Image files: read any 8-bit image as RGB, bit for bit, and write PPM."""
 
 import io
 import os
@@ -10,27 +10,27 @@ from PIL import Image, UnidentifiedImageError
 
 from launch.errors import UserError, one_line
 from launch.files import write_bytes
+from prep.formats import StrPath
 from prep.formats.flow import MAX_EXPANSION, MAX_PIXELS
 
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")
 
-# "P6" (binary RGB; P5 is grey, P3 and P2 the same as digits), width, height and the largest value,
-# each after white space or comments, then one white space and the pixels.
+# "P6" (binary RGB; P5 is greyscale, P3 and P2 are the same as text), width, height and the maximum value, each after
+# white space or comments, then one white-space character and the pixels.
 PPM_HEADER = re.compile(rb"P([2356])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,5})\s")
 
-# Pillow tells of damaged files by warnings too, which are not for the user: what it can't read is an
-# error, and what is too large is one here.
+# Pillow also warns about damaged or huge files. Here these are errors, so its warnings would only be noise.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def read_image(path):
-    """Read a picture: uint8 (H, W, 3), RGB. UserError if it is damaged or has more than 8 bits."""
+def read_image(path: StrPath) -> np.ndarray:
+    """Read an image: uint8 (H, W, 3) RGB. Raises UserError if it is damaged or not 8 bits per channel."""
     with open(path, "rb") as file:
         return parse_image(file.read(), path)
 
 
-def image_size(path):
-    """(H, W) of a picture from its header; UserError if it has none."""
+def image_size(path: StrPath) -> tuple[int, int]:
+    """(H, W) of an image from its header; UserError if it has none."""
     with open(path, "rb") as file:
         header = PPM_HEADER.match(file.read(4096))
         if header:
@@ -38,26 +38,27 @@ def image_size(path):
         if not os.fstat(file.fileno()).st_size:
             raise unreadable(path, "it is empty")
         try:
-            return Image.open(file, formats=FORMATS).size[::-1]
+            width, height = Image.open(file, formats=FORMATS).size
+            return height, width
         except Exception as error:  # as in parse_image
             raise unreadable(path, error) from None
 
 
-def parse_image(data, name):
-    """The picture in the bytes of an image file, uint8 (H, W, 3), RGB; `name` is for the error.
+def parse_image(data: bytes, name: StrPath) -> np.ndarray:
+    """Parse the bytes of an image file: uint8 (H, W, 3) RGB; `name` is for errors.
 
-    Grey and palette pictures become RGB, which loses nothing. An alpha channel that hides
-    something, or more than 8 bits per channel, would: those are errors.
+    Greyscale and palette images become RGB without loss. Transparency, or more than 8 bits per channel, would be lost:
+    those are errors.
     """
     if not data:
         raise unreadable(name, "it is empty")
     header = PPM_HEADER.match(data[:4096])
-    if header and int(header[4]) != 255:  # Pillow would scale it without a word
+    if header and int(header[4]) != 255:  # Pillow would rescale it silently
         raise UserError(
-            f"{name}: an image of values up to {int(header[4])}, expected 255 (8 bits per channel); convert it first"
+            f"{name}: image with values up to {int(header[4])}, expected 255 (8 bits per channel); convert it first"
         )
     if header and header[1] == b"6":
-        # FlyingChairs: parsed here, without a copy, as Pillow takes several times longer
+        # FlyingChairs: parsed here without a copy, because Pillow takes several times longer.
         width, height = int(header[2]), int(header[3])
         expected = header.end() + 3 * width * height
         if len(data) != expected or not width or not height:
@@ -76,44 +77,47 @@ def parse_image(data, name):
             return to_rgb(image, name)
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+    except Exception as error:  # Pillow raises a dozen types of exceptions for damaged files
         raise unreadable(name, error) from None
     if depth > 8:
-        raise UserError(f"{name}: an image of {depth} bits per channel, expected 8; reduce it to 8 bits first")
+        raise UserError(f"{name}: an image with {depth} bits per channel, expected 8; convert it to 8 bits first")
     raise UserError(
-        f"{name}: says it is {image.width}x{image.height}, far more than its {len(data)} bytes can "
-        "hold; the file is damaged"
+        f"{name}: its header says {image.width}x{image.height} pixels, too many for its {len(data)} bytes; the file is "
+        "damaged, copy or unpack it again"
     )
 
 
-def unreadable(name, error):
-    """UserError for a file that Pillow can't read."""
-    reason = "of no kind that is known here"
+def unreadable(name: StrPath, error: str | Exception) -> UserError:
+    """The UserError for a file that Pillow cannot read."""
+    reason = "unknown format"
     if not isinstance(error, UnidentifiedImageError):
         reason = one_line(error)
     return UserError(
-        f"{name}: not a readable image ({reason}); expected a whole {', '.join(FORMATS)} file, copy or unpack it again"
+        f"{name}: not a readable image ({reason}); expected a complete {', '.join(FORMATS)} file; copy or "
+        "unpack it again"
     )
 
 
-def bit_depth(image, data):
-    """Bits per channel of an opened picture; Pillow shows 16-bit RGB PNG as if it had 8."""
+def bit_depth(image: Image.Image, data: bytes) -> int:
+    """Bits per channel of an opened image; Pillow presents 16-bit RGB PNG as if it had 8."""
     if image.format == "PNG":
-        return data[24]  # in the IHDR chunk, which comes first
+        return data[24]  # in the IHDR chunk, which is the first
     return 8 if image.mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr") else 16
 
 
-def to_rgb(image, name):
-    """uint8 (H, W, 3) from a loaded Pillow picture of 8 bits; UserError if it is see-through."""
+def to_rgb(image: Image.Image, name: StrPath) -> np.ndarray:
+    """uint8 (H, W, 3) of a loaded 8-bit Pillow image; UserError if it has transparency."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            raise UserError(f"{name}: parts of the image are transparent; expected an opaque one")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            raise UserError(
+                f"{name}: parts of the image are transparent; expected an opaque image, remove its alpha channel"
+            )
     return np.asarray(image.convert("RGB"))
 
 
-def write_ppm(path, image) -> None:
-    """Write uint8 (H, W, 3), RGB, as a binary PPM (P6) file, bit for bit."""
+def write_ppm(path: StrPath, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB as a binary PPM (P6) file, bit for bit."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
     height, width, _ = image.shape

@@ -7,6 +7,8 @@ import argparse
 import importlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import material
@@ -15,21 +17,26 @@ import zstandard
 
 from prep import codec
 
+Codec = tuple[Callable[[np.ndarray], bytes], Callable[[bytes, np.ndarray], np.ndarray]]
+"""(encode, decode); the latter also gets the original, for its shape and dtype."""
+
 NAMES = {"pair": "00001", "field": "image1"}
 
 
-def raw():
+def raw() -> Codec:
     return lambda a: a.tobytes(), lambda b, a: np.frombuffer(b, a.dtype).reshape(a.shape).copy()
 
 
-def by_cv2(suffix, *options):
-    def encode(array):
+def by_cv2(suffix: str, *options: int) -> Codec:
+    def encode(array: np.ndarray) -> bytes:
         return cv2.imencode(suffix, array, options)[1].tobytes()
 
     return encode, lambda data, _: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def by_package(name, encode, decode):
+def by_package(
+    name: str, encode: Callable[[Any, np.ndarray], bytes], decode: Callable[[Any, bytes], np.ndarray]
+) -> Codec | None:
     """A codec of a package that may not be there, in which case this is None."""
     try:
         package = importlib.import_module(name)
@@ -39,39 +46,41 @@ def by_package(name, encode, decode):
     return (lambda a: encode(package, a)), (lambda data, _: decode(package, data))
 
 
-def differences(level):
+def differences(level: int) -> Codec:
     """Each row less the one above, then zstd."""
     compress, decompress = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
 
-    def encode(image):
+    def encode(image: np.ndarray) -> bytes:
         rest = image.copy()
         rest[1:] -= image[:-1]
-        return compress.compress(rest)
+        return compress.compress(rest.data)
 
-    def decode(data, image):
+    def decode(data: bytes, image: np.ndarray) -> np.ndarray:
         rest = np.frombuffer(decompress.decompress(data), np.uint8).reshape(image.shape)
         return np.add.accumulate(rest, axis=0, dtype=np.uint8)
 
     return encode, decode
 
 
-def zstd_of(to_bytes, from_bytes, level):
+def zstd_of(
+    to_bytes: Callable[[np.ndarray], np.ndarray], from_bytes: Callable[[np.ndarray, np.ndarray], np.ndarray], level: int
+) -> Codec:
     """zstd after a rearrangement of a flow's bytes."""
     compress, decompress = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
     return (
-        lambda flow: compress.compress(np.ascontiguousarray(to_bytes(flow))),
+        lambda flow: compress.compress(np.ascontiguousarray(to_bytes(flow)).data),
         lambda data, flow: from_bytes(np.frombuffer(decompress.decompress(data), np.uint8), flow),
     )
 
 
-def ours(name):
+def ours(name: str) -> Codec:
     return (
         lambda array: codec.encode(array, name, **NAMES),
         lambda data, a: codec.decode(data, shape=a.shape, dtype=a.dtype, source="bench", **NAMES),
     )
 
 
-def image_codecs():
+def image_codecs() -> dict[str, Codec | None]:
     png, webp = cv2.IMWRITE_PNG_COMPRESSION, cv2.IMWRITE_WEBP_QUALITY
     return {
         "raw": raw(),
@@ -91,17 +100,17 @@ def image_codecs():
     }
 
 
-def flow_codecs():
-    def shuffle(flow):  # first bytes of all numbers, then their second bytes, and so on
+def flow_codecs() -> dict[str, Codec | None]:
+    def shuffle(flow: np.ndarray) -> np.ndarray:  # first bytes of all numbers, then their second bytes, and so on
         return flow.view(np.uint8).reshape(-1, 4).T
 
-    def unshuffle(data, flow):
+    def unshuffle(data: np.ndarray, flow: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(data.reshape(4, -1).T).view(np.float32).reshape(flow.shape)
 
-    def plain(data, flow):
+    def plain(data: np.ndarray, flow: np.ndarray) -> np.ndarray:
         return data.view(np.float32).reshape(flow.shape)
 
-    def planes(data, flow):
+    def planes(data: np.ndarray, flow: np.ndarray) -> np.ndarray:
         height, width, _ = flow.shape
         return cv2.merge(tuple(data.view(np.float32).reshape(2, height, width)))
 
@@ -116,12 +125,13 @@ def flow_codecs():
     }
 
 
-def measure(codecs, arrays, repeats):
+def measure(codecs: dict[str, Codec | None], arrays: list[np.ndarray], repeats: int) -> list[list[str]]:
     """Rows of a table: codec, KB, share of raw, milliseconds to encode and to decode (medians)."""
-    codecs = {name: functions for name, functions in codecs.items() if functions}
-    times, sizes = {name: ([], []) for name in codecs}, {}
+    installed = {name: functions for name, functions in codecs.items() if functions}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in installed}
+    sizes: dict[str, list[int]] = {}
     for _ in range(repeats):  # interleaved, so that a busy moment hits all alike
-        for name, (encode, decode) in codecs.items():
+        for name, (encode, decode) in installed.items():
             for array in arrays:
                 start = time.perf_counter()
                 data = encode(array)
@@ -142,7 +152,7 @@ def measure(codecs, arrays, repeats):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Compare lossless codecs for images and flow.")
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--synthetic", type=int, default=4, metavar="N", help="pairs; default: %(default)s")
     options = parser.parse_args()

@@ -11,18 +11,30 @@ import sys
 import tempfile
 import threading
 import time
+from typing import NamedTuple
 
 import material
 
 
-def run(root, out, workers, codec):
-    """Convert once; returns (seconds in all, seconds from the first shard's start, peak MB)."""
+class Measurement(NamedTuple):
+    """Of one conversion."""
+
+    total_s: float
+    writing_s: float
+    """From the start of the first shard."""
+    peak_mb: float
+    """Memory of a worker."""
+
+
+def run(root: str, out: str, workers: int, codec: str) -> Measurement:
+    """Convert once."""
     command = [sys.executable, os.path.join(material.ROOT, "prep", "convert.py"), "flyingchairs",
                "--root", root, "--out", out, "--shards", "8", "--workers", str(workers),
                "--codec", codec]  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peaks, begun = {}, []
+    peaks: dict[str, int] = {}
+    begun: list[float] = []
 
     def watch() -> None:
         while process.poll() is None:
@@ -39,17 +51,17 @@ def run(root, out, workers, codec):
     watcher.join()
     if process.returncode:
         sys.exit(errors.decode())
-    return end - start, end - begun[0], max(peaks.values()) / 1e6
+    return Measurement(end - start, end - begun[0], max(peaks.values()) / 1e6)
 
 
-def listing(folder):
+def listing(folder: str) -> list[str]:
     try:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
 
 
-def children(pid):
+def children(pid: int | str) -> list[str]:
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
             return file.read().split()
@@ -57,8 +69,8 @@ def children(pid):
         return []
 
 
-def private_bytes(pid):
-    """The memory that a process alone holds; what it shares with its parent is there once."""
+def private_bytes(pid: int | str) -> int:
+    """The memory that a process does not share with its parent."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private"))
@@ -67,16 +79,18 @@ def private_bytes(pid):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how fast prep/convert.py is.")
     material.add_options(parser)
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = os.path.join(folder, "data")
-        raw = material.write_set(root, options.data, options.pairs)
+        raw = material.write_release(root, options.data, options.pairs)
         cores = len(os.sched_getaffinity(0))
         print(f"{options.pairs} {options.data} pairs, {raw / 1e6:.0f} MB, {cores} cores\n")
-        found = {(codec, workers): [] for codec in ("zstd", "raw") for workers in (1, 2)}
+        found: dict[tuple[str, int], list[tuple[float, ...]]] = {
+            (codec, workers): [] for codec in ("zstd", "raw") for workers in (1, 2)
+        }
         for _ in range(options.repeats):  # interleaved, so that a busy moment hits all alike
             for codec, workers in found:
                 out = os.path.join(folder, "out")
@@ -84,7 +98,7 @@ def main() -> None:
                 material.free(out)
         rows = []
         for (codec, workers), runs in found.items():
-            total, steady, memory, size = (statistics.median(column) for column in zip(*runs))
+            total, steady, memory, size = (statistics.median(column) for column in zip(*runs, strict=True))
             rows.append([
                 f"{codec}, {workers} worker(s)",
                 f"{options.pairs / steady:.0f}", f"{raw / steady / 1e6:.0f}",

@@ -10,11 +10,14 @@ chooses these. The same seed gives the same inputs.
 """
 
 import argparse
+import copy
 import dataclasses
+import importlib
 import io
 import json
 import mmap
 import os
+import pathlib
 import random
 import re
 import resource
@@ -27,6 +30,10 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[0] = ROOT  # `prep`, and not this folder's neighbours
@@ -66,35 +73,35 @@ WORDS = ["0", "-1", "1", "1e400", "nan", "null", "true", "[]", "{}", '""', "../x
 
 def mutate_bytes(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     """A few random changes: bits, numbers, cuts, repeats, words, parts of other inputs."""
-    data = bytearray(data)
+    changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 5))):
-        at, kind = rng.randrange(len(data) + 1), rng.randrange(10)
-        if kind < 2 and data:
-            data[at % len(data)] ^= 1 << rng.randrange(8)
-        elif kind == 2 and data:
-            data[at % len(data)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        at, kind = rng.randrange(len(changed) + 1), rng.randrange(10)
+        if kind < 2 and changed:
+            changed[at % len(changed)] ^= 1 << rng.randrange(8)
+        elif kind == 2 and changed:
+            changed[at % len(changed)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         elif kind < 5:
             size = rng.choice((1, 2, 4, 8))
             number = rng.choice(NUMBERS) + rng.choice((0, 0, -1, 1, rng.randrange(1 << 16)))
             order = rng.choice(("little", "big"))
-            data[at : at + size] = (number % (1 << 8 * size)).to_bytes(size, order)
+            changed[at : at + size] = (number % (1 << 8 * size)).to_bytes(size, order)
         elif kind == 5:
-            del data[at : at + rng.choice((1, 2, 4, 9, 100, 10**6))]
+            del changed[at : at + rng.choice((1, 2, 4, 9, 100, 10**6))]
         elif kind == 6:
-            part = data[at : at + rng.choice((1, 4, 12, 100))]
-            data[at:at] = part * rng.choice((1, 1, 2, 20))
+            part = changed[at : at + rng.choice((1, 4, 12, 100))]
+            changed[at:at] = part * rng.choice((1, 1, 2, 20))
         elif kind == 7:
-            data[at:at] = rng.choice(WORDS).encode()
+            changed[at:at] = rng.choice(WORDS).encode()
         elif kind == 8:
-            digits = [m.span() for m in re.finditer(rb"\d+", data[:4096])]
+            digits = [m.span() for m in re.finditer(rb"\d+", changed[:4096])]
             if digits:
                 begin, end = rng.choice(digits)
-                data[begin:end] = str(rng.choice(NUMBERS) - rng.randrange(3)).encode()
+                changed[begin:end] = str(rng.choice(NUMBERS) - rng.randrange(3)).encode()
         else:
             other = rng.choice(others)
             begin = rng.randrange(len(other) + 1)
-            data[at : at + rng.choice((0, 9, 10**6))] = other[begin : begin + rng.choice((9, 99, 10**6))]
-    return bytes(data[:LONGEST])
+            changed[at : at + rng.choice((0, 9, 10**6))] = other[begin : begin + rng.choice((9, 99, 10**6))]
+    return bytes(changed[:LONGEST])
 
 
 def mutate_png(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -115,7 +122,8 @@ def mutate_json(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     except (ValueError, RecursionError):
         tree = json.loads(others[0])
     for _ in range(rng.choice((1, 1, 2, 4))):
-        holder, key = None, None
+        holder: Any = None
+        key: Any = None
         node = tree
         while isinstance(node, (dict, list)) and node and (holder is None or rng.random() < 0.8):
             holder = node
@@ -135,7 +143,7 @@ def mutate_json(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
         elif how == 3 and isinstance(node, str):
             holder[key] = mutate_bytes(node.encode("utf-8", "replace"), rng, [b"abc"]).decode("latin-1")
         else:
-            holder[key] = rng.choice(JSON_VALUES)
+            holder[key] = copy.deepcopy(rng.choice(JSON_VALUES))  # later changes go into it, too
     return json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 
@@ -181,13 +189,13 @@ def repair_record(data: bytes, rng: random.Random) -> bytes:
         lengths = list(struct.unpack_from(f"<{len(FIELDS)}I", data))
         lengths[-1] = max(0, len(data) - count - sum(lengths[:-1])) % (1 << 32)
         data = struct.pack(f"<{len(FIELDS)}I", *lengths) + data[count:]
-    data, start = bytearray(data), count
-    for field, length in zip(FIELDS, struct.unpack_from(f"<{len(FIELDS)}I", data)):
+    repaired, start = bytearray(data), count
+    for field, length in zip(FIELDS, struct.unpack_from(f"<{len(FIELDS)}I", data), strict=True):
         if length >= 4 and start + length <= len(data):
             seed = zlib.crc32(f"{NAME}\0{field}".encode())
-            data[start : start + 4] = struct.pack("<I", zlib.crc32(data[start + 4 : start + length], seed))
+            repaired[start : start + 4] = struct.pack("<I", zlib.crc32(data[start + 4 : start + length], seed))
         start += length
-    return bytes(data)
+    return bytes(repaired)
 
 
 def repair_manifest(data: bytes, rng: random.Random) -> bytes:
@@ -211,7 +219,7 @@ def repair_checkpoint(data: bytes, rng: random.Random) -> bytes:
 # --- Parsers and their seeds ----------------------------------------------------------------------
 
 
-def arrays():
+def arrays() -> "tuple[np.ndarray, np.ndarray]":
     """A small flow, float32 (6, 8, 2), and picture, uint8 (6, 8, 3)."""
     import numpy as np
 
@@ -221,7 +229,7 @@ def arrays():
     return flow, rng.integers(0, 256, (6, 8, 3), np.uint8)
 
 
-def flow_seeds(suffix):
+def flow_seeds(suffix: str) -> list[bytes]:
     import numpy as np
 
     from prep.formats import flow as flow_format
@@ -247,7 +255,7 @@ def flow_seeds(suffix):
             return [written.read()]
 
 
-def parse_flow(path, data) -> None:
+def parse_flow(path: str, data: bytes) -> None:
     import numpy as np
 
     from launch import errors
@@ -258,20 +266,21 @@ def parse_flow(path, data) -> None:
     except errors.UserError:
         size = None
     flow, known = flow_format.read_flow(path)
-    # HDF5 does not always decide alike on a file that it reads twice.
-    size = size or (flow.shape[:2] if path.endswith(".flo5") else None)
-    assert flow.dtype == np.float32 and flow.shape == (*size, 2) and min(size) > 0
+    # HDF5 may decide differently on a file that it reads twice.
+    assert size == flow.shape[:2] or (size is None and path.endswith(".flo5"))
+    size = flow.shape[:2]
+    assert flow.dtype == np.float32 and flow.ndim == 3 and flow.shape[2] == 2 and min(size) > 0
     assert known.dtype == np.uint8 and known.shape == size and known.max() <= 1
 
 
-def image_seeds(kind):
+def image_seeds(kind: str) -> list[bytes]:
     import numpy as np
     from PIL import Image
 
     _, rgb = arrays()
     picture = Image.fromarray(rgb)
 
-    def save(image, **options):
+    def save(image: Image.Image, **options: Any) -> bytes:
         file = io.BytesIO()
         image.save(file, kind, **options)
         return file.getvalue()
@@ -290,7 +299,7 @@ def image_seeds(kind):
             b"P2\n2 1\n255\n1 2\n"]  # fmt: skip
 
 
-def parse_image(path, data) -> None:
+def parse_image(path: str, data: bytes) -> None:
     import numpy as np
 
     from launch import errors
@@ -301,10 +310,10 @@ def parse_image(path, data) -> None:
     except errors.UserError:
         size = None
     image = image_format.read_image(path)
-    assert image.dtype == np.uint8 and image.shape == (*size, 3) and min(size) > 0
+    assert image.dtype == np.uint8 and image.shape[:2] == size and image.shape[2:] == (3,) and image.size
 
 
-def record_seeds():
+def record_seeds() -> list[bytes]:
     import numpy as np
 
     from prep import codec
@@ -312,12 +321,12 @@ def record_seeds():
 
     flow, image = arrays()
     ones = np.ones(flow.shape[:2], np.uint8)
-    sample = dict(zip(FIELDS, (image, image[::-1], flow, ones, image[..., 0])))
+    sample = dict(zip(FIELDS, (image, image[::-1], flow, ones, image[..., 0]), strict=True))
     return [codec.pack([codec.encode(sample[f], name, pair=NAME, field=f) for f in FIELDS])
             for name in codec.CODECS]  # fmt: skip
 
 
-def parse_record(path, data) -> None:
+def parse_record(path: str, data: bytes) -> None:
     from prep import shards
 
     sample = shards.decode_record(data, shards.FIELDS, size=(6, 8), pair=NAME, source=path)
@@ -328,7 +337,7 @@ def parse_record(path, data) -> None:
 SHARD, ROWS = "train-00000-of-00001.mindrecord", 3
 
 
-def shard_seeds():
+def shard_seeds() -> list[bytes]:
     """A shard's header, 512 bytes, and its index."""
     header = json.dumps({"header_size": 512, "page_size": 65536, "shard_addresses": [SHARD]}).encode()
     with tempfile.TemporaryDirectory() as folder:
@@ -347,7 +356,7 @@ def shard_seeds():
             return [(struct.pack("<Q", len(header)) + header).ljust(512) + file.read()]
 
 
-def parse_shard(path, data) -> None:
+def parse_shard(path: str, data: bytes) -> None:
     from prep import shards
 
     folder, size = os.path.dirname(path), 512 + 2 * 65536
@@ -359,11 +368,11 @@ def parse_shard(path, data) -> None:
     zero = "0" * 64
     names, runs = [str(i) for i in range(ROWS)], [(ROWS, 6, 8)]
     shard = shards.Shard(SHARD, size, zero, 512, zero, max(1, len(data) - 512), zero, names, runs)
-    rows = list(shard.records(folder))
+    rows = list(shard.records(pathlib.Path(folder)))
     assert len(rows) == ROWS and all(place >= 8 and place + len(record) <= size for place, record in rows)
 
 
-def manifest_seeds():
+def manifest_seeds() -> list[bytes]:
     from prep import shards
 
     zero = "0" * 64
@@ -379,29 +388,29 @@ def manifest_seeds():
         made={"command": "prep/convert.py", "plan": {"codec": "zstd"}, "versions": {"python": "3"}},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        manifest.save(folder)
+        manifest.save(pathlib.Path(folder))
         with open(os.path.join(folder, shards.MANIFEST), "rb") as file:
             return [file.read()]
 
 
-def parse_manifest(path, data) -> None:
+def parse_manifest(path: str, data: bytes) -> None:
     from prep import reader, shards
 
-    folder = os.path.dirname(path)
+    folder = pathlib.Path(path).parent
     manifest = shards.Manifest.load(folder)
     for name in manifest.splits:
-        split = reader.DatasetSplit(folder, name, manifest.dataset, manifest.split(name, folder))
+        split = reader.DatasetSplit(folder, name, manifest.dataset, manifest.shards_of(name, folder))
         assert split.sizes.shape == (len(split), 2) and len(split.names) == len(split)
         for file in split.files:
-            assert os.path.dirname(file) == folder
+            assert file.parent == folder
     str(manifest.made["command"]), manifest.made["plan"], manifest.validation["file"]
 
 
-def mutate_manifest(data, rng, others):
+def mutate_manifest(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     return (mutate_json if rng.random() < 0.8 else mutate_bytes)(data, rng, others)
 
 
-def recipe_seeds():
+def recipe_seeds() -> list[bytes]:
     from train import recipe
 
     paths = sorted(recipe.FOLDER.glob("*.yaml"))
@@ -409,13 +418,13 @@ def recipe_seeds():
     return [path.read_bytes() for path in paths] + bombs
 
 
-def parse_recipe(path, data) -> None:
+def parse_recipe(path: str, data: bytes) -> None:
     from train import recipe
 
     assert isinstance(recipe.load(path), recipe.Recipe)
 
 
-def checkpoint_seeds():
+def checkpoint_seeds() -> list[bytes]:
     import mindspore
     import numpy as np
 
@@ -429,7 +438,7 @@ def checkpoint_seeds():
             return [file.read()]
 
 
-def parse_checkpoint(path, data) -> None:
+def parse_checkpoint(path: str, data: bytes) -> None:
     from model import weights
 
     assert all(isinstance(name, str) for name in weights.read(path))
@@ -468,7 +477,7 @@ class Trial:
         self.kinds = set()
         self.highest = self.start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def note(self, length) -> None:
+    def note(self, length: int) -> None:
         STATE.pack_into(self.state, 0, self.begun, self.accepted, self.rejected, self.failed,
                         self.slowest, self.peak, length)  # fmt: skip
 
@@ -512,7 +521,7 @@ class Trial:
         self.note(0)
         return re.sub(r"b?'[^']*'|b?\"[^\"]*\"|[\d.]+", "", fault or outcome)[-160:]
 
-    def fail(self, fault, data) -> None:
+    def fail(self, fault: str, data: bytes) -> None:
         """Save an input unless one with the same fault was saved."""
         self.failed += 1
         kind = re.sub(r"b?'[^']*'|[\d.]+", "", fault.strip().splitlines()[-1])
@@ -522,7 +531,7 @@ class Trial:
             save(self.failures, data, fault, self.begun, self.parser.suffix)
 
 
-def save(folder, data, fault, number, suffix) -> None:
+def save(folder: str, data: bytes, fault: str, number: int, suffix: str) -> None:
     """Write an input that failed, and why beside it."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{number:07}{suffix}")
@@ -532,21 +541,21 @@ def save(folder, data, fault, number, suffix) -> None:
         file.write(fault)
 
 
-def make_input(parser, rng, corpus):
+def make_input(parser: Parser, rng: random.Random, corpus: list[bytes]) -> bytes:
     """A mutation of one of the corpus; three of four have right checksums."""
     data = (parser.mutate or mutate_bytes)(rng.choice(corpus), rng, corpus)
     return (parser.repair(data, rng) if rng.random() < 0.75 else data)[:LONGEST]
 
 
-def child(name, folder, state, failures, inputs, seed, atheris) -> None:
+def child(name: str, folder: str, state: mmap.mmap, failures: str, inputs: int, seed: int, guided: bool) -> None:
     """Fuzz a parser in this process."""
     parser = PARSERS[name]
     output = os.open(os.path.join(folder, "output"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    if atheris:
-        import atheris
-
+    atheris: Any = None
+    if guided:
+        atheris = importlib.import_module("atheris")
         with atheris.instrument_imports(include=["prep", "train.recipe", "model.weights"]):
-            pass  # noqa: E401
+            pass
     seeds = parser.seeds()
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -582,14 +591,14 @@ def child(name, folder, state, failures, inputs, seed, atheris) -> None:
 # --- In the parent: watches the child -------------------------------------------------------------
 
 
-def cpu_seconds(pid):
+def cpu_seconds(pid: int) -> float:
     """User and system time that a process has taken."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def fuzz(name, options):
+def fuzz(name: str, options: argparse.Namespace) -> list[str]:
     """Fuzz one parser in child processes, a new one after each crash; returns its row."""
     parser, failures = PARSERS[name], os.path.join(options.failures, name)
     state, began, crashes, seed = mmap.mmap(-1, STATE.size + LONGEST), time.monotonic(), 0, options.seed
@@ -622,7 +631,7 @@ def fuzz(name, options):
             f"{1000 * slowest:.1f}", f"{peak:.1f}", f"{failed:,}"]  # fmt: skip
 
 
-def watch(pid, state) -> str | None:
+def watch(pid: int, state: mmap.mmap) -> str | None:
     """Wait for a child; returns how it failed, or None. One that stays at an input is killed."""
     last, since, cpu = -1, time.monotonic(), 0.0
     while True:
@@ -640,7 +649,7 @@ def watch(pid, state) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Give damaged and hostile files to every parser.")
     parser.add_argument("--parser", nargs="+", choices=PARSERS, default=list(PARSERS), metavar="NAME",
                         help=f"of {', '.join(PARSERS)} (default: all)")  # fmt: skip
     parser.add_argument("--inputs", type=int, default=100_000, help="of each; default: %(default)s")
@@ -658,12 +667,11 @@ def main() -> None:
             data, (name,) = file.read(), options.parser
             path = os.path.join(folder, "manifest.json" if name == "manifest" else
                                 "input" + PARSERS[name].suffix)  # fmt: skip
-            with open(path, "wb") as copy:
-                copy.write(data)
+            pathlib.Path(path).write_bytes(data)
             PARSERS[name].parse(path, data)
         return
     if not options.atheris:
-        import cv2  # noqa: E401, F401 - once for all the children
+        importlib.import_module("cv2")  # once for all children
 
     from tests.bench.material import print_table
 
@@ -680,8 +688,7 @@ def main() -> None:
         for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if file.endswith(".why"):
                 path = os.path.join(folder, file)
-                with open(path) as file:
-                    why = file.read().strip().splitlines()[-1][:300]
+                why = pathlib.Path(path).read_text().strip().splitlines()[-1][:300]
                 again = f"--parser {name} --file {path.removesuffix('.why')}"
                 print(f"\n{why}\n  again: python tests/bench/fuzz.py {again}")
     sys.exit(bool(failed))

@@ -12,23 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import material
+import numpy as np
 
 from prep import reader
+from prep.datasets import Sample
 
 BATCH, HEIGHT, WIDTH = 4, 384, 448
 SKIP = 10  # batches before the clock starts
 
 
-def crop(sample, rng):
+def crop(sample: Sample, rng: np.random.Generator) -> Sample:
     """A random part of a sample, HEIGHT x WIDTH."""
     height, width = sample["valid"].shape
     y, x = rng.integers(0, (height - HEIGHT + 1, width - WIDTH + 1))
     return {field: array[y : y + HEIGHT, x : x + WIDTH] for field, array in sample.items()}
 
 
-def read(folder, pairs, workers):
+def read(folder: str, pairs: int, workers: int | None) -> float:
     """Pairs per second of the toolkit's reader over as many batches as the others read."""
     steps, start = pairs // BATCH, 0
     batches = reader.training_batches(
@@ -43,7 +46,7 @@ def read(folder, pairs, workers):
 class Torch:
     """PyTorch's loader in a process of its own, which stays warm between the measurements."""
 
-    def __init__(self, python, root, workers, as_float) -> None:
+    def __init__(self, python: str, root: str, workers: int | None, as_float: bool) -> None:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "torch_loader.py")
         command = [python, script, root, "--workers", workers, "--batch", BATCH,
                    "--crop", HEIGHT, WIDTH, "--skip", SKIP, *["--float"] * as_float]  # fmt: skip
@@ -54,7 +57,8 @@ class Torch:
             text=True,
         )
 
-    def read(self):
+    def read(self) -> float:
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
@@ -64,7 +68,7 @@ class Torch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how fast batches are read.")
     material.add_options(parser)
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH",
                         help="an interpreter that has PyTorch (default: this one)")  # fmt: skip
@@ -76,9 +80,9 @@ def main() -> None:
         print(f"note: {options.torch_python} has no PyTorch, which is left out (--torch-python)")
     with tempfile.TemporaryDirectory() as folder:
         root = os.path.join(folder, "data")
-        raw = material.write_set(root, options.data, options.pairs)
+        raw = material.write_release(root, options.data, options.pairs)
         none = os.path.join(folder, "none.txt")
-        open(none, "w").close()
+        Path(none).touch()
         sets = {codec: os.path.join(folder, codec) for codec in ("zstd", "raw")}
         for codec, out in sets.items():
             subprocess.run(

@@ -8,15 +8,16 @@ import argparse
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports] - of the interpreter that runs this
 
 
 class Pairs(torch.utils.data.Dataset):
     """Pairs of a folder, randomly cropped, as float tensors (C, H, W) or as they are."""
 
-    def __init__(self, folder, height, width, as_float) -> None:
+    def __init__(self, folder: str, height: int, width: int, as_float: bool) -> None:
         self.stems = sorted(
             os.path.join(folder, name[:-9]) for name in os.listdir(folder) if name.endswith("_flow.flo")
         )
@@ -25,18 +26,18 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.stems)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[Any]:
         stem = self.stems[index]
         one, two = read_ppm(stem + "_img1.ppm"), read_ppm(stem + "_img2.ppm")
         flow = np.fromfile(stem + "_flow.flo", np.float32, offset=12).reshape(*one.shape[:2], 2)
-        y, x = (np.random.randint(whole - part + 1) for whole, part in zip(one.shape, self.size))
+        y, x = (np.random.randint(whole - part + 1) for whole, part in zip(one.shape, self.size, strict=False))
         cut = [a[y : y + self.size[0], x : x + self.size[1]] for a in (one, two, flow)]
         if self.as_float:
             return [torch.from_numpy(np.ascontiguousarray(a.transpose(2, 0, 1))).float() for a in cut]
         return [torch.from_numpy(np.ascontiguousarray(a)) for a in cut]
 
 
-def read_ppm(path):
+def read_ppm(path: str) -> np.ndarray:
     """A PPM file with a header of three lines, uint8 (H, W, 3)."""
     with open(path, "rb") as file:
         file.readline()
@@ -46,7 +47,7 @@ def read_ppm(path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure a PyTorch DataLoader on raw FlyingChairs files.")
     parser.add_argument("folder")
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
@@ -55,11 +56,11 @@ def main() -> None:
     parser.add_argument("--float", action="store_true")
     options = parser.parse_args()
     loader = torch.utils.data.DataLoader(
-        Pairs(options.folder, *options.crop, options.float), options.batch, shuffle=True,
+        Pairs(options.folder, options.crop[0], options.crop[1], options.float), options.batch, shuffle=True,
         num_workers=options.workers, drop_last=True, persistent_workers=options.workers > 0,
     )  # fmt: skip
     for _ in sys.stdin:
-        number = 0
+        number, start = 0, time.perf_counter()
         for number, _ in enumerate(loader, 1):
             if number == options.skip:
                 start = time.perf_counter()
