@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import cv2
-import mindspore
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
 from launch.errors import UserError
-from model.predict import Outputs, ahead, open_frames, pairs_of, predict
+from model.inference import FlowPredictor
+from model.predict import Outputs, PairCounts, make_pairs, open_frames, predict, prefetch
 from prep import flow_viz
 from prep.formats.flow import read_flo
 from prep.synthesize import make_pair
@@ -40,20 +40,28 @@ def write_video(path, count, size=(64, 96)):
     return path
 
 
-def run(predictor, inputs, out, *, salt=b"", pictures=(), **options):
-    """What the command does with its inputs: (written, present)."""
+def run(
+    predictor: FlowPredictor,
+    inputs: list[Path],
+    out: Path,
+    *,
+    salt: bytes = b"",
+    pictures: bool = False,
+    overwrite: bool = False,
+    batch: int = 1,
+) -> PairCounts:
+    """What the command does with its inputs."""
     out.mkdir(exist_ok=True)
-    _, frames = open_frames(inputs)
-    outputs = Outputs(out, **dict.fromkeys(pictures, True))
-    return predict(predictor, pairs_of(frames, salt), outputs, **options)
+    outputs = Outputs(out, overlay=pictures, warp=pictures)
+    pairs = make_pairs(open_frames(inputs).frames, salt)
+    return predict(predictor, pairs, outputs, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair))
 
 
-def check_flow(predictor, path, image1, image2) -> None:
+def check_flow(predictor: FlowPredictor, path: Path, image1: np.ndarray, image2: np.ndarray) -> None:
     """A .flo file holds what the network gives for two images, at their size."""
-    expected = predictor(*(mindspore.Tensor(image[None]) for image in (image1, image2)))
     flow = read_flo(path)
     assert flow.shape == (*image1.shape[:2], 2)
-    np.testing.assert_allclose(flow, expected.asnumpy()[0], atol=1e-3)
+    np.testing.assert_allclose(flow, predictor.flow(image1, image2), atol=1e-3)
 
 
 def test_pair(predictor, tmp_path: Path) -> None:
@@ -76,12 +84,10 @@ def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
     tiny.save(frames / ".hidden.png", make_pair(1, 8, 8)[0])
     (frames / "notes.txt").write_text("not a frame")
 
-    def again(**options):
-        return run(predictor, [frames], out, pictures=["overlay", "warp"], batch=2, **options)
+    def again(salt: bytes = b"", overwrite: bool = False) -> PairCounts:
+        return run(predictor, [frames], out, pictures=True, batch=2, salt=salt, overwrite=overwrite)
 
-    done = []
-    assert again(on_pairs=done.append) == (3, 0)
-    assert sum(done) == 3
+    assert again() == (3, 0)
     images = {number: np.asarray(Image.open(frames / f"frame_{number}.png")) for number in (8, 9, 10, 11)}
     for number in (8, 9, 10):
         check_flow(predictor, out / f"frame_{number}.flo", images[number], images[number + 1])
@@ -103,7 +109,7 @@ def test_video(predictor, tmp_path: Path) -> None:
     """Every frame with the next, named by its number, as OpenCV decodes them."""
     path = write_video(tmp_path / "clip.avi", 4)
     count, frames = open_frames([path])
-    images = dict(frames)
+    images = {name: image for name, image in frames}
     assert count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
     original = make_pair(0, 64, 96)[0]
     assert np.abs(images["clip_000000"].astype(int) - original).mean() < 10  # red is red
@@ -117,7 +123,7 @@ def test_any_size(predictor, tmp_path: Path, size) -> None:
     rng, frames = np.random.default_rng(0), tmp_path / "frames"
     for number in (1, 2):
         tiny.save(frames / f"frame_{number}.png", tiny.picture(rng, *size))
-    assert run(predictor, [frames], tmp_path / "out", pictures=["overlay", "warp"]) == (1, 0)
+    assert run(predictor, [frames], tmp_path / "out", pictures=True) == (1, 0)
     flow = read_flo(tmp_path / "out" / "frame_1.flo")
     assert flow.shape == (*size, 2) and np.isfinite(flow).all()
 
@@ -141,15 +147,15 @@ def test_failure_while_reading(predictor, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_ahead() -> None:
+def test_prefetching_keeps_order_and_errors() -> None:
     """All values in order, and an error where it was raised."""
-    assert list(ahead(iter(range(1, 10)), 3)) == list(range(1, 10))
+    assert list(prefetch(iter(range(1, 10)), 3)) == list(range(1, 10))
 
     def broken():
         yield 1
         raise UserError("broken")
 
-    values = ahead(broken(), 4)
+    values = prefetch(broken(), 4)
     assert next(values) == 1
     with pytest.raises(UserError, match="broken"):
         next(values)
@@ -188,16 +194,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory):
     "names,words",
     [
         (["none.png", "a.png"], ["none.png", "no such file"]),
-        (["a.png"], ["a.png", "one image", "second"]),
+        (["a.png"], ["a.png", "is one image", "second"]),
         (["a.png", "a.png", "a.png"], ["3 inputs", "two images"]),
-        (["a.png", "one"], ["one", "a folder"]),
-        (["a.png", "wide.png"], ["wide.png", "80x64", "64x64", "crop or resize"]),
+        (["a.png", "one"], ["one", "is a folder"]),
+        (["a.png", "wide.png"], ["wide.png", "64x80", "64x64", "crop or resize"]),
         (["a.png", "text.png"], ["text.png", "not a readable image"]),
         (["one"], ["one", "1 frames", "two"]),
         (["empty"], ["empty", "0 frames"]),
-        (["mixed"], ["frame_3.png", "64x64", "93x70", "frame_1.png"]),
+        (["mixed"], ["frame_3.png", "64x64", "70x93", "frame_1.png"]),
         (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
-        (["clip.mp4"], ["clip.mp4", "not a video"]),
+        (["clip.mp4"], ["clip.mp4", "is not a video"]),
     ],
 )
 def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
@@ -213,7 +219,7 @@ def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
     """The output folder, the checkpoint and the numbers are checked before anything is computed."""
     folder = write_frames(tmp_path / "frames", [1, 2])
     for arguments, words in [
-        ([folder, "--ckpt", ckpt, "--out", ckpt], ["a file", "expected a folder"]),
+        ([folder, "--ckpt", ckpt, "--out", ckpt], ["is a file", "expected a folder"]),
         ([folder, "--ckpt", ckpt, "--out", ckpt / "out"], ["Not a directory"]),
         ([folder, "--ckpt", ckpt, "--out", folder], ["choose another --out"]),
         ([folder, "--ckpt", "none.ckpt", "--out", tmp_path / "out"], ["none.ckpt"]),
@@ -247,7 +253,7 @@ def test_command(ckpt, tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.avi", 3)
     arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp", "--max-flow", 10)
     status, out, err = command(*arguments)
-    assert status == 0 and "flow of 2 pairs" in out and "2/2" in err, err
+    assert status == 0 and "flow of 2 pairs; look at" in out and "2/2" in err, err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         f"clip_00000{number}{end}" for number in (0, 1) for end in (".flo", "_flow.png", "_overlay.png", "_warp.png")
     }
@@ -268,7 +274,7 @@ def test_interruption(ckpt, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on from here" in err, err
+    assert process.returncode == 130 and "resumes from here" in err, err
     done = list(out.glob("*_flow.png"))
     assert len(list(out.iterdir())) == 2 * len(done) and len(done) < 299
 

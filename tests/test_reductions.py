@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor, grad, nn, ops, value_and_grad
 
 from model.losses import make_loss
-from model.pwcnet import normalize_pair
+from model.operators import normalize_pair
 from model.reductions import ordered_sum
 
 pytestmark = pytest.mark.usefixtures("graph_mode")

@@ -12,13 +12,13 @@ import zipfile
 import numpy as np
 import pytest
 import tiny
-from mindspore import Tensor
 
 from launch.errors import UserError
 from model import weights
 from model.export_torch import export_weights
 from model.import_torch import import_weights
-from model.pwcnet import FlowPredictor, PWCNet
+from model.inference import load_predictor
+from model.pwcnet import PWCNet
 from prep.synthesize import make_pair
 
 torch = pytest.importorskip("torch", reason="the exchange with PyTorch needs it: install .[torch]")
@@ -59,7 +59,7 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     done = script("import_torch", source, target)
     assert done.returncode == 0, done.stderr
     assert f"variant {variant}" in done.stdout
-    channels = {"irr": "RGB images, as visinf/irr", "nvlabs": "BGR images, told by the layer deconv2"}
+    channels = {"irr": "RGB images, as visinf/irr", "nvlabs": "BGR images, detected by the layer deconv2"}
     assert channels[variant] in done.stdout
     left_out = {"irr": "epoch, best_epe", "nvlabs": "deconv2.weight, deconv2.bias"}[variant]
     assert left_out in done.stdout
@@ -102,8 +102,7 @@ def test_an_imported_network_computes_the_published_flow(imported) -> None:
     image1, image2, _, _ = make_pair(5, 60, 120)
     expected = published_flow(variant, network, image1, image2)
     assert np.abs(expected).max() > 5
-    predictor = FlowPredictor(weights.load_network(ckpt))
-    flow = predictor(Tensor(image1[None]), Tensor(image2[None])).asnumpy()[0]
+    flow = load_predictor(ckpt).flow(image1, image2)
     print(f"{variant}: flow to {np.abs(expected).max()} px, off by {np.abs(flow - expected).max()}")
     np.testing.assert_allclose(flow, expected, rtol=0, atol=1e-3)
 
@@ -147,7 +146,7 @@ def test_ptlflow_s_network_took_rgb(tmp_path: pathlib.Path) -> None:
     network = random_network("nvlabs")
     torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
     done = script("import_torch", tmp_path / "in.ckpt", tmp_path / "out.ckpt")
-    assert done.returncode == 0 and "took RGB images, told by pytorch-lightning_version" in done.stdout
+    assert done.returncode == 0 and "took RGB images, detected by pytorch-lightning_version" in done.stdout
     theirs = network.state_dict()[weights.published_names("nvlabs")[weights.FIRST_LAYER]].numpy()
     first = weights.read(tmp_path / "out.ckpt")[weights.FIRST_LAYER].asnumpy()
     np.testing.assert_array_equal(first, theirs)
@@ -166,8 +165,7 @@ def test_an_imported_network_of_ptlflow_computes_its_flow(tmp_path: pathlib.Path
     images = make_pair(5, 64, 128)[:2]
     swapped = [np.ascontiguousarray(image[..., ::-1]) for image in images]
     expected = published_flow("nvlabs", network, *swapped)  # which turns them to RGB again
-    predictor = FlowPredictor(weights.load_network(tmp_path / "out.ckpt"))
-    flow = predictor(*(Tensor(image[None]) for image in images)).asnumpy()[0]
+    flow = load_predictor(tmp_path / "out.ckpt").flow(*images)
     np.testing.assert_allclose(flow, expected, rtol=0, atol=1e-3)
     assert np.abs(published_flow("nvlabs", network, *images) - flow).max() > 0.1
 
@@ -177,7 +175,7 @@ def test_a_file_that_does_not_tell_its_channels(tmp_path: pathlib.Path) -> None:
     state = random_network("nvlabs").state_dict()
     alone = ptlflow(state)["state_dict"]
     both = {**ptlflow(state), "state_dict": state}
-    for content, words in ((alone, "neither the layer deconv2"), (both, "has the layer deconv2")):
+    for content, words in ((alone, "neither the layer deconv2"), (both, "has both the layer deconv2")):
         torch.save(content, tmp_path / "in.pth")
         with pytest.raises(UserError, match=f"in.pth: .*{words}.*--channels bgr or --channels rgb"):
             import_weights(tmp_path / "in.pth", tmp_path / "out.ckpt")
@@ -282,8 +280,8 @@ def holed(state):
 
 WRONG = {
     "empty": (b"", "is empty"),
-    "text": (b"This is not the file you want.\n" * 9, "damaged or no checkpoint of PyTorch"),
-    "a page": (b"<!DOCTYPE html><html>not found</html>", "damaged or no checkpoint of PyTorch"),
+    "text": (b"This is not the file you want.\n" * 9, "damaged or not a PyTorch checkpoint"),
+    "a page": (b"<!DOCTYPE html><html>not found</html>", "damaged or not a PyTorch checkpoint"),
     "other tensors": (lambda state: {"fc.weight": torch.zeros(3)}, "such as fc.weight"),
     "no tensors": (lambda state: {"state_dict": {"a": 1}, "epoch": 3}, "holds no tensors but"),
     "a list": (lambda state: [torch.zeros(3)], "holds list"),
@@ -293,7 +291,7 @@ WRONG = {
         r"1 unknown \(flow_estimators.0.extra\); 1 of another shape \(flow_"
         r"estimators.0.conv1.0.bias has \(5,\), expected \(128,\)",
     ),
-    "not a number": (holed, "flow_estimators.0.conv1.0.bias is of .*NaN"),
+    "not a number": (holed, "flow_estimators.0.conv1.0.bias is .*NaN"),
     "integers": (lambda state: {name: value.int() for name, value in state.items()}, "int32"),
 }
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from launch import session
 from launch.watchdog import Phase
+from model.inference import FlowPredictor
 from model.losses import make_loss
-from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
+from model.pwcnet import PWCNet, start_from_coarser_flow
 from prep import reader
 from train.augment import Augment
 from train.checkpoint import Checkpoints, start_from

@@ -16,10 +16,10 @@ import sys
 import material
 
 KINDS = {
-    "this toolkit": ("mindspore", {}),
-    "the same without cost volume and warp": ("floor", {}),
-    "the same with MindSpore's operators": ("mindspore", {"PWCNET_NATIVE": "0"}),
-    "PyTorch, stock layers": ("torch", {}),
+    "this toolkit": "native",
+    "the same without cost volume and warp": "floor",
+    "the same with MindSpore's operators": "mindspore",
+    "PyTorch, stock layers": "torch",
 }
 FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
 
@@ -27,13 +27,12 @@ FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
 class Child:
     """One line of the table, as a process that does what it is told and says how long it took."""
 
-    def __init__(self, python, kind, variables, options) -> None:
+    def __init__(self, python, kind, options) -> None:
         here = os.path.dirname(os.path.abspath(__file__))
         words = [python, os.path.join(here, "model_child.py"), kind, options.batch, *options.size]
         self.process = subprocess.Popen(
             [str(word) for word in words],
             text=True,
-            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -75,9 +74,9 @@ def main() -> None:
         print(f"note: {options.torch_python} has no PyTorch, which is left out (--torch-python)")
         kinds.pop(PEER)
     children, rows = {}, {}
-    for name, (kind, variables) in kinds.items():
+    for name, kind in kinds.items():
         python = options.torch_python if kind == "torch" else sys.executable
-        children[name] = Child(python, kind, variables, options)
+        children[name] = Child(python, kind, options)
         # One after the other: the first of each is the compilation of its graph, too.
         children[name].ask("inference")
         rows[name] = {"first": children[name].ask("step"), "inference": [], "step": []}

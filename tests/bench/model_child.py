@@ -1,6 +1,6 @@
 """One process of model.py: builds a network, and answers each line of stdin with a number.
 
-python tests/bench/model_child.py mindspore|floor|torch BATCH HEIGHT WIDTH
+python tests/bench/model_child.py native|mindspore|floor|torch BATCH HEIGHT WIDTH
 """
 
 import os
@@ -15,7 +15,7 @@ RATE = 1e-4
 """Learning rate."""
 
 
-def in_mindspore(images, flow, floor):
+def in_mindspore(images, flow, floor, backend):
     """Functions that infer and train once; with `floor`, without cost volume and warping."""
     sys.path.insert(0, ROOT)
     from launch import session
@@ -27,8 +27,9 @@ def in_mindspore(images, flow, floor):
     session.start_mindspore(Rank(), "cpu")
     from mindspore import Tensor, nn, ops
 
-    from model import pwcnet
+    from model.inference import FlowPredictor
     from model.losses import MultiScaleLoss
+    from model.pwcnet import PWCNet
     from prep.reader import Batch
     from train.step import StepOptions, TrainStep
 
@@ -40,16 +41,16 @@ def in_mindspore(images, flow, floor):
         def construct(self, features, flow):
             return features + flow[:, :1]
 
-    network = pwcnet.PWCNet()
+    network = PWCNet(backend=backend)
     if floor:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0))
     valid = np.ones(flow.shape[:3], np.uint8)
-    predictor = pwcnet.FlowPredictor(network)
+    predictor = FlowPredictor(network)
 
     def infer() -> None:
         network.set_train(False)
-        predictor(*map(Tensor, images)).asnumpy()
+        predictor.flow_batch(*images)
 
     def train() -> None:
         network.set_train()
@@ -97,7 +98,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
     flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
-    build = in_torch if kind == "torch" else lambda *data: in_mindspore(*data, kind == "floor")
+    build = (
+        in_torch
+        if kind == "torch"
+        else lambda *data: in_mindspore(*data, kind == "floor", "mindspore" if kind == "mindspore" else "native")
+    )
     infer, train = build(images, flow)
     for line in sys.stdin:
         what = line.strip()
