@@ -75,7 +75,7 @@ def export_weights(source: pathlib.Path, target: pathlib.Path) -> str:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "source", type=pathlib.Path, metavar="IN.ckpt", help="a checkpoint of a run, or network weights"
     )

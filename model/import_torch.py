@@ -13,6 +13,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import importlib
 import pathlib
 import pickle
 import re
@@ -70,7 +71,7 @@ def read_torch(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: is empty, expected a PyTorch checkpoint; download it again")
     check_zip(path)
     torch = load_torch()
-    scalar = np.core.multiarray.scalar
+    scalar = importlib.import_module("numpy.core.multiarray").scalar
     # Statistics beside the weights may be NumPy scalars, under their name before or after NumPy 2.
     harmless = [
         (scalar, "numpy.core.multiarray.scalar"),
@@ -317,7 +318,7 @@ def to_array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "source", type=pathlib.Path, metavar="IN", help="a PyTorch checkpoint: .pth, .pth.tar, .pt, or IRR's .ckpt"
     )

@@ -51,7 +51,8 @@ class Frame(NamedTuple):
     image: np.ndarray
 
 
-class Frames(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Frames:
     """The frames of an input."""
 
     count: int
@@ -174,8 +175,8 @@ def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
                     f"{expected_width} as the frame before; use a video of one size"
                 )
             key = hashlib.blake2b(salt, digest_size=16)
-            key.update(np.ascontiguousarray(previous.image))
-            key.update(np.ascontiguousarray(frame.image))
+            key.update(np.ascontiguousarray(previous.image).data)
+            key.update(np.ascontiguousarray(frame.image).data)
             yield FramePair(previous.name, previous.image, frame.image, key.hexdigest())
         previous = frame
 
@@ -318,7 +319,7 @@ def prefetch(values: Iterable[Value], count: int) -> Iterator[Value]:
 def main() -> None:
     from model.backend import add_backend_option
 
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "input", nargs="+", type=pathlib.Path, help="two images of one size, a folder of frames, or a video"
     )

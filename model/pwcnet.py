@@ -275,7 +275,7 @@ def start_from_coarser_flow(network: PWCNet, share: float = 0.1) -> None:
     layer = network.context_networks.convs[-1][0]
     layer.weight.set_data(Tensor(layer.weight.asnumpy() * np.float32(share)))
     if network.variant == "nvlabs":
-        slope = np.float32([1, 3, 3, 1]) / 4
+        slope = np.array([1, 3, 3, 1], np.float32) / 4
         bilinear = np.eye(2, dtype=np.float32)[:, :, None, None] * np.outer(slope, slope)
         for upsampling in network.upsamplings:
             upsampling.flow.weight.set_data(Tensor(bilinear))

@@ -55,12 +55,12 @@ def check_cost_volume(library: ctypes.CDLL, shape: tuple[int, ...], shift: int =
     first, second = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
     gradient = rng.normal(size=costs_shape).astype(np.float32)
     exact = [array.astype(np.float64) for array in (first, second, gradient)]
-    costs = cost_volume_numpy(*exact)[0]
+    costs = cost_volume_numpy(exact[0], exact[1], exact[2])[0]
     activated = results(library, "CostVolume", (first, second), [costs_shape], shift)[0]
     np.testing.assert_allclose(activated, np.where(costs > 0, costs, 0.1 * costs), rtol=1e-4, atol=1e-5)
     # The sign is the activated output's: costs near zero may round to either side.
     upstream = np.where(activated > 0, exact[2], 0.1 * exact[2])
-    gradients = cost_volume_numpy(*exact[:2], upstream)[1:]
+    gradients = cost_volume_numpy(exact[0], exact[1], upstream)[1:]
     inputs = (first, second, activated.copy(), gradient)
     found = results(library, "CostVolumeGradient", inputs, [shape, shape], shift)
     for array, expected in zip(found, gradients, strict=True):

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import mindspore
 import numpy as np
@@ -21,7 +22,7 @@ from model.weights import save_network
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
-def make_network(backend: Backend, **options: bool | str) -> PWCNet:
+def make_network(backend: Backend, **options: Any) -> PWCNet:
     """A network with the same weights for every backend."""
     mindspore.set_seed(0)
     network = PWCNet(**options, backend=backend)

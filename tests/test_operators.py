@@ -101,13 +101,13 @@ class Product(nn.Cell):
 
 def run_with_gradients(cell: nn.Cell, gradient: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
     """A Cell's value and its inputs' and weights' gradients in float32, as NumPy arrays."""
-    gradient, *inputs = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
+    upstream, *tensors = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
     weights = cell.trainable_params()
     positions = tuple(range(1, len(inputs) + 1))
-    gradients = ops.grad(Product(cell), positions, weights or None)(gradient, *inputs)
+    gradients = ops.grad(Product(cell), positions, weights or None)(upstream, *tensors)
     if weights:
         gradients = (gradients[0], *gradients[1])
-    return [array.asnumpy() for array in (cell(*inputs), *gradients)]
+    return [array.asnumpy() for array in (cell(*tensors), *gradients)]
 
 
 @pytest.fixture(params=["native", "mindspore", "exportable"])

@@ -1,9 +1,10 @@
-"""Prediction: pairs, folders and videos of any size; runs taken up again; bad input; pictures."""
+"""Prediction of pairs, folders and videos of any size; resumed runs; bad input; pictures."""
 
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -24,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 ODD = 70, 93
 
 
-def write_frames(folder, numbers, size=ODD):
+def write_frames(folder: Path, numbers: Iterable[int], size: tuple[int, int] = ODD) -> Path:
     """A folder of synthetic frames frame_N.png; returns it."""
     for number in numbers:
         tiny.save(folder / f"frame_{number}.png", make_pair(number, *size)[0])
     return folder
 
 
-def write_video(path, count, size=(64, 96)):
+def write_video(path: Path, count: int, size: tuple[int, int] = (64, 96)) -> Path:
     """A Motion JPEG video in AVI; returns its path."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, size[::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, size[::-1])
     for number in range(count):
         writer.write(make_pair(number, *size)[0][..., ::-1].copy())
     writer.release()
@@ -64,8 +65,8 @@ def check_flow(predictor: FlowPredictor, path: Path, image1: np.ndarray, image2:
     np.testing.assert_allclose(flow, predictor.flow(image1, image2), atol=1e-3)
 
 
-def test_pair(predictor, tmp_path: Path) -> None:
-    """Two images of any kind that can be read, here grey and palette, of an odd size."""
+def test_two_images_of_any_kind_are_a_pair(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """Here grey and palette, of an odd size."""
     image1, image2, _, _ = make_pair(5, *ODD)
     grey, colours = Image.fromarray(image1).convert("L"), Image.fromarray(image2).convert("P")
     grey.save(tmp_path / "a.png")
@@ -78,8 +79,8 @@ def test_pair(predictor, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.flo", "a_flow.png"]
 
 
-def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
-    """Consecutive frames, 9 before 10; what is whole and of these images and weights stays."""
+def test_a_second_run_computes_only_what_is_missing(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """Consecutive frames, 9 before 10; outputs of these images and weights stay."""
     frames, out = write_frames(tmp_path / "frames", (8, 9, 10, 11)), tmp_path / "out"
     tiny.save(frames / ".hidden.png", make_pair(1, 8, 8)[0])
     (frames / "notes.txt").write_text("not a frame")
@@ -105,12 +106,12 @@ def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
     assert again(salt=b"other weights") == (1, 2)
 
 
-def test_video(predictor, tmp_path: Path) -> None:
-    """Every frame with the next, named by its number, as OpenCV decodes them."""
+def test_a_video_gives_the_flow_of_every_frame(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the next, named by its number, as OpenCV decodes them."""
     path = write_video(tmp_path / "clip.avi", 4)
-    count, frames = open_frames([path])
-    images = {name: image for name, image in frames}
-    assert count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
+    video = open_frames([path])
+    images = dict(video.frames)
+    assert video.count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
     original = make_pair(0, 64, 96)[0]
     assert np.abs(images["clip_000000"].astype(int) - original).mean() < 10  # red is red
     assert run(predictor, [path], tmp_path / "out") == (3, 0)
@@ -118,7 +119,7 @@ def test_video(predictor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 64)])
-def test_any_size(predictor, tmp_path: Path, size) -> None:
+def test_images_may_have_any_size(predictor: FlowPredictor, tmp_path: Path, size: tuple[int, int]) -> None:
     """Down to a single pixel, for which the images are enlarged to 64 pixels a side."""
     rng, frames = np.random.default_rng(0), tmp_path / "frames"
     for number in (1, 2):
@@ -128,30 +129,29 @@ def test_any_size(predictor, tmp_path: Path, size) -> None:
     assert flow.shape == (*size, 2) and np.isfinite(flow).all()
 
 
-def test_failure_while_writing(predictor, tmp_path: Path) -> None:
-    """A file that can't be written ends the run with the system's error."""
+def test_a_failure_while_writing_ends_the_run(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the system's error."""
     frames = write_frames(tmp_path / "frames", (1, 2, 3), (64, 64))
     (tmp_path / "out" / "frame_2.flo").mkdir(parents=True)
-    with pytest.raises(OSError, match="frame_2.flo"):
+    with pytest.raises(OSError, match=r"frame_2\.flo"):
         run(predictor, [frames], tmp_path / "out")
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_failure_while_reading(predictor, tmp_path: Path) -> None:
-    """A frame that is damaged ends the run with its name; the pairs before it are there."""
+def test_a_failure_while_reading_ends_the_run(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the frame's name; the outputs of the pairs before it exist."""
     frames = write_frames(tmp_path / "frames", range(1, 6), (64, 64))
     data = (frames / "frame_5.png").read_bytes()
     (frames / "frame_5.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="frame_5.png"):
+    with pytest.raises(UserError, match=r"frame_5\.png"):
         run(predictor, [frames], tmp_path / "out")
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
 def test_prefetching_keeps_order_and_errors() -> None:
-    """All values in order, and an error where it was raised."""
     assert list(prefetch(iter(range(1, 10)), 3)) == list(range(1, 10))
 
-    def broken():
+    def broken() -> Iterator[int]:
         yield 1
         raise UserError("broken")
 
@@ -161,7 +161,7 @@ def test_prefetching_keeps_order_and_errors() -> None:
         next(values)
 
 
-def command(*arguments):
+def command(*arguments: object) -> tuple[int, str, str]:
     """Run the command as a user does: (status, stdout, stderr)."""
     script = tiny.ROOT / "model" / "predict.py"
     done = subprocess.run(
@@ -171,8 +171,8 @@ def command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory):
-    """A folder of inputs that are wrong in every way."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs that are wrong in different ways."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.save(folder / "a.png", make_pair(1, 64, 64)[0])
     tiny.save(folder / "wide.png", make_pair(2, 64, 80)[0])
@@ -206,8 +206,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory):
         (["clip.mp4"], ["clip.mp4", "is not a video"]),
     ],
 )
-def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
-    """One line that names the file, what was found and what was expected; nothing is written."""
+def test_bad_input_is_one_line(inputs: Path, ckpt: Path, tmp_path: Path, names: list[str], words: list[str]) -> None:
+    """It names the file, what was found and what was expected; nothing is written."""
     status, _, err = command(*(inputs / name for name in names), "--ckpt", ckpt, "--out", tmp_path / "out")
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
@@ -215,8 +215,8 @@ def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
-    """The output folder, the checkpoint and the numbers are checked before anything is computed."""
+def test_options_are_checked_before_anything_is_computed(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
+    """The output folder, the checkpoint and the numbers."""
     folder = write_frames(tmp_path / "frames", [1, 2])
     for arguments, words in [
         ([folder, "--ckpt", ckpt, "--out", ckpt], ["is a file", "expected a folder"]),
@@ -233,8 +233,8 @@ def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_errors_found_late(inputs, ckpt, tmp_path: Path) -> None:
-    """A damaged checkpoint, a 16-bit image and a video of one frame are errors of one line too."""
+def test_errors_found_late_are_one_line_too(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
+    """A damaged checkpoint, a 16-bit image and a video of one frame."""
     for names, weights, words in [
         (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
         (["a.png", "deep.png"], ckpt, ["deep.png", "16 bits"]),
@@ -248,8 +248,8 @@ def test_errors_found_late(inputs, ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command(ckpt, tmp_path: Path) -> None:
-    """A video from the command line, twice: all pictures, and then nothing left to do."""
+def test_the_command_says_what_it_did(ckpt: Path, tmp_path: Path) -> None:
+    """A video, twice: all pictures, and then nothing left to do."""
     path = write_video(tmp_path / "clip.avi", 3)
     arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp", "--max-flow", 10)
     status, out, err = command(*arguments)
@@ -262,8 +262,8 @@ def test_command(ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interruption(ckpt, tmp_path: Path) -> None:
-    """Ctrl-C leaves whole files only and says how to go on; a cut video is predicted to its end."""
+def test_an_interrupted_run_leaves_whole_files(ckpt: Path, tmp_path: Path) -> None:
+    """Ctrl-C says how to resume; a truncated video is predicted to its end."""
     path, out = write_video(tmp_path / "clip.avi", 300), tmp_path / "out"
     process = subprocess.Popen(
         [*map(str, (sys.executable, tiny.ROOT / "model" / "predict.py", path, "--ckpt", ckpt, "--out", out))],
@@ -284,8 +284,8 @@ def test_interruption(ckpt, tmp_path: Path) -> None:
     assert status == 0 and f"{len(done)} skipped" in text and "cut short" in err, (text, err)
 
 
-def test_overlay() -> None:
-    """What stands still is grey, and lighter where the image is; what moves has its colour."""
+def test_an_overlay_colours_only_what_moves() -> None:
+    """What does not is grey, as light as the image."""
     image = np.zeros((4, 6, 3), np.uint8)
     image[:, 3:] = 255
     still = flow_viz.overlay_flow(image, np.zeros((4, 6, 2), np.float32))
@@ -295,8 +295,8 @@ def test_overlay() -> None:
     assert (right[..., 0] > 2 * right[..., 1:].max(2)).all()
 
 
-def test_warp_check() -> None:
-    """With the right flow image 2 comes back onto image 1, but where it leaves the frame."""
+def test_the_right_flow_warps_image_2_onto_image_1() -> None:
+    """Except where it leaves the frame."""
     image1 = make_pair(4, 40, 60)[0]
     image2 = np.roll(image1, (-2, 3), (0, 1))
     panels = flow_viz.draw_warp_check(image1, image2, np.full((40, 60, 2), [3, -2], np.float32))
@@ -306,8 +306,8 @@ def test_warp_check() -> None:
     np.testing.assert_array_equal(panels[20:40, 60:117], image1[20:, :57])
 
 
-def test_usual_length() -> None:
-    """A few fast pixels do not count; what hardly moves is drawn as if 1 pixel were much."""
+def test_the_typical_flow_ignores_a_few_fast_pixels() -> None:
+    """It is at least one pixel."""
     flow = np.zeros((100, 100, 2), np.float32)
     assert flow_viz.typical_max_flow(flow) == 1
     flow[...] = [3, 4]
@@ -315,8 +315,8 @@ def test_usual_length() -> None:
     assert flow_viz.typical_max_flow(flow) == pytest.approx(5)
 
 
-def test_note(tmp_path: Path) -> None:
-    """A PNG file's note comes back; files without one, broken or absent have none."""
+def test_a_png_keeps_its_note(tmp_path: Path) -> None:
+    """Files without one, broken or absent, have none."""
     path = tmp_path / "a.png"
     flow_viz.save_png(path, np.zeros((4, 4, 3), np.uint8), note="a key")
     assert flow_viz.png_note(path) == "a key"

@@ -18,27 +18,27 @@ FILE = pathlib.Path(__file__).parent / "published_flows.npz"
 VARIANTS = ("irr", "nvlabs")
 
 
-def uniform(seed, shape):
+def uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers in [-1, 1) that are the same with every version of NumPy."""
     raw = np.random.Philox(seed).random_raw(int(np.prod(shape)))
     return ((raw >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
 
 
-def plain_weights(name, shape):
+def plain_weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weights of a published name: He uniform, biases small."""
     bound = 0.1 if len(shape) == 1 else (6 / np.prod(shape[1:])) ** 0.5
     return (bound * uniform(zlib.crc32(name.encode()), shape)).astype(np.float32)
 
 
-def images():
+def images() -> list[np.ndarray]:
     """Two smooth images, uint8 (64, 64, 3)."""
     y, x = np.mgrid[:64, :64][..., None] / 10
     phases = np.arange(3)
-    return [np.uint8(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases)) for shift in (0, 0.2)]
+    return [(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases)).astype(np.uint8) for shift in (0, 0.2)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flows(variant, graph_mode) -> None:
+def test_flows_equal_the_published_network_s(variant: str, graph_mode: None) -> None:
     """Names, order of channels, conventions of warp and upsampling: all five flows agree."""
     network = PWCNet(variant)
     parameters = network.parameters_dict()
