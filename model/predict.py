@@ -34,6 +34,7 @@ import numpy as np
 from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
+from model.backend import add_backend_option
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -317,8 +318,6 @@ def prefetch(values: Iterable[Value], count: int) -> Iterator[Value]:
 
 
 def main() -> None:
-    from model.backend import add_backend_option
-
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "input", nargs="+", type=pathlib.Path, help="two images of one size, a folder of frames, or a video"

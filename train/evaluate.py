@@ -35,6 +35,7 @@ from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, run
 from launch.files import write_bytes, write_json
 from launch.watchdog import Phase
+from model.backend import add_backend_option
 from train import metrics, submission
 from train.submission import PASSES
 
@@ -300,8 +301,6 @@ def report(args, comm, split) -> None:
 
 
 def main() -> None:
-    from model.backend import add_backend_option
-
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--ckpt", required=True, type=pathlib.Path, metavar="FILE", help="a checkpoint of a run, or network weights"

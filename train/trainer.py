@@ -52,7 +52,7 @@ class StopRequest:
         self.asked = True
 
 
-def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter, started):
+def train(recipe, training, validation, out, comm, *, parts=1, init=None, backend="native", enter, started):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
@@ -64,6 +64,7 @@ def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter,
         comm: the ranks, a `launch.communicator.Communicator`.
         parts: in how many parts a rank's share of the batch goes through.
         init: a checkpoint whose weights a new run begins with, or None.
+        backend: operators of the network, see `model.backend`.
         enter: called on rank 0 before anything is written, with the number of steps done; returns
             texts that say what is not as it was at the last start.
         started: when this process started, by `train.goodput.now`.
@@ -78,7 +79,7 @@ def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter,
     """
     mindspore.set_seed(recipe.seed)  # the same first weights on every rank
     options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
-    network = PWCNet(**options)
+    network = PWCNet(**options, backend=backend)
     if recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)
     half = recipe.precision == "float16"
