@@ -83,7 +83,7 @@ class IRR(nn.Module):
             levels.insert(0, (x1, x2))
         x, flow = self.flow_estimators[0](cost_volume(*levels[0]))
         flows = [flow]
-        for estimator, (x1, x2) in zip(self.flow_estimators[1:], levels[1:], strict=True):
+        for estimator, (x1, x2) in zip(self.flow_estimators[1:], levels[1:5], strict=True):
             flow = functional.interpolate(flow, x1.shape[2:], mode="bilinear", align_corners=True)
             u = flow[:, 0] / 0.05 * (x1.shape[3] - 1) / (width - 1)
             v = flow[:, 1] / 0.05 * (x1.shape[2] - 1) / (height - 1)
