@@ -21,7 +21,7 @@ def software() -> dict[str, str]:
         path
         for folder in ("launch", "prep", "model", "train")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".cu")
+        if path.suffix in (".py", ".h", ".cpp", ".cu")
     ):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     versions = {"code": digest.hexdigest()[:16], "Python": sys.version.split()[0]}

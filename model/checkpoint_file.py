@@ -1,13 +1,13 @@
-"""MindSpore's checkpoint format, read here so that what a file says is checked before it is believed.
+"""MindSpore's checkpoint format, read here so that a file is checked before it is used.
 
-`mindspore.load_checkpoint` reports a damaged file in log lines of its own and makes of it what protobuf
-allows. A checkpoint is a protobuf message of values in a row, each of them
+`mindspore.load_checkpoint` logs damage in lines of its own and accepts whatever protobuf can parse. A checkpoint is a
+protobuf message, a sequence of values:
 
     Checkpoint {value (1): Value {tag (1): name, tensor (2): TensorProto}}
     TensorProto {dims (1): integers, tensor_type (2): text, tensor_content (3): bytes}
 
-where a large parameter is several values of the same name, and text is UTF-32 of the type "str". After
-these, unless it was left out, comes "crc_num" and the CRC-32 of all before, in ten bytes.
+A large parameter is several values of one name, and text is UTF-32 of the type "str". At the end, unless it was left
+out, come "crc_num" and the CRC-32 of everything before, in ten bytes.
 """
 
 import math
@@ -39,20 +39,22 @@ TYPES = {
     )
 }
 CRC_MARK, CRC_BYTES = b"crc_num", 10
-MOST_VALUES = 10_000
-"""The trainer's checkpoints have some hundred."""
-MOST_DIMENSIONS, LONGEST_SIDE = 8, 2**31
+MAX_VALUES = 10_000
+"""The trainer's checkpoints have a few hundred."""
+MAX_DIMENSIONS, MAX_SIDE = 8, 2**31
 CHUNK = 2**24
 VARINT, BYTES = 0, 2
-"""Wire types of protobuf."""
+"""Protobuf wire types."""
+TORCH_MAGIC = (b"PK\3\4", b"\x80\2\x8a\x0a")
+"""First bytes of a PyTorch file, in the zip format and in the older one."""
 
 
 class Damaged(Exception):
-    """What is wrong with a file, for `read_values` to make a UserError of."""
+    """What is wrong with a file; `read_values` makes a UserError of it."""
 
 
 class Part(typing.NamedTuple):
-    """A value of the message: its name, and type, shape and bytes of what it holds."""
+    """A value of the message."""
 
     name: str
     kind: str
@@ -60,33 +62,42 @@ class Part(typing.NamedTuple):
     content: memoryview
 
 
-def read_values(path: str | pathlib.Path, only: str | None = None) -> dict[str, np.ndarray | str]:
-    """The values in a checkpoint by name, those of numbers as arrays.
+def is_torch_file(path: str | pathlib.Path) -> bool:
+    """Whether a file begins as PyTorch's do; False if there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in TORCH_MAGIC
+    except OSError:
+        return False
 
-    Takes no more memory than the file's size and that of the values.
+
+def read_values(path: str | pathlib.Path, only: str | None = None) -> dict[str, np.ndarray | str]:
+    """The values in a checkpoint by name, numbers as arrays.
+
+    Takes no more memory than the file and the values.
 
     Args:
         path: of the file.
-        only: the name of the one value that is wanted; None for all.
+        only: the name of the only value to return; None for all.
 
     Raises:
-        UserError: no such file, or none that MindSpore wrote whole.
+        UserError: there is no such file, or it is not a complete MindSpore checkpoint.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise Damaged("is empty")
+                raise Damaged("it is empty")
             return parse(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), only)
     except Damaged as error:
-        raise UserError(f"{path}: damaged or no MindSpore checkpoint ({error}); use another one") from None
+        raise UserError(f"{path}: damaged or not a MindSpore checkpoint ({error}); use another file") from None
 
 
 def parse(data: memoryview, only: str | None) -> dict[str, np.ndarray | str]:
-    """The values in a checkpoint's bytes, copied; Damaged if it has none."""
-    if data[:4] in (b"PK\3\4", b"\x80\2\x8a\x0a"):
-        raise Damaged("looks like PyTorch's, which model/import_torch.py converts")
+    """The values in a checkpoint's bytes, copied; raises Damaged if it has none."""
+    if data[:4] in TORCH_MAGIC:
+        raise Damaged("it is a PyTorch file, which model/import_torch.py converts")
     end = len(data) - len(CRC_MARK) - CRC_BYTES
     crc = None
     if end >= 0 and data[end : end + len(CRC_MARK)] == CRC_MARK:
@@ -95,49 +106,49 @@ def parse(data: memoryview, only: str | None) -> dict[str, np.ndarray | str]:
     by_name: dict[str, list[Part]] = {}
     last = None
     for number, value in enumerate(fields(data, {1: BYTES})):
-        if number == MOST_VALUES:
-            raise Damaged(f"has more than {MOST_VALUES} values")
-        part = parse_value(value[1])
+        if number == MAX_VALUES:
+            raise Damaged(f"it has more than {MAX_VALUES} values")
+        part = parse_value(as_bytes(value[1]))
         if part.name in by_name and part.name != last:
-            raise Damaged(f"has {part.name[:80]!r} twice")
+            raise Damaged(f"it has {part.name[:80]!r} twice")
         by_name.setdefault(part.name, []).append(part)
         last = part.name
     if not by_name:
-        raise Damaged("holds nothing")
+        raise Damaged("it has no values")
     if crc is not None and crc != checksum(data):
-        raise Damaged("its checksum is of other bytes")
+        raise Damaged("its checksum does not match")
     return {name: join(parts) for name, parts in by_name.items() if only in (None, name)}
 
 
 def parse_value(data: memoryview) -> Part:
     """One value of a checkpoint, whose size is not checked yet."""
-    found = dict(fields(data, {1: BYTES, 2: BYTES}))
-    if found.keys() != {1, 2}:
+    entry = dict(fields(data, {1: BYTES, 2: BYTES}))
+    if entry.keys() != {1, 2}:
         raise Damaged("a value has no name or no tensor")
     shape, kind, content = [], None, None
-    for number, value in fields(found[2], {1: VARINT, 2: BYTES, 3: BYTES}):
-        if number == 1:
+    for number, value in fields(as_bytes(entry[2]), {1: VARINT, 2: BYTES, 3: BYTES}):
+        if isinstance(value, int):
             shape.append(value)
         elif number == 2:
             kind = to_text(value, "utf-8")
         else:
             content = value
-        if len(shape) > MOST_DIMENSIONS or max(shape, default=0) > LONGEST_SIDE:
-            raise Damaged(f"a tensor is of the shape {shape}")
+        if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_SIDE:
+            raise Damaged(f"a tensor has the shape {shape}")
     if kind is None or content is None:
         raise Damaged("a tensor has no type or no content")
-    return Part(to_text(found[1], "utf-8"), kind, tuple(shape), content)
+    return Part(to_text(as_bytes(entry[1]), "utf-8"), kind, tuple(shape), content)
 
 
 def join(parts: list[Part]) -> np.ndarray | str:
-    """What the parts of a value hold together, copied."""
+    """The value that the parts hold together, copied."""
     name, kind, shape, _ = parts[0]
     if any(part[:3] != parts[0][:3] for part in parts):
-        raise Damaged(f"{name[:80]!r} has parts of several shapes or types")
+        raise Damaged(f"{name[:80]!r} has parts of different shapes or types")
     if kind == "str":
         return to_text(b"".join(part.content for part in parts), "utf-32-le").rstrip("\0")
     if kind not in TYPES:
-        raise Damaged(f"{name[:80]!r} is of the type {kind[:20]!r}, expected one of {', '.join(TYPES)}")
+        raise Damaged(f"{name[:80]!r} has the type {kind[:20]!r}, expected one of {', '.join(TYPES)}")
     shape = () if shape == (0,) else shape  # so MindSpore reads it
     size, expected = sum(len(part.content) for part in parts), math.prod(shape) * TYPES[kind].itemsize
     if size != expected:
@@ -155,46 +166,53 @@ def fields(data: memoryview, known: dict[int, int]) -> typing.Iterator[tuple[int
 
     Args:
         data: the message.
-        known: the wire type of each field that it may have.
+        known: the wire type of each field that the message may have.
     """
     position = 0
     while position < len(data):
         key, position = varint(data, position)
         number, wire = key >> 3, key & 7
         if known.get(number) != wire:
-            raise Damaged(f"an unknown field {number} of type {wire}")
+            raise Damaged(f"it has an unknown field {number} of wire type {wire}")
         value, position = varint(data, position)
         if wire == BYTES:
             if value > len(data) - position:
-                raise Damaged("ends too early")
+                raise Damaged("it ends too early")
             position += value
             value = data[position - value : position]
         yield number, value
 
 
+def as_bytes(value: int | memoryview) -> memoryview:
+    """The bytes of a field that `fields` has checked to hold bytes."""
+    assert isinstance(value, memoryview)
+    return value
+
+
 def varint(data: memoryview, position: int) -> tuple[int, int]:
-    """(a non-negative integer of protobuf, where it ends)."""
+    """A non-negative protobuf integer and the position after it."""
     value = 0
     for shift in range(0, 64, 7):
         if position == len(data):
-            raise Damaged("ends too early")
+            raise Damaged("it ends too early")
         byte = data[position]
         position += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, position
-    raise Damaged("a number of more than ten bytes")
+    raise Damaged("it has a number of more than ten bytes")
 
 
 def to_text(data: memoryview | bytes, encoding: str) -> str:
+    """Decode text; raises Damaged if it is not in this encoding."""
     try:
         return str(data, encoding)
     except UnicodeDecodeError:
-        raise Damaged("a name or text that is none") from None
+        raise Damaged("it has a name or text that is not text") from None
 
 
 def checksum(data: memoryview) -> int:
-    """CRC-32, in chunks: a signal need not wait for all of a file."""
+    """CRC-32, in chunks, so that a signal does not wait for the whole file."""
     crc = 0
     for start in range(0, len(data), CHUNK):
         crc = zlib.crc32(data[start : start + CHUNK], crc)

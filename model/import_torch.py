@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Import weights of a published PWC-Net, a file of PyTorch, as a checkpoint of this network.
+"""Import the weights of a published PWC-Net, a PyTorch file, as a checkpoint of this network.
 
 python model/import_torch.py IN.pth OUT.ckpt [--variant irr|nvlabs] [--channels rgb|bgr]
 """
@@ -13,29 +13,35 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import importlib
 import pathlib
 import pickle
 import re
-import typing
 import zipfile
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from launch.arguments import Parser
 from launch.errors import UserError, run
 
+if TYPE_CHECKING:
+    from model.backend import Backend
+    from model.pwcnet import PWCNet
+
 CONTAINERS = ("state_dict", "model")
 PREFIXES = ("_model.", "module.", "model.")
 UNUSED = ("deconv2.weight", "deconv2.bias")
-"""NVlabs' network has this layer, in its checkpoints too, and never calls it."""
+"""NVlabs' network and its checkpoints have this layer, but never call it."""
 LIGHTNING = "pytorch-lightning_version"
-"""What PyTorch Lightning, and so ptlflow, writes into its checkpoints."""
-MOST_ENTRIES = 100_000
-"""In a file of PyTorch in the zip format, one for each tensor."""
+"""PyTorch Lightning, and so ptlflow, writes this key into its checkpoints."""
+MAX_ENTRIES = 100_000
+"""In a PyTorch file of the zip format, one for each tensor."""
 
 
-def load_torch():
-    """The package torch, which only the exchange of weights needs; UserError without it."""
+def load_torch() -> Any:
+    """The package torch, which only exchanging weights needs; raises UserError without it."""
     try:
         import torch
     except ImportError as error:
@@ -46,27 +52,27 @@ def load_torch():
     return torch
 
 
-def read_torch(path):
-    """Read a file of PyTorch of any age without running any code in it.
+def read_torch(path: pathlib.Path) -> Any:
+    """Read a PyTorch file of any age without running code in it.
 
     Args:
-        path: of a file that torch.save wrote, in the zip format or in the one before it.
+        path: of a file that torch.save wrote, in the zip format or in the older one.
 
     Returns:
         The object in it.
 
     Raises:
-        UserError: no such file, no torch file, a damaged one, or one that holds other things than
-            tensors, numbers and texts.
+        UserError: the file does not exist, is damaged or not from PyTorch, or holds other objects than tensors, numbers
+            and text.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint of PyTorch")
+        raise UserError(f"{path}: no such file; give a PyTorch checkpoint")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty, expected a checkpoint of PyTorch; download it again")
+        raise UserError(f"{path}: is empty, expected a PyTorch checkpoint; download it again")
     check_zip(path)
     torch = load_torch()
-    scalar = np.core.multiarray.scalar
-    # Statistics beside the weights may be scalars of NumPy, under the name before or after NumPy 2.
+    scalar = importlib.import_module("numpy.core.multiarray").scalar
+    # Statistics beside the weights may be NumPy scalars, under their name before or after NumPy 2.
     harmless = [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
@@ -78,58 +84,55 @@ def read_torch(path):
             with torch.serialization.safe_globals(harmless):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # PyTorch raises whatever its parsers meet
-            is_code = isinstance(error, pickle.UnpicklingError)
-            if found := is_code and re.search(r"GLOBAL ([\w.]+)", str(error)):
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if code and isinstance(error, pickle.UnpicklingError):
                 raise UserError(
-                    f"{path}: holds {found[1]}, code that would run on loading, "
-                    "expected tensors and numbers alone; save the network's "
-                    "state_dict() by itself where you trust the file"
+                    f"{path}: holds {code[1]}, code that would run on loading, expected only tensors and numbers; "
+                    "if you trust the file, save its state_dict() alone with PyTorch"
                 ) from None
             raise UserError(
-                f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
+                f"{path}: damaged or not a PyTorch checkpoint ({first_line(error)}); "
                 "expected what torch.save writes: download it again"
             ) from None
 
 
 def check_zip(path: pathlib.Path) -> None:
-    """Refuse a file of the zip format whose content is larger than the file.
+    """Refuse a zip file whose content is larger than the file.
 
-    torch.save compresses nothing, and torch.load unpacks all that there is: of a compressed
-    megabyte it may make a gigabyte.
+    torch.save does not compress, and torch.load unpacks everything: a compressed megabyte may become a gigabyte.
 
     Raises:
-        UserError: compressed or overlapping entries, or a damaged directory of entries.
+        UserError: entries are compressed or overlap, or the directory of entries is damaged.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # the sign by which torch.load knows this format
+        if file.read(4) != b"PK\3\4":  # by which torch.load recognises this format
             return
         try:
             with zipfile.ZipFile(file) as entries:
                 infos = entries.infolist()
         except Exception as error:  # the module raises whatever its parser meets
             raise UserError(
-                f"{path}: damaged or no checkpoint of PyTorch ({first_line(error)}); "
+                f"{path}: damaged or not a PyTorch checkpoint ({first_line(error)}); "
                 "expected what torch.save writes: download it again"
             ) from None
     size = path.stat().st_size
     content = sum(info.file_size for info in infos)
     if content > size or any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise UserError(
-            f"{path}: holds {content} bytes in {size}, compressed or one over the other; "
-            "expected what torch.save writes, which does not compress: load and save it "
-            "again with PyTorch where you trust the file"
+            f"{path}: holds {content} bytes in {size}, compressed or overlapping; expected what torch.save writes, "
+            "without compression: if you trust the file, load it and save it again with PyTorch"
         )
-    if len(infos) > MOST_ENTRIES:
-        raise UserError(f"{path}: has {len(infos)} entries, expected some hundred; use another file")
+    if len(infos) > MAX_ENTRIES:
+        raise UserError(f"{path}: has {len(infos)} entries, expected a few hundred; use another file")
 
 
-def first_line(error) -> str:
-    """An exception as its type and its first sentence."""
+def first_line(error: BaseException) -> str:
+    """An exception as its type and first sentence."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].split('. ')[0][:120]}"
 
 
-def find_tensors(path, content):
+def find_tensors(path: pathlib.Path, content: Any) -> tuple[dict[str, Any], list[str]]:
     """The state_dict in a file's content.
 
     Args:
@@ -137,8 +140,7 @@ def find_tensors(path, content):
         content: a dict of tensors, or one with such a dict under "state_dict" or "model".
 
     Returns:
-        A dict of name (without the prefixes of wrappers) to tensor, and a list of what was left out
-        because it is no tensor.
+        Name (without the prefixes of wrappers) to tensor, and the keys of everything that is not a tensor.
 
     Raises:
         UserError: there are no tensors.
@@ -168,102 +170,98 @@ def find_tensors(path, content):
     return tensors, left_out
 
 
-def guess_variant(path, names):
-    """The variant that shares most names with a state_dict; UserError if none shares any."""
+def guess_variant(path: pathlib.Path, names: Collection[str]) -> str:
+    """The variant that shares most names with a state_dict; raises UserError if none shares any."""
     from model.pwcnet import VARIANTS
     from model.weights import published_names
 
     shared = {variant: len(set(published_names(variant).values()) & set(names)) for variant in VARIANTS}
-    variant = max(shared, key=shared.get)
+    variant = max(shared, key=lambda name: shared[name])
     if not shared[variant]:
         raise UserError(
             f"{path}: holds {len(names)} tensors such as {', '.join(list(names)[:3])}; "
-            "none is one of PWC-Net's as visinf/irr (irr) or NVlabs (nvlabs) name "
-            "them; use a checkpoint of one of these"
+            "none is named as in PWC-Net by visinf/irr (irr) or NVlabs (nvlabs); "
+            "use a checkpoint of one of these"
         )
     return variant
 
 
-def tell_channels(
-    path: pathlib.Path, variant: str, tensors: typing.Collection[str], others: typing.Collection[str]
+def detect_channels(
+    path: pathlib.Path, variant: str, tensors: Collection[str], others: Collection[str]
 ) -> tuple[str, str]:
-    """In which order the network of a file takes the colours of its images.
+    """The channel order of the images that a file's network takes.
 
-    visinf/irr trains with RGB. NVlabs' networks take BGR; ptlflow trains networks with the same
-    names, but for the unused layer, and gives them RGB. Its files are those of PyTorch Lightning.
+    visinf/irr trains with RGB. NVlabs' networks take BGR; ptlflow trains networks of the same names, except for the
+    unused layer, with RGB, and its files are PyTorch Lightning's.
 
     Args:
         path: of the file, for the error.
         variant: "irr" or "nvlabs".
-        tensors: the names of the weights in the file.
-        others: the names of what else it holds.
+        tensors: names of the weights in the file.
+        others: keys of everything else in the file.
 
     Returns:
-        "rgb" or "bgr", and what says so.
+        "rgb" or "bgr", and how it was detected.
 
     Raises:
-        UserError: the file does not tell.
+        UserError: the file does not show it.
     """
     if variant == "irr":
         return "rgb", "as visinf/irr trains this variant"
     unused, lightning = all(name in tensors for name in UNUSED), LIGHTNING in others
-    if unused == lightning:
-        signs = (
-            f"the layer deconv2, as NVlabs' files, which take BGR, and {LIGHTNING}, as ptlflow's, which take RGB"
-            if unused
-            else f"neither the layer deconv2, as NVlabs' files, which take BGR, nor {LIGHTNING}, as "
-            "ptlflow's, which take RGB"
-        )
-        raise UserError(
-            f"{path}: has {signs}; say in which order the network was given its colours: "
-            "--channels bgr or --channels rgb"
-        )
-    if unused:
-        return "bgr", "told by the layer deconv2, as in NVlabs' files"
-    return "rgb", f"told by {LIGHTNING} and no layer deconv2, as in ptlflow's files"
+    if unused and not lightning:
+        return "bgr", "detected by the layer deconv2, as in NVlabs' files"
+    if lightning and not unused:
+        return "rgb", f"detected by {LIGHTNING} without the layer deconv2, as in ptlflow's files"
+    signs = ("the layer deconv2, as in NVlabs' files, which take BGR", f"{LIGHTNING}, as in ptlflow's, which take RGB")
+    found = f"both {signs[0]}, and {signs[1]}" if unused else f"neither {signs[0]}, nor {signs[1]}"
+    raise UserError(
+        f"{path}: has {found}; give the channel order of the network's images to model/import_torch.py: "
+        "--channels bgr or --channels rgb"
+    )
 
 
-class Imported(typing.NamedTuple):
-    """What an import made of a file."""
+class Imported(NamedTuple):
+    """A published network, read from a file."""
 
     variant: str
     channels: str
-    """"rgb" or "bgr", in which order the file's network took its images' colours."""
+    """"rgb" or "bgr", the channel order of the images that the file's network took."""
     reason: str
-    """What said so."""
+    """How the channel order was detected."""
     left_out: list[str]
-    """Names in the file that the network does not use."""
+    """Keys in the file that the network does not use."""
+    network: "PWCNet"
 
 
-def import_weights(
-    source: pathlib.Path, target: pathlib.Path, variant: str | None = None, channels: str | None = None
+def read_network(
+    source: pathlib.Path, variant: str | None = None, channels: str | None = None, backend: "Backend" = "native"
 ) -> Imported:
-    """Write the weights of a PyTorch file as a checkpoint of our network, whole or not at all.
+    """Build the network of a PyTorch file with its weights, which then takes RGB images.
 
     Args:
-        source, target: paths, the latter ending in .ckpt.
-        variant: "irr" or "nvlabs"; None: whichever the names are of.
-        channels: "rgb" or "bgr", the order of colours in which the file's network takes images;
-            None: what the file tells.
+        source: path of the file.
+        variant: "irr" or "nvlabs"; None: the one with the names in the file.
+        channels: "rgb" or "bgr", the channel order of the images that the file's network takes; None: detect it.
+        backend: see `model.backend`.
 
     Raises:
-        UserError: the file is none, its weights are not exactly those of the network, or it does
-            not tell its order of colours.
+        UserError: it is not such a file, its weights are not exactly the network's, or it does not show its channel
+            order.
     """
     from mindspore import Parameter
 
     from model import weights
     from model.pwcnet import PWCNet
 
-    weights.check_name(target)
     tensors, left_out = find_tensors(source, read_torch(source))
     variant = variant or guess_variant(source, tensors)
     present = set(tensors)
     if variant == "nvlabs":
         left_out += [name for name in UNUSED if tensors.pop(name, None) is not None]
     names = weights.published_names(variant)
-    network = PWCNet(variant)
-    shapes = {names[p.name]: p.shape for p in network.get_parameters()}
+    network = PWCNet(variant, backend=backend)
+    shapes = {names[parameter.name]: parameter.shape for parameter in network.get_parameters()}
     weights.compare(
         source,
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -272,7 +270,7 @@ def import_weights(
     )
     reason = "as --channels says"
     if channels is None:
-        channels, reason = tell_channels(source, variant, present, left_out)
+        channels, reason = detect_channels(source, variant, present, left_out)
     values = {}
     for name, published in names.items():
         value = to_array(source, published, tensors[published])
@@ -280,13 +278,34 @@ def import_weights(
             value = weights.swap_red_and_blue(name, value)
         values[name] = Parameter(np.ascontiguousarray(value), name=name)
     weights.load_exactly(source, values, network)
-    weights.save_network(target, network, {"variant": variant})
-    return Imported(variant, channels, reason, left_out)
+    return Imported(variant, channels, reason, left_out, network)
 
 
-def to_array(path, name, tensor):
-    """A tensor as a float32 array; UserError if it has no finite floating-point numbers."""
-    problem = f"{path}: {name} is of {tensor.dtype}, expected finite floating-point weights"
+def import_weights(
+    source: pathlib.Path, target: pathlib.Path, variant: str | None = None, channels: str | None = None
+) -> Imported:
+    """Write the weights of a PyTorch file as a checkpoint of this network, whole or not at all.
+
+    Args:
+        source: path of the file.
+        target: path of the checkpoint, ending in .ckpt.
+        variant, channels: as of `read_network`.
+
+    Raises:
+        UserError: as `read_network`, or the target does not end in .ckpt.
+        OSError: the target cannot be written.
+    """
+    from model import weights
+
+    weights.check_name(target)
+    imported = read_network(source, variant, channels)
+    weights.save_network(target, imported.network, {"variant": imported.variant})
+    return imported
+
+
+def to_array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
+    """A tensor as a float32 array; raises UserError unless it holds finite floating-point numbers."""
+    problem = f"{path}: {name} is {tensor.dtype}, expected finite floating-point weights"
     if not tensor.is_floating_point():
         raise UserError(f"{problem}; use another checkpoint")
     try:
@@ -294,31 +313,36 @@ def to_array(path, name, tensor):
     except (RuntimeError, TypeError) as error:  # sparse, or without data
         raise UserError(f"{problem} ({first_line(error)}); use another checkpoint") from None
     if not np.isfinite(value).all():
-        raise UserError(f"{problem} and found NaN or infinity; use another checkpoint")
+        raise UserError(f"{problem}, found NaN or infinity; use another checkpoint")
     return value
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "source", type=pathlib.Path, metavar="IN", help="a checkpoint of PyTorch: .pth, .pth.tar, .pt, IRR's .ckpt"
+        "source", type=pathlib.Path, metavar="IN", help="a PyTorch checkpoint: .pth, .pth.tar, .pt, or IRR's .ckpt"
     )
     parser.add_argument("target", type=pathlib.Path, metavar="OUT.ckpt", help="the checkpoint to write")
     parser.add_argument(
-        "--variant", choices=("irr", "nvlabs"), help="whose network it is; default: told by the names in it"
+        "--variant",
+        choices=("irr", "nvlabs"),
+        help="of the network: visinf/irr's or NVlabs' (default: detected by the names in the file)",
     )
     parser.add_argument(
         "--channels",
         choices=("rgb", "bgr"),
-        help="the order of colours in which the file's network takes images: rgb of irr "
-        "and ptlflow, bgr of NVlabs; default: told by what is in the file",
+        help="channel order of the images that the file's network takes: rgb for irr and ptlflow, bgr for NVlabs "
+        "(default: detected from the file)",
     )
     args = parser.parse_args()
-    done = import_weights(args.source, args.target, args.variant, args.channels)
-    print(f"{args.target}: weights of the variant {done.variant}")
-    print(f"its network took {done.channels.upper()} images, {done.reason}; this one takes RGB")
-    if done.left_out:
-        print(f"left out, as the network does not use it: {', '.join(done.left_out)}")
+    imported = import_weights(args.source, args.target, args.variant, args.channels)
+    print(f"its network took {imported.channels.upper()} images, {imported.reason}; this one takes RGB")
+    if imported.left_out:
+        print(f"left out, as the network does not use it: {', '.join(imported.left_out)}")
+    print(
+        f"{args.target}: weights of the variant {imported.variant}; next: "
+        f"python model/predict.py IMAGE1 IMAGE2 --ckpt {args.target} --out DIR"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Prediction: the flow of two images, of a folder's consecutive frames or of a video.
+"""Predict the flow of two images, of a folder's consecutive frames, or of a video.
 
 python model/predict.py IMAGE1 IMAGE2 --ckpt FILE --out DIR [--overlay] [--warp]
 python model/predict.py FOLDER        --ckpt FILE --out DIR [--batch N]
 python model/predict.py VIDEO         --ckpt FILE --out DIR [--batch N]
 
-Of each pair NAME.flo holds the flow in pixels, at the first image's size, and NAME_flow.png shows
-it in colours. NAME is the first image's, or the video's and the number of its frame, from 0.
+For each pair, NAME.flo holds the flow in pixels at the size of the images, and NAME_flow.png shows it in colours. NAME
+is the first image's, or the video's and the frame number, from 0.
 """
 
 import os
@@ -18,6 +18,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
     environment.check()
 
+import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -25,20 +26,44 @@ import hashlib
 import pathlib
 import re
 import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
+from model.backend import add_backend_option
+
+if TYPE_CHECKING:
+    from model.inference import FlowPredictor
+
+Value = TypeVar("Value")
 
 IMAGE_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg", ".bmp")
 WRITERS = 2  # threads
 
 
+class Frame(NamedTuple):
+    """One frame, uint8 (H, W, 3) RGB."""
+
+    name: str
+    image: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """The frames of an input."""
+
+    count: int
+    """As the input says; 0 if unknown."""
+    frames: Iterator[Frame]
+
+
 @dataclasses.dataclass
 class FramePair:
-    """Two frames, uint8 (H, W, 3), RGB, the name of their outputs, and a hash of all of these."""
+    """Two frames, uint8 (H, W, 3) RGB, the name of their outputs, and a hash of everything these depend on."""
 
     name: str
     image1: np.ndarray
@@ -46,11 +71,18 @@ class FramePair:
     key: str = ""
 
 
-# --- Where frames come from -----------------------------------------------------------------------
+# --- Input ----------------------------------------------------------------------------------------
 
 
-def open_frames(inputs):
-    """The frames that the command line names: see `open_images` and `open_video`."""
+def open_frames(inputs: Sequence[pathlib.Path]) -> Frames:
+    """The frames that the command line names.
+
+    Args:
+        inputs: two images, or one folder or video.
+
+    Raises:
+        UserError: there are no such frames; see `open_images` and `open_video`.
+    """
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
@@ -58,24 +90,24 @@ def open_frames(inputs):
     if len(inputs) == 2:
         for path in inputs:
             if path.is_dir():
-                raise UserError(f"{path}: a folder; expected two images, or one folder alone")
+                raise UserError(f"{path}: is a folder; expected two images, or one folder alone")
         return open_images(inputs)
     if first.is_dir():
-        paths = frames_of(first)
+        paths = list_images(first)
         if len(paths) < 2:
-            raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected two at least")
+            raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected at least two")
         return open_images(paths)
     if first.suffix.lower() in IMAGE_SUFFIXES:
-        raise UserError(f"{first}: one image; expected a second one after it, a folder of frames or a video")
+        raise UserError(f"{first}: is one image; expected a second image, a folder of frames, or a video")
     return open_video(first)
 
 
-def frames_of(folder):
-    """The images of a folder by name, numbers in the names by their value: 9 before 10."""
+def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The images in a folder by name, numbers in names by value: 9 before 10."""
 
-    def order(path):
+    def order(path: pathlib.Path) -> tuple[list[tuple[int, str]], str]:
         parts = re.split(r"(\d+)", path.name)
-        return [int(part) if part.isdecimal() else part for part in parts], path.name
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
 
     return sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
@@ -83,167 +115,187 @@ def frames_of(folder):
     )
 
 
-def open_images(paths):
-    """The number of frames in image files and an iterator of their (name, frame).
+def open_images(paths: Sequence[pathlib.Path]) -> Frames:
+    """The frames in image files, read when needed.
 
-    UserError if their headers say that they are of several sizes, or two have one name.
+    Raises:
+        UserError: their headers show different sizes, or two outputs would have one name.
     """
     from prep.formats.image import image_size, read_image
 
-    (height, width), names = image_size(paths[0]), {}
+    height, width = image_size(paths[0])
+    names: dict[str, pathlib.Path] = {}
     for path in paths:
         if image_size(path) != (height, width):
-            found = "x".join(map(str, image_size(path)[::-1]))
+            found = "x".join(map(str, image_size(path)))
             raise UserError(
-                f"{path}: {found} pixels, expected {width}x{height} as {paths[0]} has; "
-                "both images of a pair must be of one size, so crop or resize one, or "
-                "put the frames of each size into a folder of their own"
+                f"{path}: has {found} pixels (height x width), expected {height}x{width} as {paths[0]} has; crop or "
+                "resize one of them, or put the frames of each size into their own folder"
             )
         if len(paths) > 2 and path.stem in names:
-            raise UserError(f"{path}: its flow would have the name of that of {names[path.stem]}; rename one of them")
+            raise UserError(f"{path}: its flow would have the same name as that of {names[path.stem]}; rename one")
         names[path.stem] = path
-    return len(paths), ((path.stem, read_image(path)) for path in paths)
+    return Frames(len(paths), (Frame(path.stem, read_image(path)) for path in paths))
 
 
-def open_video(path):
-    """The number of frames that a video says it has, 0 if unknown, and an iterator of these.
-
-    Each comes as (name, frame), decoded when asked for. UserError if OpenCV can't decode it.
-    """
+def open_video(path: pathlib.Path) -> Frames:
+    """The frames of a video, decoded when needed; raises UserError if OpenCV cannot decode it."""
     import cv2
 
-    # What they say about a broken file is for programmers; the error below is for users.
+    # Their messages about a broken file are for programmers; the error below is for users.
     cv2.setLogLevel(0)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     decoded, frame = video.read()
     if not decoded:
         raise UserError(
-            f"{path}: not a video that OpenCV can decode; expected an image, a folder "
-            "of frames or a video, such as .mp4 or .avi"
+            f"{path}: is not a video that OpenCV can decode; expected an image, a folder of frames, or a video such as "
+            ".mp4 or .avi"
         )
 
-    def frames(frame):
+    def frames(frame: np.ndarray) -> Iterator[Frame]:
         number, decoded = 0, True
         while decoded:
-            yield f"{path.stem}_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            yield Frame(f"{path.stem}_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
             decoded, frame = video.read()
             number += 1
         video.release()
 
-    return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), frames(frame)
+    return Frames(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), frames(frame))
 
 
-def pairs_of(frames, salt):
-    """Consecutive frames as pairs; `salt`, bytes, is what else their outputs depend on."""
-    before = None
-    for name, frame in frames:
-        if before:
-            if frame.shape != before[1].shape:
+def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
+    """Consecutive frames as pairs; `salt` is everything else that their outputs depend on."""
+    previous = None
+    for frame in frames:
+        if previous:
+            (height, width, _), (expected_height, expected_width, _) = frame.image.shape, previous.image.shape
+            if (height, width) != (expected_height, expected_width):
                 raise UserError(
-                    f"{name}: a frame of {frame.shape[1]}x{frame.shape[0]} pixels after one of "
-                    f"{before[1].shape[1]}x{before[1].shape[0]}; expected all of one size"
+                    f"{frame.name}: has {height}x{width} pixels (height x width), expected {expected_height}x"
+                    f"{expected_width} as the frame before; use a video of one size"
                 )
             key = hashlib.blake2b(salt, digest_size=16)
-            key.update(np.ascontiguousarray(before[1]))
-            key.update(np.ascontiguousarray(frame))
-            yield FramePair(before[0], before[1], frame, key.hexdigest())
-        before = name, frame
+            key.update(np.ascontiguousarray(previous.image).data)
+            key.update(np.ascontiguousarray(frame.image).data)
+            yield FramePair(previous.name, previous.image, frame.image, key.hexdigest())
+        previous = frame
 
 
-# --- What is written ------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
+
+
+class FlowWriter(Protocol):
+    """Where `predict` puts the flow of each pair."""
+
+    def write(self, pair: FramePair, flow: np.ndarray) -> None:
+        """Write the flow of a pair, float32 (H, W, 2) in pixels."""
 
 
 class Outputs:
-    """The files of each pair, in a folder: flow, its picture and more pictures as wanted.
+    """The files of each pair in a folder: the flow, and pictures of it.
 
-    Each is written whole or not at all. The pictures carry the pair's key, so that a run that was
-    interrupted can tell what is already there from what was made of other images, other weights or
-    with another scale.
+    Each appears when it is complete. The pictures carry the pair's key, by which an interrupted run tells existing
+    outputs from those of other images, other weights or another scale.
 
     Args:
         folder: where to write; it exists.
-        overlay, warp: whether these pictures are wanted too.
-        max_flow: pixels per frame at full saturation; None for each picture's own scale.
+        overlay, warp: whether to draw these pictures too.
+        max_flow: pixels at full saturation; None for each picture's own scale.
     """
 
-    def __init__(self, folder, *, overlay=False, warp=False, max_flow=None) -> None:
+    def __init__(
+        self, folder: pathlib.Path, *, overlay: bool = False, warp: bool = False, max_flow: float | None = None
+    ) -> None:
         self.folder = folder
         self.pictures = ["flow"] + ["overlay"] * overlay + ["warp"] * warp
         self.max_flow = max_flow
 
-    def present(self, pair):
-        """Whether everything that is wanted of a pair is there."""
+    def exist(self, pair: FramePair) -> bool:
+        """Whether all outputs of a pair exist."""
         from prep.flow_viz import png_note
 
         return (self.folder / f"{pair.name}.flo").is_file() and all(
-            png_note(self.path(pair, kind)) == pair.key for kind in self.pictures
+            png_note(self.picture_path(pair, kind)) == pair.key for kind in self.pictures
         )
 
-    def write(self, pair, flow) -> None:
-        """Write the files of a pair; flow is float32 (H, W, 2) in pixels."""
+    def write(self, pair: FramePair, flow: np.ndarray) -> None:
+        """Write the files of a pair; the flow is float32 (H, W, 2) in pixels."""
         from prep import flow_viz
         from prep.formats.flow import write_flo
 
         write_flo(self.folder / f"{pair.name}.flo", flow)
-        longest = self.max_flow or flow_viz.typical_max_flow(flow)
+        max_flow = self.max_flow or flow_viz.typical_max_flow(flow)
         for kind in self.pictures:
             if kind == "flow":
-                image = flow_viz.flow_to_color(flow, longest)
+                image = flow_viz.flow_to_color(flow, max_flow)
             elif kind == "overlay":
-                image = flow_viz.overlay_flow(pair.image1, flow, longest)
+                image = flow_viz.overlay_flow(pair.image1, flow, max_flow)
             else:
                 image = flow_viz.draw_warp_check(pair.image1, pair.image2, flow)
-            flow_viz.save_png(self.path(pair, kind), image, note=pair.key)
+            flow_viz.save_png(self.picture_path(pair, kind), image, note=pair.key)
 
-    def path(self, pair, kind):
+    def picture_path(self, pair: FramePair, kind: str) -> pathlib.Path:
+        """The path of a picture: "flow", "overlay" or "warp"."""
         return self.folder / f"{pair.name}_{kind}.png"
 
 
 # --- The run --------------------------------------------------------------------------------------
 
 
-def predict(predictor, pairs, outputs, *, batch=1, overwrite=False, on_pairs=None):
+class PairCounts(NamedTuple):
+    """What `predict` did with the pairs."""
+
+    written: int
+    skipped: int
+    """Their outputs existed."""
+
+
+def predict(
+    predictor: "FlowPredictor",
+    pairs: Iterable[FramePair],
+    outputs: FlowWriter,
+    *,
+    batch: int = 1,
+    is_done: Callable[[FramePair], bool] = lambda pair: False,
+    on_pairs: Callable[[int], object] = lambda count: None,
+) -> PairCounts:
     """Predict and write the flow of many pairs, reading and writing while the network computes.
 
     Args:
-        predictor: a `model.pwcnet.FlowPredictor`; its graph is compiled once, as the last batch is
-            filled up.
-        pairs: iterable of `FramePair`, all of one size; read in another thread.
-        outputs: where they go, an `Outputs`.
+        predictor: computes the flow; its graph is compiled once, as the last batch is filled up.
+        pairs: all of one size; read in another thread.
+        outputs: where the flow goes.
         batch: pairs at a time.
-        overwrite: whether pairs whose outputs are present are computed again.
-        on_pairs: called with the number of pairs after each batch.
-
-    Returns:
-        How many pairs were written, and how many were present.
+        is_done: whether to skip a pair, as its outputs exist.
+        on_pairs: called with the number of pairs after each step.
     """
-    import mindspore
-
-    written = present = 0
-    waiting, writing = [], collections.deque()
+    written = skipped = 0
+    waiting: list[FramePair] = []
+    writing: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def compute() -> None:
         filled = waiting + waiting[-1:] * (batch - len(waiting))
-        images = [mindspore.Tensor(np.stack([getattr(pair, name) for pair in filled])) for name in ("image1", "image2")]
-        flow = predictor(*images).asnumpy()
-        writing.extend(writers.submit(outputs.write, *done) for done in zip(waiting, flow))
+        flows = predictor.flow_batch(
+            np.stack([pair.image1 for pair in filled]), np.stack([pair.image2 for pair in filled])
+        )
+        writing.extend(writers.submit(outputs.write, pair, flow) for pair, flow in zip(waiting, flows, strict=False))
         waiting.clear()
 
-    def finish(at_most) -> None:
-        """Wait until at most so many pairs are yet to be written; raises what writing raised."""
+    def finish(limit: int) -> None:
+        """Wait until at most `limit` pairs remain to be written; raises what writing raised."""
         nonlocal written
-        while len(writing) > at_most:
+        while len(writing) > limit:
             writing.popleft().result()
             written += 1
-            on_pairs and on_pairs(1)
+            on_pairs(1)
 
-    marked = ((pair, not overwrite and outputs.present(pair)) for pair in pairs)
+    marked = ((pair, is_done(pair)) for pair in pairs)
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
-        for pair, is_present in ahead(marked, 2 * batch):
-            if is_present:
-                present += 1
-                on_pairs and on_pairs(1)
+        for pair, done in prefetch(marked, 2 * batch):
+            if done:
+                skipped += 1
+                on_pairs(1)
                 continue
             waiting.append(pair)
             if len(waiting) == batch:
@@ -252,49 +304,60 @@ def predict(predictor, pairs, outputs, *, batch=1, overwrite=False, on_pairs=Non
         if waiting:
             compute()
         finish(0)
-    return written, present
+    return PairCounts(written, skipped)
 
 
-def ahead(values, count):
-    """Iterate over values, `count` of them made in a thread before they are asked for."""
-    values = iter(values)
+def prefetch(values: Iterable[Value], count: int) -> Iterator[Value]:
+    """Iterate over values that are not None, making `count` of them in a thread before they are asked for."""
+    source = iter(values)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming = collections.deque(thread.submit(next, values, None) for _ in range(count))
+        coming = collections.deque(thread.submit(next, source, None) for _ in range(count))
         while (value := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, values, None))
+            coming.append(thread.submit(next, source, None))
             yield value
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "input", nargs="+", type=pathlib.Path, help="two images of one size, a folder of frames or a video"
+        "input", nargs="+", type=pathlib.Path, help="two images of one size, a folder of frames, or a video"
     )
     parser.add_argument(
-        "--ckpt", required=True, type=pathlib.Path, metavar="FILE", help="a checkpoint of a run, or network weights"
+        "--ckpt",
+        required=True,
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a run's checkpoint, network weights, or a published network's PyTorch file (required)",
     )
     parser.add_argument(
         "--out",
         required=True,
         type=pathlib.Path,
         metavar="DIR",
-        help="for the flow and the pictures; pairs already there are left out",
+        help="folder for flow and pictures; pairs whose outputs exist are skipped (required)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default: 1)")
     parser.add_argument(
-        "--overlay", action="store_true", help="also NAME_overlay.png: image 1 in the colours of its flow"
+        "--overlay",
+        action="store_true",
+        help="also write NAME_overlay.png: image 1 in the colours of its flow (default: off)",
     )
     parser.add_argument(
-        "--warp", action="store_true", help="also NAME_warp.png: image 2 brought back onto image 1 by the flow"
+        "--warp", action="store_true", help="also write NAME_warp.png: image 2 warped onto image 1 (default: off)"
     )
     parser.add_argument(
         "--max-flow",
         type=float,
         metavar="PX",
-        help="pixels at full colour, for pictures of one scale; default: each its own",
+        help="pixels at full saturation, the same in all pictures (default: each picture's own)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="compute also what is already there")
-    parser.add_argument("--device", default="cpu", type=str.lower, choices=("cpu", "gpu"))
+    parser.add_argument(
+        "--overwrite", action="store_true", help="also compute pairs whose outputs exist (default: off)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
+    )
+    add_backend_option(parser)
     args = parser.parse_args()
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
@@ -302,55 +365,56 @@ def main() -> None:
         raise UserError("--batch must be at least 1 and --max-flow above 0")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file")
-    count, frames = open_frames(args.input)
+    frames = open_frames(args.input)
     if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out}: a file; expected a folder to write into")
+        raise UserError(f"{args.out}: is a file; expected a folder to write into")
     if args.out.is_dir() and args.input[0].is_dir() and args.out.samefile(args.input[0]):
         raise UserError(
-            f"{args.out}: holds the frames, and the pictures of their flow would be "
-            "taken for more of them; choose another --out"
+            f"{args.out}: holds the input frames, and pictures of their flow would count as more frames; "
+            "choose another --out"
         )
     args.out.mkdir(parents=True, exist_ok=True)
 
     with session.start(lambda: ({}, None), args.device):
-        report(args, count, frames)
+        predict_frames(args, frames)
 
 
-def report(args, count, frames) -> None:
-    """Predict as the command line says, with a progress bar, and print what was done."""
+def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
+    """Predict as the command line says, with a progress bar, and print where the results are."""
     from launch import progress
-    from model.pwcnet import FlowPredictor
-    from model.weights import load_network
+    from model.inference import load_predictor
 
-    predictor = FlowPredictor(load_network(args.ckpt))
-    predictor.set_train(False)
+    predictor = load_predictor(args.ckpt, args.backend)
     salt = hashlib.blake2b(args.ckpt.read_bytes()).digest() + repr(args.max_flow).encode()
     outputs = Outputs(args.out, overlay=args.overlay, warp=args.warp, max_flow=args.max_flow)
-    # While a graph runs, MindSpore answers Ctrl-C by SIGTERM to this process; what is being written
-    # shall be finished first.
+    # While a graph runs, MindSpore turns Ctrl-C into SIGTERM to this process; files being written must be finished.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with progress.bar(total=max(0, count - 1) or None, unit="pair") as bar:
-            written, present = predict(
+        with progress.bar(total=max(0, frames.count - 1) or None, unit="pair") as bar:
+            counts = predict(
                 predictor,
-                pairs_of(frames, salt),
+                make_pairs(frames.frames, salt),
                 outputs,
                 batch=args.batch,
-                overwrite=args.overwrite,
+                is_done=lambda pair: not args.overwrite and outputs.exist(pair),
                 on_pairs=bar.update,
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on from here") from None
-    if written + present == 0:
-        raise UserError(f"{args.input[0]}: one frame; expected two at least")
-    skipped = f", {present} skipped as already there" if present else ""
-    print(f"{args.out}: flow of {written} pair{'s' * (written != 1)}{skipped}")
-    if written + present < count - 1:
+        raise KeyboardInterrupt("interrupted; the same command resumes from here") from None
+    total = sum(counts)
+    if total == 0:
+        raise UserError(f"{args.input[0]}: has one frame; expected at least two")
+    if total < frames.count - 1:
         print(
-            f"note: {args.input[0]} says it has {count} frames; {written + present + 1} could be "
-            "decoded, it may be cut short",
+            f"note: {args.input[0]} says it has {frames.count} frames, but only {total + 1} could be decoded; "
+            "it may be cut short",
             file=sys.stderr,
         )
+    skipped = f", {counts.skipped} skipped as their outputs exist" if counts.skipped else ""
+    print(
+        f"{args.out}: flow of {counts.written} pair{'s' * (counts.written != 1)}{skipped}; "
+        "look at *_flow.png, and read *.flo with prep.formats.flow.read_flo"
+    )
 
 
 if __name__ == "__main__":

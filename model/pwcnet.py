@@ -4,17 +4,22 @@ D. Sun, X. Yang, M.-Y. Liu, J. Kautz, "PWC-Net: CNNs for Optical Flow Using Pyra
 Cost Volume", CVPR 2018, in two variants whose published weights differ in layers and conventions:
 
 "irr": J. Hur and S. Roth, "Iterative Residual Refinement for Joint Optical Flow and Occlusion
-    Estimation", CVPR 2019: two convolutions a pyramid level, bilinear upsampling between levels.
-"nvlabs": the authors' own PyTorch network (NVlabs/PWC-Net, `pwc_dc_net`): three convolutions a
+    Estimation", CVPR 2019: two convolutions per pyramid level, bilinear upsampling between levels.
+"nvlabs": the authors' own PyTorch network (NVlabs/PWC-Net, `pwc_dc_net`): three convolutions per
     pyramid level, learnt upsampling of the flow and of two feature channels.
 """
+
+import itertools
 
 import numpy as np
 from mindspore import Tensor, float32, nn, ops
 from mindspore.common.initializer import HeNormal
 
+from model import exportable
+from model.backend import Backend, resolve_backend
 from model.layers import conv
-from model.operators import SEARCH_RANGE, CostVolume, Warp
+from model.operators import COST_CHANNELS, CostVolume, Warp, normalize_pair
+from model.resizing import resize
 
 VARIANTS = ("irr", "nvlabs")
 PYRAMID_CHANNELS = (3, 16, 32, 64, 96, 128, 196)
@@ -30,18 +35,15 @@ SIZE_MULTIPLE = 2 ** (len(PYRAMID_CHANNELS) - 1)
 class FeaturePyramid(nn.Cell):
     """Features of one image at halved resolutions, `depth` convolutions each."""
 
-    def __init__(self, depth) -> None:
+    def __init__(self, depth: int, backend: Backend) -> None:
         super().__init__()
-        self.convs = nn.CellList(
-            [
-                nn.SequentialCell(
-                    conv(channels_in, channels, stride=2), *(conv(channels, channels) for _ in range(depth - 1))
-                )
-                for channels_in, channels in zip(PYRAMID_CHANNELS[:-1], PYRAMID_CHANNELS[1:])
-            ]
-        )
+        levels = []
+        for channels_in, channels in itertools.pairwise(PYRAMID_CHANNELS):
+            others = [conv(channels, channels, backend) for _ in range(depth - 1)]
+            levels.append(nn.SequentialCell(conv(channels_in, channels, backend, stride=2), *others))
+        self.convs = nn.CellList(levels)
 
-    def construct(self, image):
+    def construct(self, image: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W) to six features (N, C_l, H / 2^l, W / 2^l), finest first."""
         pyramid = ()
         x = image
@@ -58,17 +60,17 @@ class FlowEstimator(nn.Cell):
     replaces it.
     """
 
-    def __init__(self, channels_in, dense=True) -> None:
+    def __init__(self, channels_in: int, dense: bool, backend: Backend) -> None:
         super().__init__()
         layers = []
         for channels in ESTIMATOR_CHANNELS:
-            layers.append(conv(channels_in, channels, concatenate=dense))
+            layers.append(conv(channels_in, channels, backend, concatenate=dense))
             channels_in = channels_in + channels if dense else channels
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = layers
-        self.conv_last = conv(channels_in, 2, activation=False)
+        self.conv_last = conv(channels_in, 2, backend, activation=False)
         self.channels_out = channels_in
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) to the features before the last layer and the flow (N, 2, H, W)."""
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
             x = layer(x)
@@ -76,31 +78,35 @@ class FlowEstimator(nn.Cell):
 
 
 class BilinearUpsampling(nn.Cell):
-    """What a level of the variant "irr" hears from the coarser one: its flow, interpolated."""
+    """Input of an "irr" level that is upsampled from the coarser level: its flow, interpolated."""
 
     channels_out = 2
 
-    def construct(self, flow, dense, size):
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self.resize = exportable.resize if backend == "exportable" else resize
+
+    def construct(self, flow: Tensor, dense: Tensor, size: tuple[int, int]) -> Tensor:
         """Flow (N, 2, h, w) to (N, 2, 2 h, 2 w), `size` being (2 h, 2 w)."""
-        return resize(flow, size)
+        return self.resize(flow, size)
 
 
 class TransposedUpsampling(nn.Cell):
-    """What a level of the variant "nvlabs" hears: flow and two feature channels, both learnt."""
+    """Input of an "nvlabs" level that is upsampled from the coarser level: flow and two feature channels, learnt."""
 
     channels_out = 4
 
-    def __init__(self, channels_in) -> None:
+    def __init__(self, channels_in: int) -> None:
         super().__init__()
-        self.flow = doubling(2)
-        self.features = doubling(channels_in)
+        self.flow = doubling_convolution(2)
+        self.features = doubling_convolution(channels_in)
 
-    def construct(self, flow, dense, size):
+    def construct(self, flow: Tensor, dense: Tensor, size: tuple[int, int]) -> Tensor:
         """Flow (N, 2, h, w) and features (N, C, h, w) to (N, 4, 2 h, 2 w), float32, flow first."""
         return ops.concat((self.flow(flow), self.features(dense.astype(float32))), 1)
 
 
-def doubling(channels_in):
+def doubling_convolution(channels_in: int) -> nn.Conv2dTranspose:
     """A transposed convolution to two channels of twice the size."""
     return nn.Conv2dTranspose(
         channels_in,
@@ -118,32 +124,18 @@ def doubling(channels_in):
 class ContextNetwork(nn.Cell):
     """Dilated convolutions that correct the finest flow from a wide neighbourhood."""
 
-    def __init__(self, channels_in) -> None:
+    def __init__(self, channels_in: int, backend: Backend) -> None:
         super().__init__()
         layers = []
         for channels, dilation in CONTEXT_LAYERS:
-            layers.append(conv(channels_in, channels, dilation=dilation))
+            layers.append(conv(channels_in, channels, backend, dilation=dilation))
             channels_in = channels
-        layers.append(conv(channels_in, 2, activation=False))
+        layers.append(conv(channels_in, 2, backend, activation=False))
         self.convs = nn.SequentialCell(layers)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to a flow correction (N, 2, H, W)."""
         return self.convs(x)
-
-
-def normalize_pair(features1, features2):
-    """Bring both features to zero mean and unit variance, by one statistic per sample.
-
-    The statistic runs over both images, all channels and pixels: R. Jonschkowski et al., "What
-    Matters in Unsupervised Optical Flow", ECCV 2020, section 4.2. Without it an untrained
-    network's cost volume is close to zero.
-    """
-    both = ops.concat((features1, features2), 1)
-    mean = both.mean((1, 2, 3), keep_dims=True)
-    variance = (both - mean).square().mean((1, 2, 3), keep_dims=True)
-    scale = (variance + 1e-12).rsqrt()
-    return (features1 - mean) * scale, (features2 - mean) * scale
 
 
 class PWCNet(nn.Cell):
@@ -152,39 +144,53 @@ class PWCNet(nn.Cell):
     Args:
         variant: "irr" or "nvlabs", see the top of this file.
         dense: dense flow estimators, as published; otherwise plain ones.
-        normalize_features: normalise the features before each cost volume (`normalize_pair`).
-            Published weights were trained without it.
+        normalize_features: normalise the features before each cost volume (`normalize_pair`). Published weights were
+            trained without it.
         warp_mode: "bilinear", as published, or "nearest".
+        backend: the operators to compute with, see model/backend.py. "native" becomes "mindspore" where the native
+            operators are unavailable.
+
+    Attributes:
+        backend: the one in use.
 
     Raises:
-        ValueError: no such variant.
+        ValueError: there is no such variant or backend.
     """
 
-    def __init__(self, variant="irr", dense=True, normalize_features=False, warp_mode="bilinear") -> None:
+    def __init__(
+        self,
+        variant: str = "irr",
+        dense: bool = True,
+        normalize_features: bool = False,
+        warp_mode: str = "bilinear",
+        backend: Backend = "native",
+    ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
         irr = variant == "irr"
+        backend = resolve_backend(backend)
+        self.backend = backend
         self.variant = variant
         self.dense = dense
         self.normalize_features = normalize_features
         self.align_corners = irr
         self.context_sees_flow = irr
-        self.feature_pyramid_extractor = FeaturePyramid(depth=2 if irr else 3)
-        costs = (2 * SEARCH_RANGE + 1) ** 2
-        estimators, upsamplings = [FlowEstimator(costs, dense)], []
+        self.feature_pyramid_extractor = FeaturePyramid(2 if irr else 3, backend)
+        estimators, upsamplings = [FlowEstimator(COST_CHANNELS, dense, backend)], []
         for channels in PYRAMID_CHANNELS[-2 : -OUTPUT_LEVELS - 1 : -1]:
             coarser = estimators[-1].channels_out
-            upsamplings.append(BilinearUpsampling() if irr else TransposedUpsampling(coarser))
-            channels_in = costs + channels + upsamplings[-1].channels_out
-            estimators.append(FlowEstimator(channels_in, dense))
+            upsamplings.append(BilinearUpsampling(backend) if irr else TransposedUpsampling(coarser))
+            channels_in = COST_CHANNELS + channels + upsamplings[-1].channels_out
+            estimators.append(FlowEstimator(channels_in, dense, backend))
         self.flow_estimators = nn.CellList(estimators)
         self.upsamplings = nn.CellList(upsamplings)
-        self.context_networks = ContextNetwork(estimators[-1].channels_out + (2 if irr else 0))
-        self.cost_volume = CostVolume()
-        self.warp = Warp(warp_mode)
+        self.context_networks = ContextNetwork(estimators[-1].channels_out + (2 if irr else 0), backend)
+        self.cost_volume = CostVolume(backend)
+        self.warp = Warp(warp_mode, backend)
+        self.normalize_pair = exportable.normalize_pair if backend == "exportable" else normalize_pair
 
-    def construct(self, image1, image2):
+    def construct(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, ...]:
         """Estimate the flow from image 1 to image 2, at five resolutions.
 
         Args:
@@ -220,18 +226,18 @@ class PWCNet(nn.Cell):
             flows = flows + (flow,)
         return flows
 
-    def match(self, features1, features2):
+    def match(self, features1: Tensor, features2: Tensor) -> Tensor:
         """The activated cost volume, computed in float32 and returned in the features' type."""
         dtype = features1.dtype
         features1, features2 = features1.astype(float32), features2.astype(float32)
         if self.normalize_features:
-            features1, features2 = normalize_pair(features1, features2)
+            features1, features2 = self.normalize_pair(features1, features2)
         return self.cost_volume(features1, features2).astype(dtype)
 
-    def warp_to_first(self, features2, flow, image_size):
-        """Warp a level's features of image 2 by the flow, the first two channels of what came up.
+    def warp_to_first(self, features2: Tensor, flow: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Warp a level's features of image 2 by the flow, the first two channels of the upsampled input.
 
-        Done in float32. With aligned corners, full-resolution pixels become pixels of the level by
+        In float32. With aligned corners, full-resolution pixels become pixels of the level by
         the ratio of (side - 1), the distance of the first and the last pixel's centres; otherwise
         by the ratio of the sides, a power of two.
         """
@@ -240,82 +246,46 @@ class PWCNet(nn.Cell):
         scale_x = (width - one) / (image_width - one) / DIV_FLOW
         scale_y = (height - one) / (image_height - one) / DIV_FLOW
         pixels = ops.stack((flow[:, 0] * scale_x, flow[:, 1] * scale_y), 1)
-        # The published networks mask by the sum of a sample's weights inside: NVlabs below 0.9999,
-        # IRR below 1. `warp` asks where the sample lies, which is the first but for samples less
-        # than 1e-4 pixels outside, and the second without its rounding: a float32 sum of four
-        # weights may fall short of 1 anywhere.
+        # The published networks mask a sample by the sum of its weights inside the image: NVlabs below 0.9999, IRR
+        # below 1. `warp` tests the position itself. That equals the first except for samples less than 1e-4 pixels
+        # outside, and the second without its rounding: a float32 sum of four weights may fall below 1 anywhere.
         return self.warp(features2.astype(float32), pixels).astype(features2.dtype)
 
 
-def start_from_coarser_flow(network, share=0.1) -> None:
-    """Change a new network's weights so that each level begins with the flow of the coarser one.
+def start_from_coarser_flow(network: PWCNet, share: float = 0.1) -> None:
+    """Change a new network's weights so that each level starts from the flow of the coarser one.
 
-    The last convolution of every estimator reads the upsampled flow, of its input channels two of
-    the last; it starts as passing that on, plus `share` of what its random weights make of the
-    rest. With random weights alone a level must first learn to hand the flow on, which takes most
-    of a short training. The weights are those of the same network: nothing else changes. Learnt
-    upsampling of the flow starts as a bilinear one.
+    The last convolution of every estimator reads the upsampled flow, two of its last input channels. It starts by
+    passing that on, plus `share` of what its random weights make of the rest. With random weights alone a level must
+    first learn to pass the flow on, which takes most of a short training. Learnt upsampling of the flow starts as
+    bilinear. Only weights change, not the network.
 
     Args:
         network: a dense `PWCNet`.
+        share: factor of the random weights.
     """
     for index, estimator in enumerate(network.flow_estimators):
         layer = estimator.conv_last[0]
         weight = layer.weight.asnumpy() * np.float32(share)
         if index > 0:
-            u = -network.upsamplings[index - 1].channels_out
-            weight[:, u:] = 0
-            weight[[0, 1], [u, u + 1], 1, 1] = 1
+            first = -network.upsamplings[index - 1].channels_out
+            weight[:, first:] = 0
+            weight[[0, 1], [first, first + 1], 1, 1] = 1
         layer.weight.set_data(Tensor(weight))
     layer = network.context_networks.convs[-1][0]
     layer.weight.set_data(Tensor(layer.weight.asnumpy() * np.float32(share)))
     if network.variant == "nvlabs":
-        slope = np.float32([1, 3, 3, 1]) / 4
+        slope = np.array([1, 3, 3, 1], np.float32) / 4
         bilinear = np.eye(2, dtype=np.float32)[:, :, None, None] * np.outer(slope, slope)
         for upsampling in network.upsamplings:
             upsampling.flow.weight.set_data(Tensor(bilinear))
 
 
-def resize(x, size, align_corners=True):
-    """Resize (N, C, H, W) bilinearly to a size (height, width)."""
-    return ops.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
-
-
-class FlowPredictor(nn.Cell):
-    """The trained network as it is used: two uint8 images of any size in, flow in pixels out.
-
-    Sides that are no multiples of 64 are met by resizing the images, not by padding them: padding
-    puts an edge into the picture that moves with neither image, and published results of this
-    network were made by resizing, with corners aligned (irr) or not (nvlabs).
-    """
-
-    def __init__(self, network) -> None:
-        super().__init__(auto_prefix=False)
-        self.network = network
-        # Any Cell from two images to flows will do; one that says nothing of corners aligns them.
-        self.align_corners = getattr(network, "align_corners", True)
-
-    def construct(self, image1, image2):
-        """(N, H, W, 3) uint8 RGB images to flow (N, H, W, 2) float32 in pixels."""
-        _, height, width, _ = image1.shape
-        inner = (round_up(height), round_up(width))
-        images = ()
-        for image in (image1, image2):
-            image = to_network(image)
-            if inner != (height, width):
-                image = resize(image, inner, self.align_corners)
-            images = images + (image,)
-        flow = self.network(*images)[-1]
-        flow = resize(flow, (height, width), self.align_corners) / DIV_FLOW
-        u, v = flow[:, 0] * (width / inner[1]), flow[:, 1] * (height / inner[0])
-        return ops.stack((u, v), 3)
-
-
-def to_network(image):
+def to_network(image: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 to the network's (N, 3, H, W) float32 in [0, 1]."""
     return image.transpose(0, 3, 1, 2).astype(float32) / 255
 
 
-def round_up(side):
+def round_up(side: int) -> int:
     """The next multiple of `SIZE_MULTIPLE` from a side in pixels up."""
     return -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE

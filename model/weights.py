@@ -1,19 +1,21 @@
-"""Files of network weights: MindSpore checkpoints with the options that build the network."""
+"""Files of network weights: MindSpore checkpoints that also hold the options to build the network with."""
 
 import contextlib
 import inspect
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from launch.errors import UserError
 from launch.files import replacing
 from model import checkpoint_file
+from model.backend import Backend
 from model.pwcnet import (
     CONTEXT_LAYERS,
     ESTIMATOR_CHANNELS,
@@ -23,39 +25,44 @@ from model.pwcnet import (
     PWCNet,
 )
 
-DEFAULT_OPTIONS = {name: parameter.default for name, parameter in inspect.signature(PWCNet).parameters.items()}
-"""Options of the network in a file that says nothing of them."""
+Path = str | pathlib.Path
+Weights = TypeVar("Weights")
+
+DEFAULT_OPTIONS: dict[str, Any] = {
+    name: parameter.default for name, parameter in inspect.signature(PWCNet).parameters.items() if name != "backend"
+}
+"""Options of the network for a file that lacks them."""
 CHOICES = {"variant": VARIANTS, "warp_mode": ("bilinear", "nearest")}
 FORMAT = 1
-"""Version of what a checkpoint's entries mean, kept in its entry "format"; files without one are older."""
+"""Version of the checkpoint's entries, stored in its entry "format"; files without one are older."""
 LISTED = 10
-"""How many names of each kind an error about weights that do not fit shows."""
+"""How many names of each kind an error about mismatched weights lists."""
 
 
 class NewerFormat(UserError):
-    """A file of a newer version of this package."""
+    """A file from a newer version of this package."""
 
 
-def check_format(path: str | pathlib.Path, version: int) -> None:
-    """Raise NewerFormat unless this version reads files of that format."""
+def check_format(path: Path, version: int) -> None:
+    """Raise NewerFormat unless this version of the package reads files of that format version."""
     if version > FORMAT:
         raise NewerFormat(
-            f"{path}: of format {version}, but this version reads formats up to {FORMAT}; "
+            f"{path}: has format {version}, but this version reads formats up to {FORMAT}; "
             "use the version that wrote it, or a newer one"
         )
 
 
-def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
+def read(path: Path) -> dict[str, Parameter | str]:
     """Read a checkpoint into a dict of name to Parameter or text.
 
     Raises:
-        UserError: no such file, or none that MindSpore wrote whole.
-        NewerFormat: it is of a newer version.
+        UserError: there is no such file, or it is not a complete MindSpore checkpoint.
+        NewerFormat: the file is from a newer version.
     """
     values = checkpoint_file.read_values(path)
     version = values.pop("format", np.zeros(()))
     if not isinstance(version, np.ndarray) or version.size != 1:
-        raise UserError(f"{path}: damaged (its format is no number); use another one")
+        raise UserError(f"{path}: damaged (its format is not a number); use another file")
     check_format(path, int(version))
     return {
         name: Parameter(Tensor(value), name=name) if isinstance(value, np.ndarray) else value
@@ -63,17 +70,17 @@ def read(path: str | pathlib.Path) -> dict[str, Parameter | str]:
     }
 
 
-def write(path, cell, extra) -> None:
+def write(path: Path, cell: nn.Cell | list[dict[str, Any]], extra: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
         path: of the file, ending in .ckpt; its folder exists.
         cell: whose parameters are written; or a list of dicts with "name" and "data", a tensor.
-        extra: dict of plain values to write beside them.
+        extra: plain values to write beside them.
 
     Raises:
-        UserError: the name does not end in .ckpt, without which MindSpore reads no checkpoint.
-        OSError: the file, which it names, cannot be written; nothing is left of it.
+        UserError: the name does not end in .ckpt, which MindSpore requires.
+        OSError: the file, which the error names, cannot be written; nothing is left of it.
     """
     path = pathlib.Path(path)
     check_name(path)
@@ -83,7 +90,7 @@ def write(path, cell, extra) -> None:
 
 @contextlib.contextmanager
 def written_by_mindspore(path: pathlib.Path) -> Iterator[None]:
-    """A context in which MindSpore writes a file: it hides why it cannot, and leaves the file unreadable for others."""
+    """A context in which MindSpore writes a file: it hides why it cannot, and makes the file unreadable for others."""
     path.write_bytes(b"")  # raises an OSError that says why
     try:
         yield
@@ -94,14 +101,14 @@ def written_by_mindspore(path: pathlib.Path) -> Iterator[None]:
         path.with_suffix(".tmp").unlink(missing_ok=True)  # MindSpore writes that first
 
 
-def check_name(path) -> None:
-    """Raise UserError unless a checkpoint may have this name."""
+def check_name(path: Path) -> None:
+    """Raise UserError unless the name ends in .ckpt."""
     if pathlib.Path(path).suffix != ".ckpt":
-        raise UserError(f"{path}: a checkpoint's name must end in .ckpt; give such a name")
+        raise UserError(f"{path}: a checkpoint's name must end in .ckpt; rename it")
 
 
-def save_network(path, network, options) -> None:
-    """Write the weights of a network, whole or not at all; `load_network` reads them.
+def save_network(path: Path, network: nn.Cell, options: Mapping[str, Any]) -> None:
+    """Write the weights of a network whole or not at all, for `load_network`.
 
     Args:
         path: of the file, ending in .ckpt.
@@ -114,22 +121,22 @@ def save_network(path, network, options) -> None:
     write(path, network, {"model": json.dumps(options)})
 
 
-def network_options(path: str | pathlib.Path) -> dict:
+def network_options(path: Path) -> dict[str, Any]:
     """The keyword arguments of the `PWCNet` that a checkpoint was made with.
 
     Args:
         path: a checkpoint of the trainer, or one of network weights alone.
 
     Returns:
-        All of them; those of which the file says nothing have their defaults.
+        All of them; those that the file lacks have their defaults.
 
     Raises:
-        UserError: the file is damaged, or this version has no such options.
+        UserError: the file is damaged, or this version does not know its options.
     """
     return parse_options(path, checkpoint_file.read_values(path, only="model").get("model", "{}"))
 
 
-def parse_options(path: str | pathlib.Path, text: Parameter | np.ndarray | str) -> dict:
+def parse_options(path: Path, text: Parameter | np.ndarray | str) -> dict[str, Any]:
     """The options in a checkpoint's entry "model", JSON, as `network_options` returns them."""
     try:
         options = json.loads(str(text))
@@ -145,48 +152,50 @@ def parse_options(path: str | pathlib.Path, text: Parameter | np.ndarray | str) 
     return DEFAULT_OPTIONS | options
 
 
-def load_network(path):
-    """Build the network that a checkpoint was made with, and load its weights.
+def load_network(path: Path, backend: Backend = "native") -> PWCNet:
+    """Build the network that a file belongs to, and load its weights.
 
     Args:
-        path: a checkpoint of the trainer, or one of network weights alone. Without options in it,
-            it is taken for the published network of the variant "irr".
-
-    Returns:
-        A `PWCNet`.
+        path: a checkpoint of the trainer, a file of network weights, or a published network's file of PyTorch. A
+            checkpoint without options is taken for the published network of the variant "irr".
+        backend: see `model.backend`.
 
     Raises:
-        UserError: the file is damaged, or its weights or options are of another network.
+        UserError: the file is damaged, or its weights or options are those of another network.
     """
+    if checkpoint_file.is_torch_file(path):
+        from model.import_torch import read_network
+
+        return read_network(pathlib.Path(path), backend=backend).network
     values = read(path)
-    network = PWCNet(**parse_options(path, values.get("model", "{}")))
+    network = PWCNet(**parse_options(path, values.get("model", "{}")), backend=backend)
     load_weights(path, values, network)
     return network
 
 
-def load_weights(path, values, network) -> None:
-    """Load the weights in a checkpoint's values, a dict as `read` gives it, into a network.
+def load_weights(path: Path, values: Mapping[str, Parameter | str], network: nn.Cell) -> None:
+    """Load the weights among a checkpoint's values, as `read` gives them, into a network.
 
     Raises:
-        UserError: they are of another network.
+        UserError: they are those of another network.
     """
     values = {name: value for name, value in values.items() if name != "model"}
-    if "step" in values:  # of the trainer: the optimiser's state is none of the network's business
+    if "step" in values:  # a trainer's checkpoint, which also holds the optimiser's state
         names = {parameter.name for parameter in network.get_parameters()}
         values = {name: value for name, value in values.items() if name in names}
     load_exactly(path, values, network)
 
 
-def load_exactly(path, values, cell) -> None:
+def load_exactly(path: Path, values: Mapping[str, Any], cell: nn.Cell) -> None:
     """Load parameters into a Cell that has exactly these.
 
     Args:
         path: where they come from, for the error.
-        values: dict of name to Parameter.
+        values: name to Parameter.
         cell: a Cell.
 
     Raises:
-        UserError: something does not fit; see `compare`.
+        UserError: names or shapes differ; see `compare`.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
     compare(
@@ -199,10 +208,12 @@ def load_exactly(path, values, cell) -> None:
         parameter.set_data(values[name])
 
 
-def compare(path, found, expected, what) -> None:
-    """Raise UserError unless two dicts of name to shape are the same.
+def compare(
+    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], network: str
+) -> None:
+    """Raise UserError unless the names and shapes of a file's weights are those of `network`, a description.
 
-    The text has the counts and the first names of what is missing, unknown or of another shape.
+    The message has the counts and the first names of those that are missing, unknown or of another shape.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -219,23 +230,22 @@ def compare(path, found, expected, what) -> None:
     ]
     if problems:
         raise UserError(
-            f"{path}: does not fit {what}, which has {len(expected)} parameters: "
+            f"{path}: does not fit {network}, which has {len(expected)} parameters: "
             f"{'; '.join(problems)}; use weights of the same network"
         )
 
 
-def published_names(variant):
+def published_names(variant: str) -> dict[str, str]:
     """Names of a dense network's parameters here and in its publishers' checkpoints.
 
     Returns:
-        A dict of name here to name there, without prefix, in the order of the network. For "irr"
-        they are the same.
+        Name here to name there, without prefix, in the order of the network. For "irr" they are the same.
     """
     if variant == "irr":
         return {parameter.name: parameter.name for parameter in PWCNet(variant).get_parameters()}
     layers = {}
     for level in range(1, len(PYRAMID_CHANNELS)):
-        # In the publishers' sixth level the layer called aa comes first.
+        # In the publishers' sixth level the layer aa comes first.
         parts = ("aa", "a", "b") if level == 6 else ("a", "aa", "b")
         for index, part in enumerate(parts):
             here = f"feature_pyramid_extractor.convs.{level - 1}.{index}.0"
@@ -259,19 +269,19 @@ def published_names(variant):
 FIRST_LAYER = "feature_pyramid_extractor.convs.0.0.0.weight"
 
 
-def swap_red_and_blue(name, value):
-    """Turn a parameter of a network that takes BGR images, as NVlabs', into one of ours, or back.
+def swap_red_and_blue(name: str, value: Weights) -> Weights:
+    """Turn a parameter of a network that takes BGR images, as NVlabs' does, into one of ours, or back.
 
-    Turning round the input channels of its first convolution once, when the weights are imported,
-    leaves one kind of images to all else, at no cost.
+    Reversing the input channels of the first convolution once, at import, lets everything else use RGB images.
 
     Args:
         name: of the parameter, here.
-        value: its weights, an array or a tensor of torch.
+        value: its weights, an array or a PyTorch tensor.
 
     Returns:
         The weights, the three input channels reversed if it is that convolution.
     """
     if name == FIRST_LAYER:
-        return value[:, [2, 1, 0]]
+        images: Any = value
+        return images[:, [2, 1, 0]]
     return value

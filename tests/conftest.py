@@ -52,12 +52,11 @@ def network(graph_mode: None) -> "PWCNet":
 
 @pytest.fixture(scope="module")
 def predictor(network: "PWCNet") -> "FlowPredictor":
-    """What predicts with that network."""
-    from model.pwcnet import FlowPredictor
+    """Predicts with that network."""
+    from model.inference import FlowPredictor
 
-    predictor = FlowPredictor(network)
-    predictor.set_train(False)
-    return predictor
+    network.set_train(False)
+    return FlowPredictor(network)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from launch import doctor
-from model import native
+from model.native import build as native
 
 DOCTOR = tiny.ROOT / "launch" / "doctor.py"
 
@@ -220,22 +220,22 @@ def test_a_gpu_library_built_elsewhere_needs_no_compiler(
     path = compile_library(tmp_path / "ops.so", "int Warp() { return 7; }")
     monkeypatch.setenv("NVCC", "no-such-compiler")
     monkeypatch.setenv(native.GPU_LIBRARY, str(path))
-    native._load.cache_clear()
+    native.load_library.cache_clear()
     try:
-        library = native.library("GPU")
-        assert library and library._name == str(path) and library.Warp() == 7
-        native._load.cache_clear()
+        library = native.load_library("GPU")
+        assert library is not None and library._name == str(path) and library.Warp() == 7
+        native.load_library.cache_clear()
         monkeypatch.setenv(native.GPU_LIBRARY, str(tmp_path / "none.so"))
-        assert native.library("GPU") is None
-        assert "none.so, which is no file" in capsys.readouterr().err
+        assert native.load_library("GPU") is None
+        assert "none.so, which is not a file" in capsys.readouterr().err
     finally:
-        native._load.cache_clear()
+        native.load_library.cache_clear()
 
 
 @pytest.mark.parametrize(
     "release,driver,words",
     [
-        ("13.0", (12, 8), "serves programs up to CUDA 12.8"),
+        ("13.0", (12, 8), "supports only up to CUDA 12.8"),
         ("13.0", (13, 0), None),
         ("12.9", (13, 0), None),
         ("12.9", (12, 2), None),
@@ -255,7 +255,7 @@ def test_an_nvcc_too_new_for_the_driver_is_refused(
     nvcc.chmod(0o755)
     monkeypatch.setattr(native, "driver_version", lambda: driver)
     if words:
-        with pytest.raises(native.Unavailable, match=words):
+        with pytest.raises(native.BuildError, match=words):
             native.check_driver(str(nvcc))
     else:
         native.check_driver(str(nvcc))

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, float32, nn, ops
 
-from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow, make_loss, upsample
-from model.pwcnet import DIV_FLOW, FlowPredictor, PWCNet, resize, start_from_coarser_flow
+from model.inference import FlowPredictor
+from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow, make_loss
+from model.pwcnet import DIV_FLOW, PWCNet, start_from_coarser_flow
+from model.resizing import resize, upsample
 from prep.reader import Batch
 from prep.synthesize import make_pair
 from train.metrics import end_point_error
@@ -19,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture(scope="module")
-def pair():
+def pair() -> Batch:
     """One synthetic pair as a batch: two images uint8, flow float32, valid uint8."""
     image1, image2, flow, _ = make_pair(3, 64, 64)
     valid = np.ones((64, 64), np.uint8)
     return Batch(*(array[None] for array in (image1, image2, flow, valid)))
 
 
-def test_parameters() -> None:
-    """The published network's parameter count and names (their order is the checkpoint's)."""
+def test_parameters_are_those_of_the_published_network() -> None:
+    """Count, names and shapes."""
     names = {p.name: p.shape for p in PWCNet().get_parameters()}
     assert sum(np.prod(shape) for shape in names.values()) == 8_639_230
     assert names["feature_pyramid_extractor.convs.5.1.0.weight"] == (196, 196, 3, 3)
@@ -45,16 +47,16 @@ def test_plain_estimators_are_smaller() -> None:
     assert shapes["context_networks.convs.0.0.weight"] == (128, 34, 3, 3)
 
 
-def test_starting_from_the_coarser_flow() -> None:
-    """With none of their random weights, all levels hand the first one's flow on as it is."""
+def test_levels_start_from_the_coarser_flow() -> None:
+    """Without their random weights, all levels pass on the first one's flow unchanged."""
     mindspore.set_seed(0)
     network = PWCNet()
     start_from_coarser_flow(network, share=0.0)
     bias = network.flow_estimators[0].conv_last[0].bias
-    bias.set_data(Tensor(np.float32([0.3, -0.7])))
+    bias.set_data(Tensor(np.array([0.3, -0.7], np.float32)))
     images = Tensor(np.random.default_rng(0).random((2, 1, 3, 64, 64), np.float32))
     for flow in network(images[0], images[1]):
-        expected = np.broadcast_to(np.float32([0.3, -0.7])[:, None, None], flow.shape[1:])
+        expected = np.broadcast_to(np.array([0.3, -0.7], np.float32)[:, None, None], flow.shape[1:])
         np.testing.assert_allclose(flow.asnumpy()[0], expected, rtol=1e-5)
 
 
@@ -77,25 +79,25 @@ def test_flow_of_every_level_and_of_any_size() -> None:
     images = Tensor(rng.random((2, 1, 3, 64, 128), np.float32))
     flows = network(images[0], images[1])
     assert [flow.shape for flow in flows] == [(1, 2, 64 >> level, 128 >> level) for level in (6, 5, 4, 3, 2)]
-    odd = Tensor(rng.integers(0, 256, (2, 1, 65, 90, 3)).astype(np.uint8))
-    assert FlowPredictor(network)(odd[0], odd[1]).shape == (1, 65, 90, 2)
+    odd = rng.integers(0, 256, (2, 65, 90, 3), np.uint8)
+    assert FlowPredictor(network).flow(*odd).shape == (65, 90, 2)
 
 
-def test_resizing_scales_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resizing_scales_the_flow() -> None:
     """Images resized to multiples of 64 give flow in the pixels of the images that came in."""
 
     class Constant(nn.Cell):
-        def construct(self, image1, image2):
+        def construct(self, image1: Tensor, image2: Tensor) -> Tensor:
             n, _, h, w = image1.shape
             shape = (n, 1, h // 4, w // 4)
             return (ops.concat((ops.ones(shape), 2 * ops.ones(shape)), 1) * DIV_FLOW,)
 
-    image = Tensor(np.zeros((1, 48, 96, 3), np.uint8))
-    flow = FlowPredictor(Constant())(image, image).asnumpy()
+    image = np.zeros((48, 96, 3), np.uint8)
+    flow = FlowPredictor(Constant()).flow(image, image)
     np.testing.assert_allclose(flow, np.broadcast_to([96 / 128, 2 * 48 / 64], flow.shape), rtol=1e-5)
 
 
-def test_loss_by_hand() -> None:
+def test_loss_equals_a_calculation_by_hand() -> None:
     """Level weights, sum over pixels, division by the batch, target times 0.05, both distances."""
     flow = np.zeros((2, 2, 64, 64), np.float32)
     flow[:, 0], flow[:, 1] = 60, 80  # 100 px, 5 in the network's units
@@ -126,17 +128,17 @@ def test_unknown_flow_never_counts() -> None:
     assert np.isfinite(losses[0]).all()
 
 
-def sparse_batch(height, width, known=0.2):
+def sparse_batch(height: int, width: int, known: float = 0.2) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Predictions of five levels, flow with rubbish where it is unknown, and where it is known."""
     rng = np.random.default_rng(height)
     flows = [rng.normal(0, 1, (2, 2, height >> level, width >> level)).astype(np.float32) for level in (6, 5, 4, 3, 2)]
     flow = rng.normal(0, 20, (2, 2, height, width)).astype(np.float32)
     valid = (rng.random((2, 1, height, width)) < known).astype(np.float32)
-    rubbish = rng.choice(np.float32([np.nan, np.inf, -np.inf, 3e38, 7]), flow.shape)
+    rubbish = rng.choice(np.array([np.nan, np.inf, -np.inf, 3e38, 7], np.float32), flow.shape)
     return flows, np.where(valid > 0, flow, rubbish), valid
 
 
-def upsample_in_float64(image, height, width, align_corners):
+def upsample_in_float64(image: np.ndarray, height: int, width: int, align_corners: bool) -> np.ndarray:
     """Bilinear interpolation of (N, C, h, w), pixel by pixel, from the definition."""
     for axis, size in ((2, height), (3, width)):
         low = image.shape[axis]
@@ -152,26 +154,28 @@ def upsample_in_float64(image, height, width, align_corners):
     return image
 
 
-def sparse_loss_in_float64(flows, flow, valid, align_corners):
+def sparse_loss_in_float64(
+    flows: list[np.ndarray], flow: np.ndarray, valid: np.ndarray, align_corners: bool
+) -> np.ndarray:
     """The five losses from the equation, over a list of the known pixels."""
     n, y, x = np.nonzero(valid[:, 0])
     losses = []
-    for weight, prediction in zip(LEVEL_WEIGHTS, flows):
-        full = upsample_in_float64(prediction.astype(np.float64), *flow.shape[2:], align_corners)
+    for weight, prediction in zip(LEVEL_WEIGHTS, flows, strict=True):
+        full = upsample_in_float64(prediction.astype(np.float64), flow.shape[2], flow.shape[3], align_corners)
         distance = np.abs(full[n, :, y, x] - 0.05 * flow[n, :, y, x].astype(np.float64)).sum(1)
         losses.append(weight * ((distance + 0.01) ** 0.4).sum() / len(flow))
     return np.array(losses)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_sparse_loss_and_gradient(align_corners) -> None:
+def test_sparse_loss_and_gradient_follow_the_equation(align_corners: bool) -> None:
     """Values are the equation's, slopes those of its differences; unknown flow may be anything."""
     flows, flow, valid = sparse_batch(64, 128)
     loss = make_loss("sparse", align_corners)
     losses = loss([Tensor(f) for f in flows], Tensor(flow), Tensor(valid)).asnumpy()
     np.testing.assert_allclose(losses, sparse_loss_in_float64(flows, flow, valid, align_corners), rtol=1e-5)
 
-    def total(*inputs):
+    def total(*inputs: Tensor) -> Tensor:
         return loss(inputs[:5], inputs[5], inputs[6]).sum()
 
     gradients = mindspore.grad(total, (0, 1, 2, 3, 4))(*[Tensor(array) for array in (*flows, flow, valid)])
@@ -195,14 +199,14 @@ def test_sparse_loss_without_any_known_pixel() -> None:
     arguments = [Tensor(array) for array in (*flows, flow, valid)]
     loss = make_loss("sparse")
 
-    def total(*inputs):
+    def total(*inputs: Tensor) -> Tensor:
         return loss(inputs[:5], inputs[5], inputs[6]).sum()
 
     value, gradients = mindspore.value_and_grad(total, (0, 1, 2, 3, 4))(*arguments)
     assert float(value) == 0 and all((g.asnumpy() == 0).all() for g in gradients)
 
 
-def test_a_recipe_s_losses() -> None:
+def test_each_loss_of_a_recipe_is_another_one() -> None:
     """Each loss that a recipe may name is another one; a wrong name is not taken for any."""
     choices = {field.name: field.metadata for field in fields(Recipe)}["loss"]["choices"]
     arguments = [Tensor(array) for array in sparse_batch(64, 64)[1:]]
@@ -213,8 +217,8 @@ def test_a_recipe_s_losses() -> None:
         make_loss("Robust")
 
 
-def test_contributions_of_the_levels() -> None:
-    """Equal errors count as the weights do, where block averages of sparse flow turn them round."""
+def test_levels_contribute_to_the_sparse_loss_by_their_weights() -> None:
+    """Equal errors; block averages of sparse flow would reverse the order."""
     rng = np.random.default_rng(0)
     flow = Tensor(np.full((1, 2, 320, 896), 100, np.float32))
     valid = Tensor((rng.random((1, 1, 320, 896)) < 0.2).astype(np.float32))
@@ -229,25 +233,24 @@ def test_contributions_of_the_levels() -> None:
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_upsampling_is_that_of_the_framework(align_corners) -> None:
+def test_upsampling_is_that_of_the_framework(align_corners: bool) -> None:
     """The same bilinear convention that the network's own result is resized with."""
     flow = Tensor(np.random.default_rng(0).normal(size=(2, 2, 5, 14)).astype(np.float32))
     expected = resize(flow, (320, 896), align_corners).asnumpy()
     np.testing.assert_allclose(upsample(flow, 320, 896, align_corners).asnumpy(), expected, atol=1e-5)
 
 
-def test_end_point_error() -> None:
-    """A 3-4-5 triangle."""
+def test_end_point_error_is_a_euclidean_distance() -> None:
     assert end_point_error(np.array([[3.0, 4.0]]), np.zeros((1, 2), np.float32)) == [5]
 
 
-def learn(step, pair, steps):
+def learn(step: TrainStep, pair: Batch, steps: int) -> list[float]:
     """Losses of so many steps on one pair."""
     return [float(step(pair, 3e-4).losses.sum()) for _ in range(steps)]
 
 
 @pytest.mark.slow
-def test_overfitting_one_pair(pair) -> None:
+def test_overfitting_one_pair(pair: Batch) -> None:
     """The whole network learns one pair by heart."""
     mindspore.set_seed(1)
     network = PWCNet(normalize_features=True)
@@ -262,7 +265,7 @@ class Line(nn.Cell):
         super().__init__()
         self.weight = Parameter(Tensor([2.0, -4.0], float32), name="weight")
 
-    def construct(self, image1, image2):
+    def construct(self, image1: Tensor, image2: Tensor) -> Tensor:
         return image1.mean() * self.weight.sum()
 
 
@@ -271,35 +274,36 @@ class Square(nn.Cell):
 
     length = 1
 
-    def construct(self, flows, flow, valid):
+    def construct(self, flows: Tensor, flow: Tensor, valid: Tensor) -> Tensor:
         return ops.square(flows - flow.mean()).reshape(1)
 
 
-def small_batch(images, flows):
+def small_batch(images: list[float], flows: list[float]) -> Batch:
     """A batch of constant images and flows, one of each number."""
 
-    def fill(values, *shape):
+    def fill(values: np.ndarray, *shape: int) -> np.ndarray:
         return np.tile(np.reshape(values, (-1, *[1] * len(shape))), (1, *shape))
 
-    image = fill(np.uint8(images), 4, 4, 3)
-    return Batch(image, image, fill(np.float32(flows), 4, 4, 2), fill(np.uint8(images) * 0 + 1, 4, 4))
+    image = fill(np.array(images, np.uint8), 4, 4, 3)
+    valid = np.ones((len(images), 4, 4), np.uint8)
+    return Batch(image, image, fill(np.array(flows, np.float32), 4, 4, 2), valid)
 
 
-def test_adam_adamw_and_average(graph_mode) -> None:
+def test_steps_follow_the_equations_of_adam_and_adamw(graph_mode: None) -> None:
     """Weights and their average follow the papers' equations, computed here in float64."""
     for options in (
-        {},
-        {"weight_decay": 0.3},
-        {"weight_decay": 0.3, "decoupled_decay": True},
-        {"clip_norm": 0.5},
-        {"ema_decay": 0.75},
+        StepOptions(),
+        StepOptions(weight_decay=0.3),
+        StepOptions(weight_decay=0.3, decoupled_decay=True),
+        StepOptions(clip_norm=0.5),
+        StepOptions(ema_decay=0.75),
     ):
         network = Line()
-        step = TrainStep(network, Square(), StepOptions(**options))
+        step = TrainStep(network, Square(), options)
         weight = average = np.array([2.0, -4.0])
         moment1, moment2 = np.zeros(2), np.zeros(2)
         for t, rate in enumerate((0.1, 0.2, 0.05), 1):
-            if "ema_decay" in options and t > 1:
+            if options.ema_decay and t > 1:
                 own = network.weight.asnumpy().copy()
                 with step.averaged_weights():
                     np.testing.assert_allclose(network.weight.asnumpy(), average, rtol=1e-4)
@@ -309,22 +313,23 @@ def test_adam_adamw_and_average(graph_mode) -> None:
             gradient = 2 * error * 0.2 * t * np.ones(2)
             assert float(losses[0]) == pytest.approx(error**2, rel=1e-4)
             assert float(norm) == pytest.approx(np.linalg.norm(gradient), rel=1e-4) and bool(finite)
-            if clip := options.get("clip_norm"):
-                gradient *= min(1, clip / np.linalg.norm(gradient))
-            decay = options.get("weight_decay", 0) * weight
-            if not options.get("decoupled_decay"):
+            if options.clip_norm:
+                gradient *= min(1, options.clip_norm / np.linalg.norm(gradient))
+            decay = options.weight_decay * weight
+            if not options.decoupled_decay:
                 gradient, decay = gradient + decay, 0
             moment1 = 0.9 * moment1 + 0.1 * gradient
             moment2 = 0.999 * moment2 + 0.001 * gradient**2
             bias1, bias2 = 1 - 0.9**t, 1 - 0.999**t
             weight = weight - rate * (moment1 / bias1 / (np.sqrt(moment2 / bias2) + 1e-8) + decay)
             average = 0.75 * average + 0.25 * weight
-            np.testing.assert_allclose(network.weight.asnumpy(), weight, rtol=1e-4, err_msg=options)
+            np.testing.assert_allclose(network.weight.asnumpy(), weight, rtol=1e-4, err_msg=str(options))
 
 
-def test_a_batch_in_parts(graph_mode) -> None:
-    """Several passes make the step of one with the whole batch, each time anew."""
+def test_accumulation_steps_equal_one_step(graph_mode: None) -> None:
+    """Several passes make the same update as one with the whole batch."""
     weights = []
+    losses = norm = Tensor(0.0)
     for parts in (1, 3):
         network = Line()
         step = TrainStep(network, Square(), StepOptions(accumulation_steps=parts, clip_norm=0.5))
@@ -343,7 +348,7 @@ def test_a_batch_in_parts(graph_mode) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision(pair) -> None:
+def test_float16_learns_and_survives_overflow(pair: Batch) -> None:
     """It learns in float16 too; a gradient that overflows changes no weight and halves the scale."""
     mindspore.set_seed(1)
     network = PWCNet(dense=False, normalize_features=True)
@@ -365,7 +370,7 @@ def test_half_precision(pair) -> None:
 
 
 @pytest.mark.slow
-def test_the_second_variant_learns(pair) -> None:
+def test_the_second_variant_learns(pair: Batch) -> None:
     """A training step changes every parameter: gradients reach them all."""
     mindspore.set_seed(0)
     network = PWCNet("nvlabs", normalize_features=True)

@@ -1,4 +1,4 @@
-"""Building the project's own operators: once, safely, and with a way on where it can't be done."""
+"""Building the project's own operators: once, safely, and with a fallback where they cannot be built."""
 
 import pathlib
 import subprocess
@@ -6,22 +6,26 @@ import sys
 
 import pytest
 import tiny
+from native_calls import check_refusals
 
-from model import native
+from model.backend import NATIVE_VARIABLE
+from model.native import build
 
-LOAD = "from model import native; found = native.library('CPU'); print(found and found._name)"
+LOAD = "from model.native import build; library = build.load_library('CPU'); print(library and library._name)"
 MODEL = """
 import numpy as np, mindspore
 from launch import session
 from launch.ranks import Rank
 session.start_mindspore(Rank(), "cpu")
+from model.backend import resolve_backend
 from model.operators import CostVolume
 one = mindspore.Tensor(np.ones((1, 2, 3, 4), np.float32))
-print(CostVolume()(one, one).asnumpy()[0, 40].tolist())
+backend = resolve_backend("native")
+print(backend, CostVolume(resolve_backend("native"))(one, one).asnumpy()[0, 40].tolist())
 """
 
 
-def start(program, cache, **variables):
+def start(program: str, cache: pathlib.Path, **variables: str) -> subprocess.Popen[str]:
     """A Python process with a cache folder and environment of its own."""
     environment = {**tiny.os.environ, "XDG_CACHE_HOME": str(cache), **variables}
     return subprocess.Popen(
@@ -35,15 +39,15 @@ def start(program, cache, **variables):
 
 
 @pytest.fixture
-def compiler():
+def compiler() -> str:
     try:
-        return native.cpu_command()[1][0]
-    except native.Unavailable as reason:
+        return build.cpu_target().command[0]
+    except build.BuildError as reason:
         pytest.skip(str(reason))
 
 
-def test_ranks_that_start_at_once_build_once(compiler, tmp_path: pathlib.Path) -> None:
-    """All get the same library; one compiles it; a later process finds it at once."""
+def test_ranks_that_start_at_once_build_once(compiler: str, tmp_path: pathlib.Path) -> None:
+    """All get the same library; one compiles it; a later process finds it."""
     ranks = [start(LOAD, tmp_path) for _ in range(4)]
     outcomes = [rank.communicate(timeout=120) for rank in ranks]
     assert len({out for out, _ in outcomes}) == 1 and str(tmp_path) in outcomes[0][0], outcomes
@@ -53,41 +57,61 @@ def test_ranks_that_start_at_once_build_once(compiler, tmp_path: pathlib.Path) -
     assert start(LOAD, tmp_path).communicate(timeout=120)[1] == ""
 
 
-def test_another_compiler_or_processor_is_another_library(
-    compiler, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_a_library_is_rebuilt_when_anything_it_depends_on_changes(
+    compiler: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was built for one machine of a cluster is not taken on another with the same home."""
+    """Sources, headers, options, and the processor: machines of a cluster may share a home folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = tmp_path / "one.cpp"
-    source.write_text('extern "C" int one() { return 1; }')
-    command = [compiler, "-shared", "-fPIC"]
-    first = native.build(source, command)
-    assert native.build(source, command) == first
-    monkeypatch.setattr(native, "processor", lambda: b"another")
-    assert native.build(source, command) != first
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.build(source, [*command, "-O1"]) != first
+    source, header = tmp_path / "one.cpp", tmp_path / "one.h"
+    header.write_text("int number() { return 1; }")
+    source.write_text('#include "one.h"\nextern "C" int one() { return number(); }')
+    target = build.Target("test", [compiler, "-shared", "-fPIC"], [source])
+    libraries = [build.build_library(target)]
+    assert build.build_library(target) == libraries[0]
+    header.write_text("int number() { return 2; }")
+    libraries.append(build.build_library(target))
+    libraries.append(build.build_library(build.Target("test", [*target.command, "-O1"], [source])))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "processor", lambda: b"another")
+        libraries.append(build.build_library(target))
+    assert len(set(libraries)) == 4
+
+
+def test_the_headers_of_this_project_are_part_of_the_digest() -> None:
+    try:
+        files = {path.name for path in build.cpu_target().files()}
+    except build.BuildError as reason:
+        pytest.skip(str(reason))
+    assert {"abi.h", "constants.h", "runtime.h", "flow_convolution.h", "cost_volume.cpp"} <= files
+
+
+def test_wrong_calls_are_refused_with_a_reason(compiler: str, capfd: pytest.CaptureFixture[str]) -> None:
+    library = build.load_library("CPU")
+    assert library is not None
+    capfd.readouterr()  # the note that it is being built
+    check_refusals(library, capfd)
 
 
 @pytest.mark.parametrize(
-    "variables,words",
+    "variables,message",
     [
         ({"CXX": "no-such-compiler"}, "no compiler found (no-such-compiler)"),
         ({"CXX": "false"}, "could not compile"),
-        ({native.SWITCH: "0"}, None),
+        ({NATIVE_VARIABLE: "0"}, "use --backend mindspore"),
     ],
 )
-def test_without_a_compiler(variables, words, tmp_path: pathlib.Path) -> None:
-    """The network runs on MindSpore's own operators, and that is said once."""
+def test_without_native_operators_mindspore_s_are_used(
+    variables: dict[str, str], message: str, tmp_path: pathlib.Path
+) -> None:
+    """One note says why."""
     out, err = start(MODEL, tmp_path, **variables).communicate(timeout=120)
-    assert out.strip() == str([[1.0] * 4] * 3), err
-    notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert [words in note for note in notes if "building" not in note] == ([True] if words else [])
+    assert out.strip() == f"mindspore {[[1.0] * 4] * 3}", err
+    notes = [line for line in err.splitlines() if line.startswith("note: ") and "building" not in line]
+    assert [message in note for note in notes] == [True], err
 
 
-def test_a_damaged_cache_folder(tmp_path: pathlib.Path) -> None:
-    """A cache that can't be written is no reason to stop: the temporary folder takes its place."""
+def test_an_unusable_cache_folder_is_replaced(tmp_path: pathlib.Path) -> None:
+    """The temporary folder takes its place."""
     (tmp_path / "file").touch()
     out, err = start(LOAD, tmp_path / "file", TMPDIR=str(tmp_path)).communicate(timeout=120)
     assert out.strip() and "Traceback" not in err, err

@@ -5,13 +5,16 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from model import native
+from model.backend import Backend
 from model.layers import Convolution
 from model.operators import CostVolume, Warp
 
 SHAPES = [(1, 3, 1, 1), (2, 5, 1, 7), (1, 4, 9, 1), (2, 3, 5, 12), (1, 16, 13, 11)]
 
 
-def cost_volume_numpy(features1, features2, gradient):
+def cost_volume_numpy(
+    features1: np.ndarray, features2: np.ndarray, gradient: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cost volume in float64, and both gradients of its product with `gradient`."""
     n, c, h, w = features1.shape
     padded = np.zeros((n, c, h + 8, w + 8))
@@ -27,7 +30,9 @@ def cost_volume_numpy(features1, features2, gradient):
     return np.stack(costs, 1), gradient1, gradient2[:, :, 4:-4, 4:-4]
 
 
-def warp_numpy(features, flow, gradient):
+def warp_numpy(
+    features: np.ndarray, flow: np.ndarray, gradient: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bilinear warping in float64, pixel by pixel, and both gradients of its product."""
     n, _, h, w = features.shape
     result = np.zeros_like(features)
@@ -54,7 +59,15 @@ def warp_numpy(features, flow, gradient):
     return result, to_features, to_flow
 
 
-def convolution_numpy(x, weight, bias, stride, dilation, activation, gradient):
+def convolution_numpy(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    stride: int,
+    dilation: int,
+    activation: bool,
+    gradient: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A 3x3 convolution with LeakyReLU in float64, and the gradients of its product."""
     h, w = x.shape[2:]
     padded = np.pad(x, ((0, 0), (0, 0), (dilation, dilation), (dilation, dilation)))
@@ -78,45 +91,40 @@ def convolution_numpy(x, weight, bias, stride, dilation, activation, gradient):
 class Product(nn.Cell):
     """The sum of a function's value times a gradient, so that its gradients are known."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function: nn.Cell) -> None:
         super().__init__()
         self.function = function
 
-    def construct(self, gradient, *inputs):
+    def construct(self, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return (self.function(*inputs) * gradient).sum()
 
 
-def run_with_gradients(cell, gradient, *inputs):
+def run_with_gradients(cell: nn.Cell, gradient: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
     """A Cell's value and its inputs' and weights' gradients in float32, as NumPy arrays."""
-    gradient, *inputs = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
+    upstream, *tensors = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
     weights = cell.trainable_params()
     positions = tuple(range(1, len(inputs) + 1))
-    gradients = ops.grad(Product(cell), positions, weights or None)(gradient, *inputs)
+    gradients = ops.grad(Product(cell), positions, weights or None)(upstream, *tensors)
     if weights:
         gradients = (gradients[0], *gradients[1])
-    return [array.asnumpy() for array in (cell(*inputs), *gradients)]
+    return [array.asnumpy() for array in (cell(*tensors), *gradients)]
 
 
-@pytest.fixture(params=["own", "MindSpore's"])
-def own(request: pytest.FixtureRequest, graph_mode):
-    """Whether the Cells are built of the project's own operators; both kinds must agree."""
-    if request.param == "own":
-        if native.library("CPU") is None:
-            pytest.skip("there is no compiler here")
-        yield True
-    else:
-        with native.disabled():
-            yield False
+@pytest.fixture(params=["native", "mindspore", "exportable"])
+def backend(request: pytest.FixtureRequest, graph_mode: None) -> Backend:
+    """The operators that the Cells are built from; all must agree."""
+    if request.param == "native" and not native.available():
+        pytest.skip("there is no compiler here")
+    return request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cost_volume(shape, own) -> None:
+def test_cost_volume_equals_its_definition(shape: tuple[int, ...], backend: Backend) -> None:
     """Values, channel order (rows outer), zero padding, mean over channels, both gradients."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, *shape))
     gradient = rng.normal(size=(shape[0], 81, *shape[2:]))
-    cell = CostVolume()
-    assert (cell.fused is not None) == own
+    cell = CostVolume(backend)
     slope = np.where(cost_volume_numpy(first, second, gradient)[0] > 0, 1, 0.1)
     costs, *gradients = cost_volume_numpy(first, second, gradient * slope)
     for found, expected in zip(
@@ -127,7 +135,7 @@ def test_cost_volume(shape, own) -> None:
 
 @pytest.mark.parametrize("kind", ["fraction", "zero", "integer", "far"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_warp(shape, kind, own) -> None:
+def test_warp_equals_its_definition(shape: tuple[int, ...], kind: str, backend: Backend) -> None:
     """Values and gradients inside, at the border and outside; zero flow changes nothing."""
     rng = np.random.default_rng(1)
     features, gradient = rng.normal(size=(2, *shape))
@@ -138,25 +146,24 @@ def test_warp(shape, kind, own) -> None:
         "integer": rng.integers(-2, 3, size).astype(float),
         "far": rng.choice([-1e6, 1e4], size),
     }[kind]
-    cell = Warp()
-    assert (cell.fused is not None) == own
+    cell = Warp("bilinear", backend)
     value, to_features, to_flow = run_with_gradients(cell, gradient, features, flow)
     expected = warp_numpy(features, flow, gradient)
     np.testing.assert_allclose(value, expected[0], atol=1e-4)
     np.testing.assert_allclose(to_features, expected[1], atol=1e-4)
     if kind == "zero":
         np.testing.assert_allclose(value, features, atol=1e-5)
-    if kind in ("fraction", "far") or own:  # at integers MindSpore's may take the other side
+    if kind in ("fraction", "far") or backend == "native":  # at integers MindSpore's may take the other side
         np.testing.assert_allclose(to_flow, expected[2], atol=2e-3)
 
 
-def test_warp_nearest(graph_mode) -> None:
+def test_nearest_warp_takes_the_nearest_pixel(graph_mode: None) -> None:
     """The nearest mode takes the whole value of the nearest pixel."""
     rng = np.random.default_rng(2)
     features = rng.normal(size=(1, 3, 6, 7)).astype(np.float32)
     flow = np.empty((1, 2, 6, 7), np.float32)
     flow[:, 0], flow[:, 1] = 0.9, -1.2
-    found = Warp("nearest")(Tensor(features), Tensor(flow)).asnumpy()
+    found = Warp("nearest", "native")(Tensor(features), Tensor(flow)).asnumpy()
     np.testing.assert_array_equal(found[:, :, 2:, :6], features[:, :, 1:5, 1:])
 
 
@@ -171,13 +178,22 @@ def test_warp_nearest(graph_mode) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [(1, 9), (13, 22)])
-def test_convolution(size, channels, stride, dilation, activation, concatenate, own) -> None:
+def test_convolution_equals_its_definition(
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    stride: int,
+    dilation: int,
+    activation: bool,
+    concatenate: bool,
+    backend: Backend,
+) -> None:
     """Values and gradients with every combination of settings that the network uses."""
     if size[0] == 1 and stride == 2:
         pytest.skip("levels of one row are not halved")
     rng = np.random.default_rng(3)
-    cell = Convolution(*channels, stride, dilation, activation, concatenate)
-    assert (cell.fused is not None) == own
+    cell = Convolution(
+        *channels, backend, stride=stride, dilation=dilation, activation=activation, concatenate=concatenate
+    )
     x = rng.normal(size=(2, channels[0], *size))
     weight, bias = rng.normal(size=cell.weight.shape) / 10, rng.normal(size=channels[1])
     cell.weight.set_data(Tensor(weight.astype(np.float32)))

@@ -1,20 +1,21 @@
-"""Prediction: pairs, folders and videos of any size; runs taken up again; bad input; pictures."""
+"""Prediction of pairs, folders and videos of any size; resumed runs; bad input; pictures."""
 
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
-import mindspore
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
 from launch.errors import UserError
-from model.predict import Outputs, ahead, open_frames, pairs_of, predict
+from model.inference import FlowPredictor
+from model.predict import Outputs, PairCounts, make_pairs, open_frames, predict, prefetch
 from prep import flow_viz
 from prep.formats.flow import read_flo
 from prep.synthesize import make_pair
@@ -24,40 +25,48 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 ODD = 70, 93
 
 
-def write_frames(folder, numbers, size=ODD):
+def write_frames(folder: Path, numbers: Iterable[int], size: tuple[int, int] = ODD) -> Path:
     """A folder of synthetic frames frame_N.png; returns it."""
     for number in numbers:
         tiny.save(folder / f"frame_{number}.png", make_pair(number, *size)[0])
     return folder
 
 
-def write_video(path, count, size=(64, 96)):
+def write_video(path: Path, count: int, size: tuple[int, int] = (64, 96)) -> Path:
     """A Motion JPEG video in AVI; returns its path."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, size[::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, size[::-1])
     for number in range(count):
         writer.write(make_pair(number, *size)[0][..., ::-1].copy())
     writer.release()
     return path
 
 
-def run(predictor, inputs, out, *, salt=b"", pictures=(), **options):
-    """What the command does with its inputs: (written, present)."""
+def run(
+    predictor: FlowPredictor,
+    inputs: list[Path],
+    out: Path,
+    *,
+    salt: bytes = b"",
+    pictures: bool = False,
+    overwrite: bool = False,
+    batch: int = 1,
+) -> PairCounts:
+    """What the command does with its inputs."""
     out.mkdir(exist_ok=True)
-    _, frames = open_frames(inputs)
-    outputs = Outputs(out, **dict.fromkeys(pictures, True))
-    return predict(predictor, pairs_of(frames, salt), outputs, **options)
+    outputs = Outputs(out, overlay=pictures, warp=pictures)
+    pairs = make_pairs(open_frames(inputs).frames, salt)
+    return predict(predictor, pairs, outputs, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair))
 
 
-def check_flow(predictor, path, image1, image2) -> None:
+def check_flow(predictor: FlowPredictor, path: Path, image1: np.ndarray, image2: np.ndarray) -> None:
     """A .flo file holds what the network gives for two images, at their size."""
-    expected = predictor(*(mindspore.Tensor(image[None]) for image in (image1, image2)))
     flow = read_flo(path)
     assert flow.shape == (*image1.shape[:2], 2)
-    np.testing.assert_allclose(flow, expected.asnumpy()[0], atol=1e-3)
+    np.testing.assert_allclose(flow, predictor.flow(image1, image2), atol=1e-3)
 
 
-def test_pair(predictor, tmp_path: Path) -> None:
-    """Two images of any kind that can be read, here grey and palette, of an odd size."""
+def test_two_images_of_any_kind_are_a_pair(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """Here grey and palette, of an odd size."""
     image1, image2, _, _ = make_pair(5, *ODD)
     grey, colours = Image.fromarray(image1).convert("L"), Image.fromarray(image2).convert("P")
     grey.save(tmp_path / "a.png")
@@ -70,18 +79,16 @@ def test_pair(predictor, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.flo", "a_flow.png"]
 
 
-def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
-    """Consecutive frames, 9 before 10; what is whole and of these images and weights stays."""
+def test_a_second_run_computes_only_what_is_missing(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """Consecutive frames, 9 before 10; outputs of these images and weights stay."""
     frames, out = write_frames(tmp_path / "frames", (8, 9, 10, 11)), tmp_path / "out"
     tiny.save(frames / ".hidden.png", make_pair(1, 8, 8)[0])
     (frames / "notes.txt").write_text("not a frame")
 
-    def again(**options):
-        return run(predictor, [frames], out, pictures=["overlay", "warp"], batch=2, **options)
+    def again(salt: bytes = b"", overwrite: bool = False) -> PairCounts:
+        return run(predictor, [frames], out, pictures=True, batch=2, salt=salt, overwrite=overwrite)
 
-    done = []
-    assert again(on_pairs=done.append) == (3, 0)
-    assert sum(done) == 3
+    assert again() == (3, 0)
     images = {number: np.asarray(Image.open(frames / f"frame_{number}.png")) for number in (8, 9, 10, 11)}
     for number in (8, 9, 10):
         check_flow(predictor, out / f"frame_{number}.flo", images[number], images[number + 1])
@@ -99,12 +106,12 @@ def test_folder_is_taken_up_again(predictor, tmp_path: Path) -> None:
     assert again(salt=b"other weights") == (1, 2)
 
 
-def test_video(predictor, tmp_path: Path) -> None:
-    """Every frame with the next, named by its number, as OpenCV decodes them."""
+def test_a_video_gives_the_flow_of_every_frame(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the next, named by its number, as OpenCV decodes them."""
     path = write_video(tmp_path / "clip.avi", 4)
-    count, frames = open_frames([path])
-    images = dict(frames)
-    assert count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
+    video = open_frames([path])
+    images = dict(video.frames)
+    assert video.count == 4 and list(images) == [f"clip_{number:06}" for number in range(4)]
     original = make_pair(0, 64, 96)[0]
     assert np.abs(images["clip_000000"].astype(int) - original).mean() < 10  # red is red
     assert run(predictor, [path], tmp_path / "out") == (3, 0)
@@ -112,50 +119,49 @@ def test_video(predictor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 64)])
-def test_any_size(predictor, tmp_path: Path, size) -> None:
+def test_images_may_have_any_size(predictor: FlowPredictor, tmp_path: Path, size: tuple[int, int]) -> None:
     """Down to a single pixel, for which the images are enlarged to 64 pixels a side."""
     rng, frames = np.random.default_rng(0), tmp_path / "frames"
     for number in (1, 2):
         tiny.save(frames / f"frame_{number}.png", tiny.picture(rng, *size))
-    assert run(predictor, [frames], tmp_path / "out", pictures=["overlay", "warp"]) == (1, 0)
+    assert run(predictor, [frames], tmp_path / "out", pictures=True) == (1, 0)
     flow = read_flo(tmp_path / "out" / "frame_1.flo")
     assert flow.shape == (*size, 2) and np.isfinite(flow).all()
 
 
-def test_failure_while_writing(predictor, tmp_path: Path) -> None:
-    """A file that can't be written ends the run with the system's error."""
+def test_a_failure_while_writing_ends_the_run(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the system's error."""
     frames = write_frames(tmp_path / "frames", (1, 2, 3), (64, 64))
     (tmp_path / "out" / "frame_2.flo").mkdir(parents=True)
-    with pytest.raises(OSError, match="frame_2.flo"):
+    with pytest.raises(OSError, match=r"frame_2\.flo"):
         run(predictor, [frames], tmp_path / "out")
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_failure_while_reading(predictor, tmp_path: Path) -> None:
-    """A frame that is damaged ends the run with its name; the pairs before it are there."""
+def test_a_failure_while_reading_ends_the_run(predictor: FlowPredictor, tmp_path: Path) -> None:
+    """With the frame's name; the outputs of the pairs before it exist."""
     frames = write_frames(tmp_path / "frames", range(1, 6), (64, 64))
     data = (frames / "frame_5.png").read_bytes()
     (frames / "frame_5.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="frame_5.png"):
+    with pytest.raises(UserError, match=r"frame_5\.png"):
         run(predictor, [frames], tmp_path / "out")
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
-def test_ahead() -> None:
-    """All values in order, and an error where it was raised."""
-    assert list(ahead(iter(range(1, 10)), 3)) == list(range(1, 10))
+def test_prefetching_keeps_order_and_errors() -> None:
+    assert list(prefetch(iter(range(1, 10)), 3)) == list(range(1, 10))
 
-    def broken():
+    def broken() -> Iterator[int]:
         yield 1
         raise UserError("broken")
 
-    values = ahead(broken(), 4)
+    values = prefetch(broken(), 4)
     assert next(values) == 1
     with pytest.raises(UserError, match="broken"):
         next(values)
 
 
-def command(*arguments):
+def command(*arguments: object) -> tuple[int, str, str]:
     """Run the command as a user does: (status, stdout, stderr)."""
     script = tiny.ROOT / "model" / "predict.py"
     done = subprocess.run(
@@ -165,8 +171,8 @@ def command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory):
-    """A folder of inputs that are wrong in every way."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs that are wrong in different ways."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.save(folder / "a.png", make_pair(1, 64, 64)[0])
     tiny.save(folder / "wide.png", make_pair(2, 64, 80)[0])
@@ -188,20 +194,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory):
     "names,words",
     [
         (["none.png", "a.png"], ["none.png", "no such file"]),
-        (["a.png"], ["a.png", "one image", "second"]),
+        (["a.png"], ["a.png", "is one image", "second"]),
         (["a.png", "a.png", "a.png"], ["3 inputs", "two images"]),
-        (["a.png", "one"], ["one", "a folder"]),
-        (["a.png", "wide.png"], ["wide.png", "80x64", "64x64", "crop or resize"]),
+        (["a.png", "one"], ["one", "is a folder"]),
+        (["a.png", "wide.png"], ["wide.png", "64x80", "64x64", "crop or resize"]),
         (["a.png", "text.png"], ["text.png", "not a readable image"]),
         (["one"], ["one", "1 frames", "two"]),
         (["empty"], ["empty", "0 frames"]),
-        (["mixed"], ["frame_3.png", "64x64", "93x70", "frame_1.png"]),
+        (["mixed"], ["frame_3.png", "64x64", "70x93", "frame_1.png"]),
         (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
-        (["clip.mp4"], ["clip.mp4", "not a video"]),
+        (["clip.mp4"], ["clip.mp4", "is not a video"]),
     ],
 )
-def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
-    """One line that names the file, what was found and what was expected; nothing is written."""
+def test_bad_input_is_one_line(inputs: Path, ckpt: Path, tmp_path: Path, names: list[str], words: list[str]) -> None:
+    """It names the file, what was found and what was expected; nothing is written."""
     status, _, err = command(*(inputs / name for name in names), "--ckpt", ckpt, "--out", tmp_path / "out")
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
@@ -209,11 +215,11 @@ def test_bad_input(inputs, ckpt, tmp_path: Path, names, words) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
-    """The output folder, the checkpoint and the numbers are checked before anything is computed."""
+def test_options_are_checked_before_anything_is_computed(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
+    """The output folder, the checkpoint and the numbers."""
     folder = write_frames(tmp_path / "frames", [1, 2])
     for arguments, words in [
-        ([folder, "--ckpt", ckpt, "--out", ckpt], ["a file", "expected a folder"]),
+        ([folder, "--ckpt", ckpt, "--out", ckpt], ["is a file", "expected a folder"]),
         ([folder, "--ckpt", ckpt, "--out", ckpt / "out"], ["Not a directory"]),
         ([folder, "--ckpt", ckpt, "--out", folder], ["choose another --out"]),
         ([folder, "--ckpt", "none.ckpt", "--out", tmp_path / "out"], ["none.ckpt"]),
@@ -227,8 +233,8 @@ def test_bad_options(inputs, ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_errors_found_late(inputs, ckpt, tmp_path: Path) -> None:
-    """A damaged checkpoint, a 16-bit image and a video of one frame are errors of one line too."""
+def test_errors_found_late_are_one_line_too(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
+    """A damaged checkpoint, a 16-bit image and a video of one frame."""
     for names, weights, words in [
         (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
         (["a.png", "deep.png"], ckpt, ["deep.png", "16 bits"]),
@@ -242,12 +248,12 @@ def test_errors_found_late(inputs, ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command(ckpt, tmp_path: Path) -> None:
-    """A video from the command line, twice: all pictures, and then nothing left to do."""
+def test_the_command_says_what_it_did(ckpt: Path, tmp_path: Path) -> None:
+    """A video, twice: all pictures, and then nothing left to do."""
     path = write_video(tmp_path / "clip.avi", 3)
     arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp", "--max-flow", 10)
     status, out, err = command(*arguments)
-    assert status == 0 and "flow of 2 pairs" in out and "2/2" in err, err
+    assert status == 0 and "flow of 2 pairs; look at" in out and "2/2" in err, err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         f"clip_00000{number}{end}" for number in (0, 1) for end in (".flo", "_flow.png", "_overlay.png", "_warp.png")
     }
@@ -256,8 +262,8 @@ def test_command(ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interruption(ckpt, tmp_path: Path) -> None:
-    """Ctrl-C leaves whole files only and says how to go on; a cut video is predicted to its end."""
+def test_an_interrupted_run_leaves_whole_files(ckpt: Path, tmp_path: Path) -> None:
+    """Ctrl-C says how to resume; a truncated video is predicted to its end."""
     path, out = write_video(tmp_path / "clip.avi", 300), tmp_path / "out"
     process = subprocess.Popen(
         [*map(str, (sys.executable, tiny.ROOT / "model" / "predict.py", path, "--ckpt", ckpt, "--out", out))],
@@ -268,7 +274,7 @@ def test_interruption(ckpt, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on from here" in err, err
+    assert process.returncode == 130 and "resumes from here" in err, err
     done = list(out.glob("*_flow.png"))
     assert len(list(out.iterdir())) == 2 * len(done) and len(done) < 299
 
@@ -278,8 +284,8 @@ def test_interruption(ckpt, tmp_path: Path) -> None:
     assert status == 0 and f"{len(done)} skipped" in text and "cut short" in err, (text, err)
 
 
-def test_overlay() -> None:
-    """What stands still is grey, and lighter where the image is; what moves has its colour."""
+def test_an_overlay_colours_only_what_moves() -> None:
+    """What does not is grey, as light as the image."""
     image = np.zeros((4, 6, 3), np.uint8)
     image[:, 3:] = 255
     still = flow_viz.overlay_flow(image, np.zeros((4, 6, 2), np.float32))
@@ -289,8 +295,8 @@ def test_overlay() -> None:
     assert (right[..., 0] > 2 * right[..., 1:].max(2)).all()
 
 
-def test_warp_check() -> None:
-    """With the right flow image 2 comes back onto image 1, but where it leaves the frame."""
+def test_the_right_flow_warps_image_2_onto_image_1() -> None:
+    """Except where it leaves the frame."""
     image1 = make_pair(4, 40, 60)[0]
     image2 = np.roll(image1, (-2, 3), (0, 1))
     panels = flow_viz.draw_warp_check(image1, image2, np.full((40, 60, 2), [3, -2], np.float32))
@@ -300,8 +306,8 @@ def test_warp_check() -> None:
     np.testing.assert_array_equal(panels[20:40, 60:117], image1[20:, :57])
 
 
-def test_usual_length() -> None:
-    """A few fast pixels do not count; what hardly moves is drawn as if 1 pixel were much."""
+def test_the_typical_flow_ignores_a_few_fast_pixels() -> None:
+    """It is at least one pixel."""
     flow = np.zeros((100, 100, 2), np.float32)
     assert flow_viz.typical_max_flow(flow) == 1
     flow[...] = [3, 4]
@@ -309,8 +315,8 @@ def test_usual_length() -> None:
     assert flow_viz.typical_max_flow(flow) == pytest.approx(5)
 
 
-def test_note(tmp_path: Path) -> None:
-    """A PNG file's note comes back; files without one, broken or absent have none."""
+def test_a_png_keeps_its_note(tmp_path: Path) -> None:
+    """Files without one, broken or absent, have none."""
     path = tmp_path / "a.png"
     flow_viz.save_png(path, np.zeros((4, 4, 3), np.uint8), note="a key")
     assert flow_viz.png_note(path) == "a key"

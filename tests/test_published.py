@@ -1,7 +1,7 @@
-"""Both variants against flows of PyTorch networks with the published names, kept in a file.
+"""Both variants against stored flows of PyTorch networks with the published names.
 
-The file was made by tests/torch_pwcnet.py with the weights and images below; tests/test_weights.py
-compares with PyTorch itself where that is installed.
+tests/torch_pwcnet.py made the file from the weights and images below; where PyTorch is installed, tests/test_weights.py
+compares with PyTorch itself.
 """
 
 import pathlib
@@ -12,41 +12,45 @@ import pytest
 from mindspore import Tensor
 
 from model import weights
-from model.pwcnet import PWCNet, to_network
+from model.pwcnet import VARIANTS, PWCNet, to_network
 
 FILE = pathlib.Path(__file__).parent / "published_flows.npz"
-VARIANTS = ("irr", "nvlabs")
 
 
-def uniform(seed, shape):
+def uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers in [-1, 1) that are the same with every version of NumPy."""
     raw = np.random.Philox(seed).random_raw(int(np.prod(shape)))
     return ((raw >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
 
 
-def plain_weights(name, shape):
-    """The weights of a published name: He uniform, biases small."""
+def plain_weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights for a published name: He uniform, with small biases."""
     bound = 0.1 if len(shape) == 1 else (6 / np.prod(shape[1:])) ** 0.5
     return (bound * uniform(zlib.crc32(name.encode()), shape)).astype(np.float32)
 
 
-def images():
+def images() -> list[np.ndarray]:
     """Two smooth images, uint8 (64, 64, 3)."""
     y, x = np.mgrid[:64, :64][..., None] / 10
     phases = np.arange(3)
-    return [np.uint8(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases)) for shift in (0, 0.2)]
+    return [(127 + 100 * np.sin(x + shift + phases) * np.cos(1.3 * y + phases)).astype(np.uint8) for shift in (0, 0.2)]
+
+
+def load_plain_weights(network: PWCNet) -> None:
+    """Give a dense network `plain_weights`."""
+    parameters = network.parameters_dict()
+    for here, there in weights.published_names(network.variant).items():
+        value = plain_weights(there, parameters[here].shape)
+        if network.variant == "nvlabs":
+            value = weights.swap_red_and_blue(here, value)
+        parameters[here].set_data(Tensor(value))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flows(variant, graph_mode) -> None:
+def test_flows_equal_the_published_network_s(variant: str, graph_mode: None) -> None:
     """Names, order of channels, conventions of warp and upsampling: all five flows agree."""
     network = PWCNet(variant)
-    parameters = network.parameters_dict()
-    for here, there in weights.published_names(variant).items():
-        value = plain_weights(there, parameters[here].shape)
-        if variant == "nvlabs":
-            value = weights.swap_red_and_blue(here, value)
-        parameters[here].set_data(Tensor(value))
+    load_plain_weights(network)
     flows = network(*(to_network(Tensor(image[None])) for image in images()))
     kept = np.load(FILE)
     for level, flow in zip((6, 5, 4, 3, 2), flows, strict=True):

@@ -35,6 +35,7 @@ from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, run
 from launch.files import write_bytes, write_json
 from launch.watchdog import Phase
+from model.backend import add_backend_option
 from train import metrics, submission
 from train.submission import PASSES
 
@@ -67,7 +68,7 @@ def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=Non
     """Evaluate a network on every pair of a split, shared by all ranks.
 
     Args:
-        predictor: a `model.pwcnet.FlowPredictor`; it compiles a graph for each size of pairs, once.
+        predictor: a `model.inference.FlowPredictor`.
         split: an opened split, a `prep.reader.DatasetSplit`.
         comm: the ranks that call this together, a `launch.communicator.Communicator`.
         batch: pairs at a time, on each rank.
@@ -82,8 +83,6 @@ def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=Non
         with the largest EPE, that first), the same on every rank, and `samples`, position to (image
         1, true flow with nan where unknown, predicted flow) of the wanted pairs that this rank had.
     """
-    import mindspore
-
     from prep import reader
 
     sums = np.zeros((len(split), len(metrics.SUMS)))
@@ -91,7 +90,7 @@ def evaluate(predictor, split, comm=ALONE, *, batch=1, pictures=(), on_batch=Non
     batches = reader.evaluation_batches(split, batch=batch, rank=comm.rank, ranks=comm.size)
     for pairs in batches:
         comm.progress(Phase.VALIDATING)
-        predicted = predictor(mindspore.Tensor(pairs.image1), mindspore.Tensor(pairs.image2)).asnumpy()
+        predicted = predictor.flow_batch(pairs.image1, pairs.image2)
         # Others fill up the last batch.
         places = {position: i for i, position in enumerate(pairs.index.tolist()) if position >= 0}
         for position, i in places.items():
@@ -247,13 +246,12 @@ def show(value) -> str:
 
 def report(args, comm, split) -> None:
     """Evaluate as the command line says; print the table, write JSON, Markdown and pictures."""
-    from model.pwcnet import FlowPredictor
-    from model.weights import load_network
+    from model.inference import load_predictor
     from prep import reader
     from prep.flow_viz import save_png
 
     names = split.names
-    predictor = FlowPredictor(load_network(args.ckpt))
+    predictor = load_predictor(args.ckpt, args.backend)
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     if comm.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -327,6 +325,7 @@ def main() -> None:
     parser.add_argument("--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time, on each rank (default 1)")
     session.add_options(parser)
+    add_backend_option(parser)
     args = parser.parse_args()
 
     with session.start(lambda: prepare(args), args.device, args.collective) as (comm, plan):

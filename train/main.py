@@ -23,6 +23,7 @@ from launch.arguments import Parser
 from launch.errors import UserError, run
 from launch.files import write_bytes, write_json
 from launch.lock import Lock
+from model.backend import add_backend_option
 from train import goodput, plain_yaml
 from train import recipe as recipes
 
@@ -267,6 +268,7 @@ def main() -> None:
         "memory; the result is the same but for rounding",
     )
     session.add_options(parser)
+    add_backend_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
     args = parser.parse_args()
     if args.accumulate < 1:
@@ -293,6 +295,7 @@ def main() -> None:
             comm,
             parts=args.accumulate,
             init=args.init,
+            backend=args.backend,
             enter=lambda first: enter(args.out, recipe, about, first),
             started=started,
         )

@@ -150,19 +150,17 @@ class Submission:
 def submit(args, comm, name, groups) -> None:
     """Predict this rank's share of a test set and write it."""
     from launch import progress
+    from model.inference import load_predictor
     from model.predict import FramePair, predict
-    from model.pwcnet import FlowPredictor
-    from model.weights import load_network
     from prep.formats.image import read_image
 
-    predictor = FlowPredictor(load_network(args.ckpt))
-    predictor.set_train(False)
+    predictor = load_predictor(args.ckpt, args.backend)
     shares = [pairs[comm.rank :: comm.size] for pairs in groups.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # a graph for each size
             pairs = (FramePair(file, read_image(first), read_image(second)) for file, first, second in share)
             predict(
-                predictor, pairs, Submission(args.submission), batch=args.batch, overwrite=True, on_pairs=bar.update
+                predictor, pairs, Submission(args.submission), batch=args.batch, on_pairs=bar.update
             )
     comm.barrier()
     if comm.rank == 0:

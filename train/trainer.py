@@ -11,8 +11,9 @@ import numpy as np
 
 from launch import session
 from launch.watchdog import Phase
+from model.inference import FlowPredictor
 from model.losses import make_loss
-from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
+from model.pwcnet import PWCNet, start_from_coarser_flow
 from prep import reader
 from train.augment import Augment
 from train.checkpoint import Checkpoints, start_from
@@ -51,7 +52,7 @@ class StopRequest:
         self.asked = True
 
 
-def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter, started):
+def train(recipe, training, validation, out, comm, *, parts=1, init=None, backend="native", enter, started):
     """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
 
     Args:
@@ -63,6 +64,7 @@ def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter,
         comm: the ranks, a `launch.communicator.Communicator`.
         parts: in how many parts a rank's share of the batch goes through.
         init: a checkpoint whose weights a new run begins with, or None.
+        backend: operators of the network, see `model.backend`.
         enter: called on rank 0 before anything is written, with the number of steps done; returns
             texts that say what is not as it was at the last start.
         started: when this process started, by `train.goodput.now`.
@@ -77,7 +79,7 @@ def train(recipe, training, validation, out, comm, *, parts=1, init=None, enter,
     """
     mindspore.set_seed(recipe.seed)  # the same first weights on every rank
     options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
-    network = PWCNet(**options)
+    network = PWCNet(**options, backend=backend)
     if recipe.start_from_coarser_flow:
         start_from_coarser_flow(network)
     half = recipe.precision == "float16"

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -40,7 +39,7 @@ FLOAT32 = 1e-4
 TF32 = 5e-3
 """The same for MindSpore's: on GPUs from Ampere on, cuDNN may multiply with 10 bits."""
 FLOAT16 = 5e-3
-"""The same for the project's float16 operators, which round their results to 10 bits."""
+"""The same for float16 convolutions, which round their results to 10 bits."""
 
 NOT_RUN = "not run"
 NO_OPERATORS = (
@@ -217,7 +216,6 @@ def operators(options):
     """Cost volume, warping and convolution with their gradients against float64 NumPy."""
     start_mindspore(options)
     sys.path.insert(0, str(ROOT / "tests"))
-    import mindspore
     import numpy as np
     import test_operators as reference
     from mindspore import Tensor
@@ -226,7 +224,7 @@ def operators(options):
     from model.layers import Convolution
     from model.operators import CostVolume, Warp
 
-    library = native.library(options.device.upper())
+    available = native.available()
     rng, errors = np.random.default_rng(0), {}
 
     def compare(name, found, expected, limit) -> None:
@@ -237,35 +235,32 @@ def operators(options):
             worst["error"] = float("inf" if np.isnan(error) else max(worst["error"], error))
             worst["cases"] += 1
 
-    def cost_volume(shape, dtype=np.float64):
-        first, second = rng.normal(size=(2, *shape)).astype(dtype)
-        gradient = rng.normal(size=(shape[0], 81, *shape[2:])).astype(dtype)
-        exact = [array.astype(np.float64) for array in (first, second, gradient)]
-        costs = reference.cost_volume_numpy(*exact)[0]
+    def cost_volume(shape):
+        first, second = rng.normal(size=(2, *shape))
+        gradient = rng.normal(size=(shape[0], 81, *shape[2:]))
+        costs = reference.cost_volume_numpy(first, second, gradient)[0]
         slope = np.where(costs > 0, 1, 0.1)
-        gradients = reference.cost_volume_numpy(*exact[:2], exact[2] * slope)[1:]
+        gradients = reference.cost_volume_numpy(first, second, gradient * slope)[1:]
         return (first, second), gradient, (costs * slope, *gradients)
 
-    def warp(shape, dtype=np.float64):
-        features, gradient = rng.normal(size=(2, *shape)).astype(dtype)
+    def warp(shape):
+        features, gradient = rng.normal(size=(2, *shape))
         size = (shape[0], 2, *shape[2:])
         flow = (rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size)).astype(np.float32)
         exact = [array.astype(np.float64) for array in (features, flow, gradient)]
         return (features, flow), gradient, reference.warp_numpy(*exact)
 
     shapes = [*reference.SHAPES, (2, 19, 17, 36), (1, 33, 9, 18)]
-    for own in (True, False) if library else (False,):
-        with contextlib.nullcontext() if own else native.disabled():
-            kind, limit = ("own", FLOAT32) if own else ("MindSpore's", TF32)
-            for shape in shapes:
-                for name, cell, case in (
-                    ("cost volume", CostVolume(), cost_volume(shape)),
-                    ("warp", Warp(), warp(shape)),
-                ):
-                    assert (cell.fused is not None) == own
-                    inputs, gradient, expected = case
-                    found = reference.run_with_gradients(cell, gradient, *inputs)
-                    compare(f"{name}, {kind}, float32", found, expected, limit)
+    backend = "native" if available else "mindspore"
+    for kind, limit in (("native", FLOAT32), ("mindspore", TF32)) if available else (("mindspore", TF32),):
+        for shape in shapes:
+            for name, cell, case in (
+                ("cost volume", CostVolume(kind), cost_volume(shape)),
+                ("warp", Warp("bilinear", kind), warp(shape)),
+            ):
+                inputs, gradient, expected = case
+                found = reference.run_with_gradients(cell, gradient, *inputs)
+                compare(f"{name}, {kind}, float32", found, expected, limit)
     for channels, stride, dilation in (((3, 16), 2, 1), ((40, 2), 1, 1), ((17, 33), 1, 4)):
         # Values that float16 has, so that only the computation differs.
         x, weight = (
@@ -276,36 +271,20 @@ def operators(options):
         gradient = rng.normal(size=(2, channels[1], -(-13 // stride), -(-22 // stride)))
         expected = reference.convolution_numpy(x, weight, bias, stride, dilation, True, gradient)
         for half in (False, True):
-            cell = Convolution(*channels, stride, dilation)
+            cell = Convolution(*channels, backend, stride=stride, dilation=dilation)
             if half:
                 cell.use_float16()
             cell.weight.set_data(Tensor(weight.astype(np.float32)))
             cell.bias.set_data(Tensor(bias.astype(np.float32)))
             found = reference.run_with_gradients(cell, gradient, x)
             compare(f"convolution, float{16 if half else 32}", found, expected, FLOAT16 if half else TF32)
-    if library and options.device == "gpu":  # the CPU's are for float32 alone
-        half, single = mindspore.float16, mindspore.float32
-        forward = native.operator("CostVolume", lambda a, b: [a[0], 81, a[2], a[3]], lambda *_: half)
-        backward = native.operator("CostVolumeGradient", lambda a, b, y, dy: (a, b), lambda *_: (half, half))
-        warped = native.operator("Warp", lambda x, flow: x, lambda *_: half)
-        unwarped = native.operator("WarpGradient", lambda x, flow, dy: (x, flow), lambda *_: (single, single))
-        for shape in shapes:
-            for name, (inputs, gradient, expected), value, gradients in (
-                ("cost volume", cost_volume(shape, np.float16), forward, backward),
-                ("warp", warp(shape, np.float16), warped, unwarped),
-            ):
-                inputs, gradient = [*map(Tensor, inputs)], Tensor(gradient)
-                result = value(*inputs)
-                between = [result] if name == "cost volume" else []
-                found = [result, *gradients(*inputs, *between, gradient)]
-                compare(f"{name}, own, float16", [array.asnumpy() for array in found], expected, FLOAT16)
     wrong = [name for name, worst in errors.items() if worst["error"] > worst["limit"]]
     line = "errors: " + "; ".join(f"{name} {worst['error']:.0e}" for name, worst in errors.items())
     if wrong:
         line = f"beyond the limit: {', '.join(wrong)}; {line}"
-    if not library:
+    if not available:
         line = f"{NO_OPERATORS}; {line}"
-    return {"status": doctor.FAIL if wrong or not library else doctor.OK, "errors": errors, "line": line}
+    return {"status": doctor.FAIL if wrong or not available else doctor.OK, "errors": errors, "line": line}
 
 
 def random_batch(options):
@@ -320,7 +299,7 @@ def random_batch(options):
     return Batch(images[0], images[1], flow, np.ones(size, np.uint8))
 
 
-def training_step(half):
+def training_step(half, backend="native"):
     """A new network's training step."""
     import mindspore
 
@@ -329,7 +308,7 @@ def training_step(half):
     from train.step import StepOptions, TrainStep, use_float16
 
     mindspore.set_seed(1)
-    network = PWCNet()
+    network = PWCNet(backend=backend)
     if half:
         use_float16(network)
     return TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=half))
@@ -381,11 +360,10 @@ def step(half, own):
 
         from model import native
 
-        if not own:
-            os.environ[native.SWITCH] = "0"
-        elif not native.library(options.device.upper()):
+        if own and not native.available():
             raise UserError(NO_OPERATORS)
-        network_step, batch = training_step(half), random_batch(options)
+        network_step = training_step(half, "native" if own else "mindspore")
+        batch = random_batch(options)
         start = time.perf_counter()
         losses = network_step(batch, RATE)[0].asnumpy()
         first = time.perf_counter() - start
@@ -626,9 +604,11 @@ def profile(options):
     import numpy as np
     from mindspore import Tensor, nn, ops
 
+    from model.backend import resolve_backend
     from model.operators import SEARCH_RANGE, CostVolume, Warp
     from model.pwcnet import to_network
 
+    backend = resolve_backend("native")
     whole, batch = training_step(False), random_batch(options)
 
     class Forward(nn.Cell):
@@ -679,9 +659,9 @@ def profile(options):
         shape = (options.batch, channels, *(side >> level for side in options.size))
         features = [Tensor(rng.normal(size=shape).astype(np.float32)) for _ in range(2)]
         flow = Tensor(rng.normal(size=(shape[0], 2, *shape[2:])).astype(np.float32))
-        cells = {"cost volume": (CostVolume(), features)}
+        cells = {"cost volume": (CostVolume(backend), features)}
         if level < 6:  # the coarsest level has no flow to warp by
-            cells["warp"] = (Warp(), [features[0], flow])
+            cells["warp"] = (Warp("bilinear", backend), [features[0], flow])
         for name, (cell, inputs) in cells.items():
             for kind, graph in (("forward", Value(cell)), ("with gradients", Gradient(cell))):
                 key = f"{name}, {kind}"

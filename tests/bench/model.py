@@ -1,9 +1,9 @@
-"""How fast the network is: inference, training step, start and memory, beside PyTorch's.
+"""How fast the network is compared with PyTorch: inference, training step, start-up and memory.
 
 python tests/bench/model.py [--torch-python PY] [--size H W] [--batch N] [--repeats N] [--stock]
 
-Every line is a process of its own, kept and asked in turn; those that wait are stopped, as the idle
-threads of some of these libraries turn round and round.
+Each row is a process of its own; they are asked in turn. Those that wait are stopped, as idle threads of some of these
+libraries spin.
 """
 
 import argparse
@@ -16,30 +16,30 @@ import sys
 import material
 
 KINDS = {
-    "this toolkit": ("mindspore", {}),
-    "the same without cost volume and warp": ("floor", {}),
-    "the same with MindSpore's operators": ("mindspore", {"PWCNET_NATIVE": "0"}),
-    "PyTorch, stock layers": ("torch", {}),
+    "this toolkit": "native",
+    "the same without cost volume and warp": "floor",
+    "the same with MindSpore's operators": "mindspore",
+    "PyTorch, stock layers": "torch",
 }
 FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
 
 
 class Child:
-    """One line of the table, as a process that does what it is told and says how long it took."""
+    """A row of the table: a process that does what it is asked and answers how long it took."""
 
-    def __init__(self, python, kind, variables, options) -> None:
+    def __init__(self, python: str, kind: str, options: argparse.Namespace) -> None:
         here = os.path.dirname(os.path.abspath(__file__))
         words = [python, os.path.join(here, "model_child.py"), kind, options.batch, *options.size]
         self.process = subprocess.Popen(
             [str(word) for word in words],
             text=True,
-            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def ask(self, what):
+    def ask(self, what: str) -> float:
         """Seconds for one "inference" or "step"; bytes for "memory"."""
+        assert self.process.stdin and self.process.stdout
         os.kill(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
@@ -55,30 +55,34 @@ class Child:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--torch-python",
         default=sys.executable,
         metavar="PATH",
-        help="an interpreter that has PyTorch (default: this one)",
+        help="Python interpreter with PyTorch (default: this one)",
     )
-    parser.add_argument("--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--stock", action="store_true", help="also with MindSpore's own operators, which take 10 GB")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"), help="pixels (default: 384 448)"
+    )
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="pairs at a time (default: 4)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="calls that are timed (default: 5)")
+    parser.add_argument(
+        "--stock", action="store_true", help="also measure MindSpore's own operators, which need 10 GB (default: off)"
+    )
     options = parser.parse_args()
     kinds = dict(KINDS)
     if not options.stock:
         kinds.pop("the same with MindSpore's operators")
     found = subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True)
     if found.returncode:
-        print(f"note: {options.torch_python} has no PyTorch, which is left out (--torch-python)")
+        print(f"note: {options.torch_python} has no PyTorch, which is skipped; see --torch-python")
         kinds.pop(PEER)
     children, rows = {}, {}
-    for name, (kind, variables) in kinds.items():
+    for name, kind in kinds.items():
         python = options.torch_python if kind == "torch" else sys.executable
-        children[name] = Child(python, kind, variables, options)
-        # One after the other: the first of each is the compilation of its graph, too.
+        children[name] = Child(python, kind, options)
+        # One after the other, as the first call of each compiles its graph.
         children[name].ask("inference")
         rows[name] = {"first": children[name].ask("step"), "inference": [], "step": []}
     for _ in range(options.repeats):
@@ -93,7 +97,7 @@ def main() -> None:
         f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians of seconds\n"
     )
 
-    def share(name, what, base) -> str:
+    def share(name: str, what: str, base: str) -> str:
         if base not in rows:
             return "-"
         pairs = zip(rows[name][what], rows[base][what], strict=True)

@@ -1,21 +1,35 @@
-"""One process of model.py: builds a network, and answers each line of stdin with a number.
+"""One process of model.py: builds a network and answers each line of stdin with a number.
 
-python tests/bench/model_child.py mindspore|floor|torch BATCH HEIGHT WIDTH
+python tests/bench/model_child.py native|mindspore|floor|torch BATCH HEIGHT WIDTH
 """
 
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mindspore import Tensor
+
+    from model.backend import Backend
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 RATE = 1e-4
 """Learning rate."""
 
 
-def in_mindspore(images, flow, floor):
+class Actions(NamedTuple):
+    """What is measured."""
+
+    infer: Callable[[], None]
+    train: Callable[[], None]
+
+
+def in_mindspore(images: np.ndarray, flow: np.ndarray, floor: bool, backend: "Backend") -> Actions:
     """Functions that infer and train once; with `floor`, without cost volume and warping."""
     sys.path.insert(0, ROOT)
     from launch import session
@@ -25,40 +39,41 @@ def in_mindspore(images, flow, floor):
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     os.environ.setdefault("GLOG_v", "3")
     session.start_mindspore(Rank(), "cpu")
-    from mindspore import Tensor, nn, ops
+    from mindspore import nn, ops
 
-    from model import pwcnet
+    from model.inference import FlowPredictor
     from model.losses import MultiScaleLoss
+    from model.pwcnet import PWCNet
     from prep.reader import Batch
     from train.step import StepOptions, TrainStep
 
     class NoCostVolume(nn.Cell):
-        def construct(self, first, second):
+        def construct(self, first: "Tensor", second: "Tensor") -> "Tensor":
             return ops.tile(first[:, :1], (1, 81, 1, 1)) + second[:, :1]
 
     class NoWarp(nn.Cell):
-        def construct(self, features, flow):
+        def construct(self, features: "Tensor", flow: np.ndarray) -> "Tensor":
             return features + flow[:, :1]
 
-    network = pwcnet.PWCNet()
+    network = PWCNet(backend=backend)
     if floor:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0))
     valid = np.ones(flow.shape[:3], np.uint8)
-    predictor = pwcnet.FlowPredictor(network)
+    predictor = FlowPredictor(network)
 
     def infer() -> None:
         network.set_train(False)
-        predictor(*map(Tensor, images)).asnumpy()
+        predictor.flow_batch(images[0], images[1])
 
     def train() -> None:
         network.set_train()
-        step(Batch(*images, flow, valid), RATE)[0].asnumpy()
+        step(Batch(images[0], images[1], flow, valid), RATE).losses.asnumpy()
 
-    return infer, train
+    return Actions(infer, train)
 
 
-def in_torch(images, flow):
+def in_torch(images: np.ndarray, flow: np.ndarray) -> Actions:
     """The same with PyTorch's layers."""
     sys.path.insert(0, os.path.join(ROOT, "tests"))
     import torch
@@ -68,44 +83,47 @@ def in_torch(images, flow):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = IRR()
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
-    images = [torch.from_numpy(image) for image in images]
-    flow = torch.from_numpy(flow).permute(0, 3, 1, 2)
-    size = flow.shape[2:]
+    inputs = [torch.from_numpy(image).permute(0, 3, 1, 2) for image in images]
+    truth = torch.from_numpy(flow).permute(0, 3, 1, 2)
+    size = truth.shape[2:]
 
-    def forward():
-        return network(*(image.permute(0, 3, 1, 2).float() / 255 for image in images))
+    def forward() -> list[Any]:
+        return network(*(image.float() / 255 for image in inputs))
 
     def infer() -> None:
         with torch.no_grad():
-            functional.interpolate(forward()[-1], size, mode="bilinear", align_corners=True) / 0.05
+            functional.interpolate(forward()[-1] / 0.05, size, mode="bilinear", align_corners=True)
 
     def train() -> None:
-        loss = 0
+        loss = torch.zeros(())
         for weight, found in zip((0.32, 0.08, 0.02, 0.01, 0.005), forward(), strict=True):
-            target = functional.adaptive_avg_pool2d(flow, found.shape[2:]) * 0.05
+            target = functional.adaptive_avg_pool2d(truth, found.shape[2:]) * 0.05
             loss = loss + weight * ((found - target).square().sum(1) + 1e-12).sqrt().sum()
         optimizer.zero_grad()
-        (loss / len(flow)).backward()
+        (loss / len(truth)).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
-    return infer, train
+    return Actions(infer, train)
 
 
 def main() -> None:
-    kind, batch, height, width = sys.argv[1], *map(int, sys.argv[2:])
+    kind = sys.argv[1]
+    batch, height, width = map(int, sys.argv[2:])
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
     flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
-    build = in_torch if kind == "torch" else lambda *data: in_mindspore(*data, kind == "floor")
-    infer, train = build(images, flow)
+    if kind == "torch":
+        actions = in_torch(images, flow)
+    else:
+        actions = in_mindspore(images, flow, kind == "floor", "mindspore" if kind == "mindspore" else "native")
     for line in sys.stdin:
         what = line.strip()
         start = time.perf_counter()
         if what == "memory":
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
-            {"inference": infer, "step": train}[what]()
+            {"inference": actions.infer, "step": actions.train}[what]()
             answer = time.perf_counter() - start
         print(answer, flush=True)
 

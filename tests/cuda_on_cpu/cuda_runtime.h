@@ -1,9 +1,8 @@
-// As much of CUDA as model/native/ops.cu uses, on the CPU, so that the very kernels can be tested
-// where there is no GPU. Found instead of CUDA's own header when g++ compiles ops.cu.
+// As much of CUDA as model/native/cuda uses, on the CPU, to test the kernels without a GPU.
 //
-// The threads of a block are fibres: each runs up to a barrier, then the next. That shows wrong
-// indices, reads of memory nobody wrote (shared memory starts as NaN) and, because the threads can
-// also run in reversed order, barriers that are missing. It says nothing about speed.
+// g++ finds this file in place of CUDA's header of that name. The threads of a block are fibres: each runs to a
+// barrier, then the next. That finds wrong indices, reads of unwritten memory (shared memory starts as NaN) and, since
+// the threads can also run in reverse order, missing barriers. It says nothing about speed.
 #pragma once
 
 #include <ucontext.h>
@@ -23,9 +22,6 @@
 #define __launch_bounds__(...)
 
 using std::max;
-using __half = _Float16;
-inline float __half2float(__half value) { return static_cast<float>(value); }
-inline __half __float2half(float value) { return static_cast<__half>(value); }
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -36,35 +32,34 @@ struct dim3 {
 };
 
 using cudaError_t = int;
-using cudaStream_t = void *;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9,
-                      cudaErrorLaunchFailure = 719;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719;
 
 constexpr size_t kSharedBytes = 48 * 1024;
-float4 shared_memory[kSharedBytes / sizeof(float4)];
-dim3 threadIdx, blockIdx, blockDim, gridDim;
-cudaError_t last_error = cudaSuccess;
+inline float4 shared_memory[kSharedBytes / sizeof(float4)];
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline cudaError_t last_error = cudaSuccess;
 extern "C" {
-int run_threads_reversed = 0;
+inline int run_threads_reversed = 0;
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
-inline cudaError_t cudaMemsetAsync(void *target, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
   std::memset(target, value, bytes);
   return cudaSuccess;
 }
 
-inline void atomicAdd(float *target, float value) { *target += value; }
+inline void atomicAdd(float* target, float value) { *target += value; }
 
 struct Fibre {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(64 * 1024);
   bool done;
 };
-ucontext_t scheduler;
-Fibre *running;
-std::function<void()> body;
+inline ucontext_t scheduler;
+inline Fibre* running;
+inline std::function<void()> body;
 
 inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
 
@@ -79,7 +74,7 @@ inline bool run_block() {
   const int count = blockDim.x * blockDim.y;
   std::memset(shared_memory, 0xff, kSharedBytes);
   for (int i = 0; i < count; ++i) {
-    Fibre &fibre = fibres[i];
+    Fibre& fibre = fibres[i];
     fibre.done = false;
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack.data();
@@ -102,10 +97,9 @@ inline bool run_block() {
 
 // What a launch does, with the limits of a real one.
 template <class... P>
-void launch_on_cpu(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                   P... arguments) {
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 ||
-      block.x * block.y > 1024 || shared_bytes > kSharedBytes) {
+void launch_on_cpu(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, P... arguments) {
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || block.x * block.y > 1024 ||
+      shared_bytes > kSharedBytes) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }

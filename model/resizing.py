@@ -1,0 +1,35 @@
+"""Bilinear resizing: MindSpore's own, and by products with interpolation matrices."""
+
+import numpy as np
+from mindspore import Tensor, float32, ops
+
+
+def resize(x: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tensor:
+    """Resize (N, C, H, W) float32 bilinearly to `size`, (height, width)."""
+    return ops.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def upsample(flow: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    """Resize a flow (N, 2, h, w) float32 bilinearly to (N, 2, height, width), its values unchanged.
+
+    As two matrix products, which on the CPU take a fifth less time for the sparse loss and its gradient than
+    MindSpore's bilinear resizing (416 instead of 523 ms, batch 4 at 320x896 on two cores).
+    """
+    n, channels, low_height, low_width = flow.shape
+    rows = interpolation_matrix(low_height, height, align_corners)
+    columns = interpolation_matrix(low_width, width, align_corners)
+    wide = ops.MatMul(transpose_b=True)(flow.reshape(-1, low_width), columns)
+    rows = ops.broadcast_to(rows.expand_dims(0), (n * channels, height, low_height))
+    tall = ops.BatchMatMul()(rows, wide.reshape(n * channels, low_height, width))
+    return tall.reshape(n, channels, height, width)
+
+
+@ops.constexpr
+def interpolation_matrix(before: int, after: int, align_corners: bool) -> Tensor:
+    """The float32 (after, before) matrix of a linear interpolation along one side, from `before` to `after` pixels."""
+    pixels = np.arange(after)
+    if align_corners:
+        positions = pixels * ((before - 1) / max(after - 1, 1))
+    else:
+        positions = np.clip((pixels + 0.5) * (before / after) - 0.5, 0, before - 1)
+    return Tensor(np.maximum(1 - np.abs(positions[:, None] - np.arange(before)), 0), float32)
