@@ -164,9 +164,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         UserError: an option is invalid, or a file is missing or damaged.
     """
     if args.batch < 1 or args.pictures < 0:
-        raise UserError(
-            f"--batch is {args.batch} and --pictures {args.pictures}; expected at least 1 and at least 0"
-        )
+        raise UserError(f"--batch is {args.batch} and --pictures {args.pictures}; expected at least 1 and at least 0")
     if bool(args.submission) != bool(args.root) or bool(args.submission) == bool(args.data):
         raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():

@@ -32,6 +32,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.starts = path / "starts.json"
         self.checkpoints = path / "checkpoints"
+        self.best_checkpoint = self.checkpoints / "best.ckpt"
         self.goodput = path / "goodput.json"
         self.result = path / "result.json"
         self._lock: Lock | None = None
@@ -125,6 +126,8 @@ class RunFolder:
         write_bytes(self.recipe, recipe.to_yaml().encode())
         starts = self.read_starts()
         last = starts[-1] if starts else made_with
-        changes += [f"{key} {value} (was {last.get(key)})" for key, value in made_with.items() if value != last.get(key)]
+        changes += [
+            f"{key} {value} (was {last.get(key)})" for key, value in made_with.items() if value != last.get(key)
+        ]
         write_json(self.starts, [*starts, {"after_step": steps_done, "format": FORMAT, **made_with}])
         return changes

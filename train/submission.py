@@ -227,6 +227,4 @@ def write_submission(
     comm.barrier()
     if comm.rank == 0:
         archive = "bundle it with Sintel's bundler" if benchmark.name == "Sintel" else "zip its contents"
-        print(
-            f"results: {out}, flow of {len(benchmark.pairs)} pairs for {benchmark.name}; {archive} and upload that"
-        )
+        print(f"results: {out}, flow of {len(benchmark.pairs)} pairs for {benchmark.name}; {archive} and upload that")

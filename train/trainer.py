@@ -430,9 +430,7 @@ def check_weights(comm: Communicator, step: int, weights: Sequence[mindspore.Par
     if count == comm.size:
         return
     majority = count > comm.size / 2
-    different = [
-        f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most or not majority
-    ]
+    different = [f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most or not majority]
     raise session.JobError(
         f"after step {step} the weights of ranks differ: rank {', rank '.join(different)}"
         f"{f' against {count} others' if majority else ''}; the last checkpoint is of a step at which all were equal, "
