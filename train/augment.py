@@ -37,6 +37,8 @@ FROM_YIQ = np.linalg.inv(TO_YIQ)
 # two of 50 to 100 pixels in crops of 368 to 400 rows.
 ERASED_SIDES = (1 / 8, 1 / 4)
 
+NO_MAP: Any = None  # second map of cv2.remap, whose types do not allow None
+
 POOL_SIGMA = 32  # standard deviation of the noise pool: int8 then holds four on each side
 
 
@@ -119,8 +121,8 @@ class Augment:
         full_height, full_width = sample["flow"].shape[:2]
         if height > full_height or width > full_width:
             raise ValueError(
-                f"a pair of {full_height}x{full_width} is smaller than the crop of {height}x{width}; use a smaller crop, "
-                "or an affine or scale option"
+                f"a pair of {full_height}x{full_width} is smaller than the crop of {height}x{width}; use a smaller "
+                "crop, or an affine or scale option"
             )
         top = rng.integers(full_height - height + 1)
         left = rng.integers(full_width - width + 1)
@@ -339,7 +341,7 @@ def lower_taps(flow: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarr
 
 def gather(array: np.ndarray, column: np.ndarray, row: np.ndarray) -> np.ndarray:
     """array[row, column] for indices (h, w) int16, without holding the interpreter lock."""
-    return cv2.remap(array, cv2.merge([column, row]), None, cv2.INTER_NEAREST)  # type: ignore
+    return cv2.remap(array, cv2.merge([column, row]), NO_MAP, cv2.INTER_NEAREST)
 
 
 # --- Colours --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +37,6 @@ from prep import reader
 from train import report
 from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
 from train.submission import Benchmark, list_test_pairs, write_submission
-
-if TYPE_CHECKING:
-    from model.pwcnet import FlowPredictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class EvaluationOptions:
 
 
 def evaluate(
-    predictor: "FlowPredictor",
+    predictor: Callable[..., Any],
     split: reader.DatasetSplit,
     comm: Communicator = ALONE,
     options: EvaluationOptions | None = None,
@@ -64,7 +61,8 @@ def evaluate(
     """Evaluate a network on every pair of a split.
 
     Args:
-        predictor: it compiles one graph for each image size.
+        predictor: maps two batches of images (N, H, W, 3) uint8 RGB to flow (N, H, W, 2) in pixels, a
+            `model.pwcnet.FlowPredictor`, which compiles one graph for each image size.
         split: to evaluate on.
         comm: the ranks, which share the pairs and must all call this.
         options: see `EvaluationOptions`.
@@ -80,6 +78,7 @@ def evaluate(
     samples: dict[int, Sample] = {}
     for batch in reader.evaluation_batches(split, batch=options.batch, rank=comm.rank, ranks=comm.size):
         comm.progress(Phase.VALIDATING)
+        assert batch.index is not None and batch.occluded is not None  # only training batches lack them
         predicted = predictor(mindspore.Tensor(batch.image1), mindspore.Tensor(batch.image2)).asnumpy()
         # Where pairs are in the batch, by their position in the split; without those that fill the last batch.
         rows = {position: row for row, position in enumerate(batch.index.tolist()) if position >= 0}
@@ -104,7 +103,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description="Evaluate a network on a split, or predict a benchmark's test set.")
     parser.add_argument(
         "--ckpt",
         required=True,

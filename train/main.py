@@ -15,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import pathlib
+from typing import Any
 
 from launch import session
 from launch.arguments import Once, Parser
@@ -28,7 +29,13 @@ from train.run_folder import LOGS
 class RenamedOption(Once):
     """An option under its former name, which works for one more release."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         print(f"note: {option_string} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
         super().__call__(parser, namespace, values, option_string)
 
@@ -36,7 +43,7 @@ class RenamedOption(Once):
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(
-        description=__doc__.splitlines()[0],
+        description="Train a network on one or several datasets.",
         epilog="If --out holds a run of the same recipe, that run resumes. These keys may change then: "
         f"{', '.join(CHANGEABLE)}; a larger steps=N extends a run. train/recipes/README.md explains every key.",
     )

@@ -170,7 +170,7 @@ def compute_metrics(sums: np.ndarray) -> Metrics:
     Args:
         sums: (pairs, len(SUMS)) float64, a row of `pair_sums` for each pair.
     """
-    total = dict(zip(SUMS, sums.sum(0).tolist()))
+    total = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
     known = sums[:, SUMS.index("pixels")] > 0
     epe, zero_epe = (
         float(mean_epe(sums[known], column).mean()) if known.any() else float("nan") for column in ("epe", "zero_epe")

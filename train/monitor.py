@@ -15,7 +15,7 @@ import psutil
 from mindspore.train.summary import _writer_pool, summary_record
 from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
 from launch import progress
 from launch.errors import describe_os_error
@@ -243,7 +243,7 @@ class Monitor:
             return
         for kind in ("summary", "tensorboard"):
             drop_events_after(folder / kind, first_step)
-        self.summary = mindspore.SummaryRecord(str(folder / "summary"))
+        self.summary = summary_record.SummaryRecord(str(folder / "summary"))
         self.events = EventFile(folder / "tensorboard")
         self.bar = progress.bar(total=steps, initial=first_step, unit="step", smoothing=0.1)
 

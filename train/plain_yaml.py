@@ -5,7 +5,8 @@ keys, and overlong texts and files.
 """
 
 import pathlib
-import typing
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeVar
 
 import yaml
 
@@ -21,7 +22,10 @@ TYPES = ("bool", "int", "float", "null")
 """Types of scalars without quotes; PyYAML's others, such as dates, stay text."""
 
 
-class Entry(typing.NamedTuple):
+Value = TypeVar("Value")
+
+
+class Entry(NamedTuple):
     """The value of a key, and the line of the key, from 1."""
 
     value: object
@@ -31,14 +35,14 @@ class Entry(typing.NamedTuple):
 class Loader(yaml.SafeLoader):
     """Constructs plain values; raises yaml.YAMLError at references, tags and deep nesting."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in TYPES]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """As in the base class, which calls it for every nested node."""
         event = self.peek_event()
         problem = None
@@ -109,7 +113,7 @@ def read_value(text: str, where: str) -> object:
     return parse(text, where, lambda loader, root: root and loader.construct(root))
 
 
-def parse(text: str, where: str, convert: typing.Callable[[Loader, yaml.Node | None], object]) -> object:
+def parse(text: str, where: str, convert: Callable[[Loader, yaml.Node | None], Value]) -> Value:
     """Compose a YAML text and convert its root node, which is None for empty text."""
     try:
         loader = Loader(text)  # raises ReaderError at control characters
@@ -117,7 +121,7 @@ def parse(text: str, where: str, convert: typing.Callable[[Loader, yaml.Node | N
     except yaml.reader.ReaderError as error:
         line, problem = text.count("\n", 0, error.position), error.reason
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line
+        line = error.problem_mark.line if error.problem_mark else None
         problem = f"{error.context}: {error.problem}" if error.context else error.problem
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode: "\UFFFFFFFF"
         line, problem = None, str(error)

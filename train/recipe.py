@@ -4,6 +4,7 @@ train/recipes/README.md explains every key. Checked by hand and not by pydantic:
 line that a value stands in nor suggest the nearest key, and the code that adds both is longer than the checks.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -243,10 +244,8 @@ def check_value(where: str, value: object, key: str) -> object:
 def check_scalar(where: str, value: typing.Any, kind: type, limits: Limits) -> object:
     """The same for a single value of type `kind`."""
     if kind is float and type(value) in (int, str):  # YAML reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-        except (ValueError, OverflowError):
-            pass
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{where} is {shorten(value)}; expected a value of type {kind.__name__}")
     if limits.choices and value not in limits.choices:

@@ -133,9 +133,9 @@ def write_metrics(folder: pathlib.Path, report: Report, evaluation: Evaluation, 
     """
     split = report.split
     by_pair = [
-        {"pair": name, "epe": epe, "zero_epe": zero_epe, "sums": dict(zip(SUMS, sums))}
+        {"pair": name, "epe": epe, "zero_epe": zero_epe, "sums": dict(zip(SUMS, sums, strict=True))}
         for name, epe, zero_epe, sums in zip(
-            split.names, evaluation.epe.tolist(), evaluation.zero_epe.tolist(), evaluation.sums.tolist()
+            split.names, evaluation.epe.tolist(), evaluation.zero_epe.tolist(), evaluation.sums.tolist(), strict=True
         )
     ]
     source = {"data": str(split.folder), "split": split.name, "checkpoint": str(checkpoint)}

@@ -85,7 +85,7 @@ class RunFolder:
         """What earlier starts recorded, oldest first."""
         try:
             starts = json.loads(self.starts.read_text()) if self.starts.exists() else []
-            return [{RENAMED.get(key, key): value for key, value in start.items()} for start in starts]
+            return [{RENAMED.get(key, str(key)): value for key, value in start.items()} for start in starts]
         except (ValueError, AttributeError, TypeError):
             raise UserError(
                 f"{self.starts}: damaged; restore it from a copy, or remove it, which loses the record of what the "

@@ -1,3 +1,8 @@
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+# pyright: reportAssignmentType=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# From MindSpore's code, types are inferred that its graph mode does not have: Cell.construct never returns, the
+# functions of ops return None.
 """One data-parallel training step: gradients of this rank's pairs, their sum over ranks, update.
 
 There are two graphs, so that a batch can go through in micro-batches and MPI can sum between them. In the second,
@@ -114,9 +119,10 @@ class TrainStep:
 
     def micro_batches(self, batch: Batch) -> Iterator[list[Tensor]]:
         """Yield image1, image2, flow and valid of each micro-batch."""
-        for rows in np.split(np.arange(len(batch.image1)), self.options.accumulation_steps):
-            part = slice(rows[0], rows[-1] + 1)
-            yield [Tensor(array[part]) for array in (batch.image1, batch.image2, batch.flow, batch.valid)]
+        size = len(batch.image1) // self.options.accumulation_steps
+        for start in range(0, len(batch.image1), size):
+            rows = slice(start, start + size)
+            yield [Tensor(array[rows]) for array in (batch.image1, batch.image2, batch.flow, batch.valid)]
 
     @property
     def loss_scale(self) -> float:

@@ -45,13 +45,14 @@ class Benchmark:
 
         groups: dict[tuple[int, int], list[BenchmarkPair]] = {}
         for pair in self.pairs:
-            size, other = image_size(pair.image1), image_size(pair.image2)
-            if size != other:
+            height, width = image_size(pair.image1)
+            if image_size(pair.image2) != (height, width):
+                other_height, other_width = image_size(pair.image2)
                 raise UserError(
-                    f"{pair.image2}: {other[1]}x{other[0]} pixels, expected {size[1]}x{size[0]} as "
+                    f"{pair.image2}: {other_height}x{other_width} pixels, expected {height}x{width} as "
                     f"{pair.image1.name} has; unpack the test set again"
                 )
-            groups.setdefault(size, []).append(pair)
+            groups.setdefault((height, width), []).append(pair)
         return groups
 
 
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
     images: tuple[str, ...]
     """Folders of images in it, all of which a submission needs."""
     list_pairs: Callable[[pathlib.Path], list[BenchmarkPair]]
-    count: int
+    total: int
     """Pairs in the complete test set."""
 
 
@@ -99,9 +100,9 @@ def list_test_pairs(root: pathlib.Path) -> Benchmark:
         pairs = [pair for folder in folders for pair in layout.list_pairs(folder)]
         if layout.benchmark == "Sintel":
             check_passes(test, pairs)
-        if len(pairs) != layout.count:
+        if len(pairs) != layout.total:
             print(
-                f"note: the test set of {layout.benchmark} has {layout.count} pairs, {test} has {len(pairs)}",
+                f"note: the test set of {layout.benchmark} has {layout.total} pairs, {test} has {len(pairs)}",
                 file=sys.stderr,
             )
         return Benchmark(layout.benchmark, pairs)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import signal
 import socket
 import time
@@ -20,7 +21,8 @@ from launch.watchdog import Phase
 from model.losses import make_loss
 from model.pwcnet import FlowPredictor, PWCNet, start_from_coarser_flow
 from prep import reader
-from train import goodput, recipe as recipes
+from train import goodput
+from train import recipe as recipes
 from train.augment import Augment
 from train.checkpoint import Checkpoints, load_initial_weights
 from train.evaluate import EvaluationOptions, evaluate
@@ -187,9 +189,9 @@ class Trainer:
         """This rank's share of the batches of all remaining steps."""
         if self.first_step == self.recipe.steps:
             return ()
-        weights = self.recipe.mixture or map(len, self.plan.training)
+        weights = self.recipe.mixture or [len(split) for split in self.plan.training]
         return reader.training_batches(
-            list(zip(self.plan.training, weights)),
+            list(zip(self.plan.training, weights, strict=True)),
             batch=self.recipe.batch // self.comm.size,
             rank=self.comm.rank,
             ranks=self.comm.size,
@@ -213,17 +215,17 @@ class Trainer:
         try:
             batches = self.batches()
             folder = self.folder.path if self.is_writer else None
-            with Monitor(folder, self.first_step, self.recipe.steps) as self.monitor, self.checkpoints:
-                with StopRequest() as stop_request:
-                    self.announce()
-                    self.comm.progress(Phase.COMPILING, self.first_step)  # the first step may take long, too
-                    for batch in self.stopwatch.waiting(batches):
-                        self.train_step(batch)
-                        self.finish_step(stop_request)
-                    self.comm.progress(Phase.RUNNING, self.steps_done)
-                    if not self.validations:  # the run was complete already
-                        self.validate()
-                        self.goodput.record(self.steps_done)
+            self.monitor = Monitor(folder, self.first_step, self.recipe.steps)
+            with self.monitor, self.checkpoints, StopRequest() as stop_request:
+                self.announce()
+                self.comm.progress(Phase.COMPILING, self.first_step)  # the first step may take long, too
+                for batch in self.stopwatch.waiting(batches):
+                    self.train_step(batch)
+                    self.finish_step(stop_request)
+                self.comm.progress(Phase.RUNNING, self.steps_done)
+                if not self.validations:  # the run was complete already
+                    self.validate()
+                    self.goodput.record(self.steps_done)
             results = self.results()
             if self.is_writer:
                 made_with = {"ranks": self.comm.size, "made_with": self.plan.made_with}
@@ -305,7 +307,7 @@ class Trainer:
             self.steps_done,
             {
                 "train/loss": float(losses.sum()),
-                **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses)},
+                **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses, strict=True)},
                 "train/gradient_norm": float(result.gradient_norm),
                 "train/learning_rate": rate,
                 "train/loss_scale": self.step.loss_scale,
@@ -325,9 +327,11 @@ class Trainer:
     def fail_diverged(self, batch: reader.Batch) -> NoReturn:
         """End the run on all ranks with the names of the pairs in the batch."""
         names = [name for split in self.plan.training for name in split.names]
-        by_rank = self.comm.gather([names[index] for index in batch.index])
+        positions = [] if batch.index is None else batch.index
+        by_rank = self.comm.gather([names[position] for position in positions])
+        pairs = ", ".join(itertools.chain(*by_rank))
         raise session.JobError(
-            f"step {self.steps_done}: the loss or its gradient is not finite; pairs: {', '.join(sum(by_rank, []))}. "
+            f"step {self.steps_done}: the loss or its gradient is not finite; pairs: {pairs}. "
             "The checkpoints are of earlier steps. Inspect these pairs (prep/inspect.py), or set a smaller "
             "learning_rate or a clip_norm"
         )
