@@ -30,9 +30,9 @@ def make_weights(drift):
 
 
 def check_weights(*arguments) -> None:
-    from train import loop
+    from train import trainer
 
-    loop.check_weights(*arguments)
+    trainer.check_weights(*arguments)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ RECIPE = {
     "checkpoint_every": 1,
     "validation_batch": 2,
 }
-MIXED = {"mixture": "[3,1]", "average": 0.5}
+MIXED = {"mixture": "[3,1]", "ema_decay": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,13 @@ def train(data, out, ranks=1, hosts=None, program=("launch/train.sh",), **option
     return tiny.mpirun(ranks, *command)
 
 
-def words(data, out, recipe="example", init=None, accumulate=1, validate=(), **overrides):
+def words(data, out, recipe="example", init=None, accumulation_steps=1, validate=(), **overrides):
     """The command line of a training run, without the program."""
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
     sets = [word for folder in (data if isinstance(data, list) else [data]) for word in ("--data", folder)]
     sets += [word for folder in validate for word in ("--validate", folder)]
     begin = ["--init", init] if init else []
-    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulate", accumulate, *pairs]
+    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulation-steps", accumulation_steps, *pairs]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from prep.reader import sample_rng
 from train import augment
-from train import recipe as recipes
+from train.recipe import Recipe
 from train.augment import Augment
 
 HEIGHT, WIDTH, CROP = 100, 140, (64, 64)
@@ -369,7 +369,7 @@ def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path: pathlib.Path) -> 
         return [
             [column.tobytes() for column in pair]
             for batch in tiny.training(data, transform=view, **options)
-            for pair in zip(*batch)
+            for pair in zip(batch.image1, batch.image2, batch.flow, batch.valid, strict=True)
         ]
 
     one = views(batch=6, steps=3, seed=4, workers=1)
@@ -387,7 +387,7 @@ def test_views_never_change() -> None:
     sample = noisy(height=144, width=160)
     levels = np.arange(144 * 160 * 3, dtype=np.uint32).reshape(144, 160, 3)
     sample["image1"] = (levels * np.uint32(2654435761) >> 24).astype(np.uint8)
-    view = Augment.from_recipe(recipes.load("example"))
+    view = Augment.from_recipe(Recipe.load("example"))
     result = [view(sample, sample_rng(1, 0, 0, i))["image1"] for i in range(4)]
     checksums = [zlib.crc32(image.tobytes()) for image in result]
     assert checksums == [1808136875, 444343973, 2332291192, 1481960086]
@@ -426,7 +426,7 @@ def test_the_pair_itself_is_left_alone() -> None:
 
 
 def test_each_option_is_a_key_of_a_recipe_and_off_by_default() -> None:
-    recipe = recipes.Recipe(crop=CROP, batch=1, steps=1, learning_rate=1.0)
+    recipe = Recipe(crop=CROP, batch=1, steps=1, learning_rate=1.0)
     assert dataclasses.asdict(Augment.from_recipe(recipe)) == dataclasses.asdict(Augment(CROP))
-    chairs = Augment.from_recipe(recipes.load("chairs"))
+    chairs = Augment.from_recipe(Recipe.load("chairs"))
     assert chairs == Augment((320, 448), **GEOMETRY, jitter=0.5, gamma=(0.7, 1.5), noise=0.04)

@@ -65,7 +65,7 @@ def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         assert steps_after(10, 20, 30) == [20, 30]
         checkpoints.save_if_best(30, cell, 2.0)
         assert steps_after() == [20, 30] and (tmp_path / checkpoint.BEST).exists()
-        now = checkpoint.AT_MOST + 1
+        now = checkpoint.MAX_AGE + 1
         assert checkpoints.is_due(33)
         assert steps_after(33) == [20, 30, 33] and not checkpoints.is_due(34)
         assert steps_after(36) == [20, 30, 33, 36]

@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path: pathlib.Pa
     shutil.copytree(whole, run)
     for number in (3, 4):
         (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(train([data, other], run, accumulate=2, **MIXED))
+    status, _, err = finish(train([data, other], run, accumulation_steps=2, **MIXED))
     assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
     assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
     losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
@@ -197,6 +197,6 @@ def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path: pathli
             crc_check=True,
         )
     status, _, err = finish(train([data, other], run, steps=5, **MIXED))
-    assert status == 0 and "going on after step 4" in err, err
+    assert status == 0 and "resuming after step 4" in err, err
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
     assert after["step"] == 5 and after["best_epe"] <= before["best_epe"]

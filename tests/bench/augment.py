@@ -17,7 +17,7 @@ import material
 import numpy as np
 
 from prep import memory
-from train import recipe as recipes
+from train.recipe import Recipe
 from train.augment import Augment
 
 CROP = (320, 448)
@@ -77,7 +77,7 @@ def main() -> None:
 
     cases = [(name, Augment(CROP, **parts), dense) for name, parts in PARTS.items()]
     cases.append(("recipe chairs, flow 30 % known", Augment(CROP, **CHAIRS), sparse))
-    example = recipes.load("example")
+    example = Recipe.load("example")
     cases.append((f"recipe example (to {example.crop[0]}x{example.crop[1]})",
                   Augment.from_recipe(example), dense))  # fmt: skip
     print(f"{options.data} pair, threads: {options.threads}, model: {options.consumes:g} pairs/s\n")

@@ -412,7 +412,7 @@ def recipe_seeds():
 def parse_recipe(path, data) -> None:
     from train import recipe
 
-    assert isinstance(recipe.load(path), recipe.Recipe)
+    assert isinstance(recipe.Recipe.load(path), recipe.Recipe)
 
 
 def checkpoint_seeds():

@@ -33,8 +33,8 @@ CASES = {
     "loss robust": (*SMALL, "loss=robust"),
     "loss sparse": (*SMALL, "loss=sparse"),
     "float16": (*SMALL, "precision=float16"),
-    "accumulation": (*SMALL, "--accumulate", "2"),
-    "moving average": (*SMALL, "average=0.99"),
+    "accumulation": (*SMALL, "--accumulation-steps", "2"),
+    "moving average": (*SMALL, "ema_decay=0.99"),
     "AdamW with decay": (*SMALL, "optimizer=adamw", "weight_decay=1e-4"),
     "mixture of two datasets": (*SMALL, "mixture=[2,1]"),
 }
