@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,29 +15,42 @@ from hypothesis import strategies as st
 
 from prep.reader import sample_rng
 from train import augment
+from train.augment import NO_MAP, Augment, Sample
 from train.recipe import Recipe
-from train.augment import Augment
 
 HEIGHT, WIDTH, CROP = 100, 140, (64, 64)
-GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0, "relative_affine": 1.0}
-COLOURS = {"exposure": 0.1, "jitter": 0.5, "relative_jitter": 0.1, "gamma": (0.7, 1.5), "noise": 0.04, "eraser": 0.5}
+GEOMETRY: dict[str, Any] = {
+    "flip": True,
+    "vertical_flip": True,
+    "scale": (1.0, 1.5),
+    "affine": 1.0,
+    "relative_affine": 1.0,
+}
+COLOURS: dict[str, Any] = {
+    "exposure": 0.1,
+    "jitter": 0.5,
+    "relative_jitter": 0.1,
+    "gamma": (0.7, 1.5),
+    "noise": 0.04,
+    "eraser": 0.5,
+}
 FIELDS = ("image1", "image2", "flow", "valid")
 
 seeds = st.integers(0, 2**32)
 small = st.floats(-0.1, 0.1)
 
 
-def grid(height, width):
+def grid(height: int, width: int) -> np.ndarray:
     """The place (x, y) of each pixel, float64 (height, width, 2)."""
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), 2).astype(float)
 
 
-def move(matrix, places):
+def move(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Places (..., 2) moved by a 3 x 3 affine matrix."""
     return places @ matrix[:2, :2].T + matrix[:2, 2]
 
 
-def motion_of(linear, shift):
+def motion_of(linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]) -> np.ndarray:
     """3 x 3 matrix of an affine motion, its linear part about the frame's middle."""
     middle = np.array([WIDTH - 1, HEIGHT - 1]) / 2
     matrix = np.eye(3)
@@ -45,7 +59,7 @@ def motion_of(linear, shift):
     return matrix
 
 
-def texture(places):
+def texture(places: np.ndarray) -> np.ndarray:
     """A smooth picture at places (..., 2), known everywhere: uint8 (..., 3)."""
     x, y = places[..., 0], places[..., 1]
     waves = [
@@ -56,7 +70,7 @@ def texture(places):
     return np.rint(127.5 + 110 * np.stack(waves, -1)).astype(np.uint8)
 
 
-def moving(motion):
+def moving(motion: np.ndarray) -> Sample:
     """A pair whose every pixel moves by a 3 x 3 matrix, exact but for the grey levels' rounding."""
     places = grid(HEIGHT, WIDTH)
     return {
@@ -67,7 +81,7 @@ def moving(motion):
     }
 
 
-def noisy(seed=0, height=HEIGHT, width=WIDTH, known=1.0):
+def noisy(seed: int = 0, height: int = HEIGHT, width: int = WIDTH, known: float = 1.0) -> Sample:
     """A pair of random numbers, read-only as decoded records may be; `known` of its flow is."""
     rng = np.random.default_rng(seed)
     valid = (rng.random((height, width)) < known).astype(np.uint8)
@@ -82,7 +96,7 @@ def noisy(seed=0, height=HEIGHT, width=WIDTH, known=1.0):
     return sample
 
 
-def check_form(sample, crop=CROP) -> None:
+def check_form(sample: Sample, crop: tuple[int, int] = CROP) -> None:
     """What every view of a pair is."""
     for key in FIELDS:
         assert sample[key].shape[:2] == crop and sample[key].flags.c_contiguous, key
@@ -91,11 +105,11 @@ def check_form(sample, crop=CROP) -> None:
     assert np.isfinite(sample["flow"]).all() and not sample["flow"][sample["valid"] == 0].any()
 
 
-def photometric_error(sample):
+def photometric_error(sample: Sample) -> float:
     """Mean |image 1 - image 2 at the flow| in grey levels where the flow stays inside."""
     height, width = sample["flow"].shape[:2]
     places = (grid(height, width) + sample["flow"]).astype(np.float32)
-    back = cv2.remap(sample["image2"], places, None, cv2.INTER_LINEAR)
+    back = cv2.remap(sample["image2"], places, NO_MAP, cv2.INTER_LINEAR)
     inside = ((places >= 0) & (places <= [width - 1, height - 1])).all(2)
     assert inside.mean() > 0.3
     return np.abs(sample["image1"][inside].astype(float) - back[inside]).mean()
@@ -106,7 +120,9 @@ def photometric_error(sample):
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_an_affine_flow_stays_exact(seed, linear, shift) -> None:
+def test_an_affine_flow_stays_exact(
+    seed: int, linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]
+) -> None:
     """f'(p) = A2 (x + f(x)) - A1 x, here in float64 and with f as a formula."""
     motion = motion_of(linear, shift)
     view = Augment(CROP, **GEOMETRY)
@@ -121,7 +137,9 @@ def test_an_affine_flow_stays_exact(seed, linear, shift) -> None:
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_image_2_at_the_flow_is_image_1(seed, linear, shift) -> None:
+def test_image_2_at_the_flow_is_image_1(
+    seed: int, linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]
+) -> None:
     """Before and after: the images move as the flow says."""
     sample = moving(motion_of(linear, shift))
     assert photometric_error(sample) < 1.5
@@ -133,7 +151,7 @@ def test_a_wrong_flow_would_be_seen() -> None:
     sample = moving(motion_of((0, 0, 0, 0), (3, -2)))
     view = Augment(CROP, relative_affine=1.0)(sample, np.random.default_rng(3))
     assert photometric_error(view) < 1.5
-    assert photometric_error(view | {"flow": np.broadcast_to(np.float32([3, -2]), (*CROP, 2))}) > 2
+    assert photometric_error(view | {"flow": np.broadcast_to(np.array([3, -2], np.float32), (*CROP, 2))}) > 2
 
 
 @settings(deadline=None)
@@ -145,7 +163,9 @@ def test_a_wrong_flow_would_be_seen() -> None:
     st.floats(1, 2),
     st.sampled_from([(64, 64), (100, 140), (64, 140), (128, 192)]),
 )
-def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, low, factor, crop) -> None:
+def test_all_of_the_crop_is_from_inside_of_both_frames(
+    seed: int, affine: float, relative: float, low: float, factor: float, crop: tuple[int, int]
+) -> None:
     """Whatever is asked for, a crop larger than the frames too; then the zoom gives way."""
     view = Augment(crop, affine=affine, relative_affine=relative, scale=(low, factor * low))
     assume(view.warps)
@@ -158,7 +178,7 @@ def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, l
 
 
 @pytest.mark.parametrize("known", [0.0, 0.2, 0.9])
-def test_nothing_unknown_is_mixed_in(known) -> None:
+def test_nothing_unknown_is_mixed_in(known: float) -> None:
     """Known flow is (5, -3) everywhere, unknown is 1e9 or NaN: each known pixel has its own alone,
     and each is known just where its nearest source is."""
     rng = np.random.default_rng(1)
@@ -196,7 +216,7 @@ def test_between_known_pixels_sparse_flow_is_interpolated_too() -> None:
 
 
 @pytest.mark.parametrize("known", [0.5, 1.0])
-def test_crop_and_flips_alone_are_exact(known) -> None:
+def test_crop_and_flips_alone_are_exact(known: float) -> None:
     """Each view is a window, mirrored or not, byte for byte; all four ways come alike often."""
     sample = noisy(3, known=known)
     sample["image1"] = (grid(HEIGHT, WIDTH) @ [[1, 0, 0], [0, 1, 0]]).astype(np.uint8)  # its place
@@ -225,7 +245,7 @@ def test_a_pair_smaller_than_the_crop() -> None:
 # --- Distributions --------------------------------------------------------------------------------
 
 
-def is_uniform(values, low, high):
+def is_uniform(values: np.ndarray | list[float], low: float, high: float) -> bool:
     """Whether values look drawn from all of [low, high] alike: Kolmogorov and Smirnov's test at a
     level of one in ten thousand."""
     places = (np.sort(values) - low) / (high - low)
@@ -237,7 +257,7 @@ def test_motions_are_drawn_as_published() -> None:
     """The reference variant's ranges, each uniform, where the crop leaves room for all of them."""
     view = Augment(CROP, **GEOMETRY)
     drawn = [view.draw_motion(sample_rng(1, 0, 0, i), 384, 512) for i in range(1500)]
-    first, second = (np.array(motions) for motions in zip(*drawn))
+    first, second = (np.array(motions) for motions in zip(*drawn, strict=True))
     linear = first[:, :2, :2]
     # Mirror x rotation x (zoom squeeze, zoom / squeeze): the columns' lengths are the last.
     wide, high = np.linalg.norm(linear, axis=1).T
@@ -296,7 +316,7 @@ def test_colours_are_the_same_for_both_images_and_leave_the_rest() -> None:
         assert not np.array_equal(result["image1"], values), name
         assert np.array_equal(result["flow"], sample["flow"])
     for name in ("relative_jitter", "eraser"):
-        options = {name: 0.5 if name == "relative_jitter" else 1.0}
+        options: dict[str, Any] = {name: 0.5 if name == "relative_jitter" else 1.0}
         result = Augment(CROP, **options)(sample, np.random.default_rng(1))
         assert np.array_equal(result["image1"], values), name
         assert not np.array_equal(result["image2"], values[::-1]), name
@@ -364,7 +384,7 @@ def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path: pathlib.Path) -> 
     none = tiny.split_file(tmp_path / "none.txt", [])
     data = tiny.convert("flyingchairs", folder, tmp_path / "out", "--split-file", none)
 
-    def views(**options):
+    def views(**options: Any) -> list[list[bytes]]:
         view = Augment(CROP, **GEOMETRY, **COLOURS)
         return [
             [column.tobytes() for column in pair]
@@ -397,7 +417,7 @@ def test_no_thread_is_left_spinning() -> None:
     """A pair takes one core for a while and nothing after that: others compute the network."""
     view, rng, sample = Augment(CROP, **GEOMETRY, **COLOURS), np.random.default_rng(0), noisy()
 
-    def spent_asleep():
+    def spent_asleep() -> float:
         before = time.process_time()
         time.sleep(0.04)
         return time.process_time() - before

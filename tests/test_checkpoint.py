@@ -4,12 +4,11 @@ import concurrent.futures
 import json
 import pathlib
 import resource
-from typing import NoReturn
 
 import mindspore
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import Parameter, Tensor, float32, nn
 
 from launch.errors import UserError
 from model import weights
@@ -19,6 +18,14 @@ from train import checkpoint
 from train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
+
+
+class Weights(nn.Cell):
+    """A Cell with so many weights."""
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self.weights = Parameter(Tensor(np.zeros(count), float32), name="weights")
 
 
 def test_a_network_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
@@ -50,12 +57,12 @@ def test_a_network_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
 def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last regular ones, and the newest two of all, so that one may be damaged; damaged ones of
     later steps go."""
-    cell = nn.Dense(1, 1)
+    cell = Weights()
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
 
-        def steps_after(*saved):
+        def steps_after(*saved: int) -> list[int]:
             for step in saved:
                 checkpoints.save(step, cell)
             checkpoints.wait()
@@ -92,7 +99,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: pathlib.Path) -> None:
 
 def test_a_checkpoint_of_a_newer_version(tmp_path: pathlib.Path) -> None:
     """It is refused, and not passed over for an older one as a damaged file is."""
-    cell = nn.Dense(1, 1)
+    cell = Weights()
     with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
         checkpoints.save(1, cell)
         checkpoints.wait()
@@ -106,7 +113,7 @@ def test_a_checkpoint_of_a_newer_version(tmp_path: pathlib.Path) -> None:
 def test_best_weights_stay_the_best(tmp_path: pathlib.Path) -> None:
     """The best EPE is that of the file, also when a run goes on from a checkpoint before it; on another
     dataset there is none yet."""
-    cell = nn.Dense(1, 1)
+    cell = Weights()
     with checkpoint.Checkpoints(tmp_path, {}, every=1, validation="a") as checkpoints:
         checkpoints.save_if_best(1, cell, 5.0)
         checkpoints.save(1, cell)
@@ -116,23 +123,22 @@ def test_best_weights_stay_the_best(tmp_path: pathlib.Path) -> None:
             assert checkpoints.restore(cell) == 1 and checkpoints.best == best
 
 
-def test_a_full_disk(tmp_path: pathlib.Path) -> NoReturn:
+def test_a_full_disk(tmp_path: pathlib.Path) -> None:
     """A file that cannot be written is named, nothing is left of it, and the one before stays; the error
     comes with the next step."""
-    cell = nn.Dense(1000, 1000)
+    cell = Weights(1_000_000)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="File too large") as failed:
-        with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
-            checkpoints.save(1, cell)
-            checkpoints.wait()
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
-                checkpoints.save(2, cell)
-                concurrent.futures.wait(checkpoints.writing)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-            checkpoints.is_due(3)
-            raise AssertionError("not noticed")
+    failure = pytest.raises(OSError, match="File too large")
+    with failure as failed, checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        checkpoints.save(1, cell)
+        checkpoints.wait()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+            checkpoints.save(2, cell)
+            concurrent.futures.wait(checkpoints.writing)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        checkpoints.is_due(3)
     assert failed.value.filename == str(tmp_path / "step-00000002.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.ckpt"]
     with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import pathlib
 import sys
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import mindspore
@@ -20,22 +21,30 @@ from train import metrics, report, submission
 from train.evaluate import EvaluationOptions, evaluate
 from train.metrics import Evaluation, compute_metrics
 
+
+class Evaluated(NamedTuple):
+    """A split and its evaluation."""
+
+    split: reader.DatasetSplit
+    evaluation: Evaluation
+
+
 SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory):
+def release(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.sintel(tmp_path_factory.mktemp("sintel") / "release", SCENES)
 
 
 @pytest.fixture(scope="module")
-def sintel(release):
+def sintel(release: pathlib.Path) -> pathlib.Path:
     """The converted tiny Sintel, all of its ten pairs in val."""
     everything = tiny.split_file(release.parent / "val.txt", range(5))
     return tiny.convert("sintel", release, release.parent / "set", "--shards", 2, "--split-file", everything)
 
 
-def command(ranks, *arguments):
+def command(ranks: int, *arguments: object) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of train/evaluate.py."""
     process = tiny.mpirun(ranks, sys.executable, "train/evaluate.py", *arguments)
     out, err = process.communicate(timeout=300)
@@ -45,15 +54,15 @@ def command(ranks, *arguments):
 # --- Figures --------------------------------------------------------------------------------------
 
 
-def one_row(flow, error, valid=None, occluded=None):
+def one_row(
+    flow: list[float], error: list[float], valid: list[int] | None = None, occluded: list[int] | None = None
+) -> np.ndarray:
     """`pair_sums` of an image of one row: flows and errors to the right, in pixels."""
     row = np.zeros((1, len(flow), 2), np.float32)
     row[0, :, 0] = flow
-    predicted = row + np.float32(error)[None, :, None] * np.float32([0.6, 0.8])
-    valid, occluded = (
-        np.uint8([mask if mask is not None else [default] * len(flow)]) for mask, default in ((valid, 1), (occluded, 0))
-    )
-    return metrics.pair_sums(predicted, row, valid, occluded)
+    predicted = row + np.array(error, np.float32)[None, :, None] * np.array([0.6, 0.8], np.float32)
+    masks = [[default] * len(flow) if mask is None else mask for mask, default in ((valid, 1), (occluded, 0))]
+    return metrics.pair_sums(predicted, row, *(np.array([mask], np.uint8) for mask in masks))
 
 
 def test_figures_by_hand() -> None:
@@ -93,12 +102,12 @@ def test_figures_by_hand() -> None:
 def test_bounds_belong_to_the_better_side() -> None:
     """Errors of exactly 1, 3, 5 px are none over; of 10 and 40 px the flow is of the middle."""
     row = np.zeros((1, 3, 2), np.float32)
-    predicted = row + np.float32([1, 3, 5])[:, None] * np.float32([1, 0])
+    predicted = row + np.array([1, 3, 5], np.float32)[:, None] * np.array([1, 0], np.float32)
     found = compute_metrics(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
     assert [getattr(found, key) for key in ("over_1px", "over_3px", "over_5px")] == [
         pytest.approx(share) for share in (200 / 3, 100 / 3, 0)
     ]
-    speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4)))
+    speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4), strict=True))
     assert [speeds[f"pixels_{region}"] for region in metrics.REGIONS[:3]] == [1, 2, 1]
 
 
@@ -119,7 +128,7 @@ def test_figures_against_all_pixels_at_once() -> None:
                 occluded[known] == 1,
             )
         )
-    error, length, hidden = (np.concatenate(column) for column in zip(*pairs))
+    error, length, hidden = (np.concatenate(column) for column in zip(*pairs, strict=True))
     found = compute_metrics(np.array(sums))
     expected = {
         "pairs": 3,
@@ -165,13 +174,13 @@ def test_the_worst_pairs() -> None:
 
 
 @pytest.fixture(scope="module")
-def result(predictor, sintel):
+def result(predictor: Callable[..., Any], sintel: pathlib.Path) -> Evaluated:
     """Of the ten pairs, evaluated by one rank in batches of four."""
     split = reader.DatasetSplit.open(sintel, "val")
-    return split, evaluate(predictor, split, options=EvaluationOptions(batch=4, pictures=[1], worst=2))
+    return Evaluated(split, evaluate(predictor, split, options=EvaluationOptions(batch=4, pictures=[1], worst=2)))
 
 
-def raw_figures(release, names):
+def raw_figures(release: pathlib.Path, names: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Of a flow of zero, from the release's own files: lengths and what is occluded, all pairs."""
     lengths, hidden = [], []
     for name in names:
@@ -184,7 +193,7 @@ def raw_figures(release, names):
     return lengths, hidden
 
 
-def test_evaluation(result, predictor, release) -> None:
+def test_evaluation(result: Evaluated, predictor: Callable[..., Any], release: pathlib.Path) -> None:
     """Figures of the split, its passes and scenes, and the samples for pictures."""
     split, evaluation = result
     lengths, hidden = raw_figures(release, split.names)
@@ -215,23 +224,25 @@ def test_evaluation(result, predictor, release) -> None:
     assert evaluation.epe[1] == pytest.approx(np.nanmean(error), rel=1e-5)
 
 
-def test_without_masks_no_pixel_counts_as_matched(result) -> None:
+def test_without_masks_no_pixel_counts_as_matched(result: Evaluated) -> None:
     assert Evaluation(np.stack([one_row([5], [2])])).metrics().epe_matched is None
-    assert result[1].metrics().epe_matched is not None
+    assert result.evaluation.metrics().epe_matched is not None
 
 
-def test_a_dataset_without_passes_and_scenes_has_one_column() -> None:
-    split = SimpleNamespace(
-        names=["000000", "000001"], dataset="kitti2015", name="val", sizes=np.array([[4, 6], [4, 8]])
-    )
+def test_a_dataset_without_passes_and_scenes_has_one_column(tmp_path: pathlib.Path) -> None:
+    folder = tiny.convert("kitti2015", tiny.kitti(tmp_path / "release", 2), tmp_path / "set", "--split-file",
+                          tiny.split_file(tmp_path / "val.txt", [0, 1]))  # fmt: skip
+    split = reader.DatasetSplit.open(folder, "val")
     summary = report.make_report(split, Evaluation(np.stack([one_row([5], [2])] * 2)))
     assert (summary.passes, summary.scenes) == ({}, {})
     text = summary.table()
-    assert "4x6, 4x8" in text and "matched" not in text and "clean" not in text
+    assert "24x40, 24x48" in text and "matched" not in text and "clean" not in text
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.Path) -> None:
+def test_two_ranks_find_what_one_finds(
+    result: Evaluated, sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Under mpirun each pair counts once, and what does not depend on the network is the same bit
     for bit; table, JSON, Markdown and pictures are there."""
     split, alone = result
@@ -259,7 +270,7 @@ def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.P
         assert read_image(out / picture).shape[1] >= 4 * 40
 
 
-def test_bad_options(sintel, ckpt, tmp_path: pathlib.Path) -> None:
+def test_bad_options(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """One line each, with the status 1, and no folder."""
     for arguments, words in [
         (["--ckpt", ckpt], ["--data", "--submission"]),
@@ -276,7 +287,7 @@ def test_bad_options(sintel, ckpt, tmp_path: pathlib.Path) -> None:
 # --- Submissions ----------------------------------------------------------------------------------
 
 
-def sintel_test(folder, scenes, height=24, width=40):
+def sintel_test(folder: pathlib.Path, scenes: dict[str, int], height: int = 24, width: int = 40) -> pathlib.Path:
     """The test set of an MPI-Sintel release with `scenes`, name to number of frames."""
     rng = np.random.default_rng(7)
     for kind in ("clean", "final"):
@@ -286,7 +297,7 @@ def sintel_test(folder, scenes, height=24, width=40):
     return folder
 
 
-def kitti_test(folder, pairs, frames="image_2"):
+def kitti_test(folder: pathlib.Path, pairs: int, frames: str = "image_2") -> pathlib.Path:
     """The test set of a KITTI release whose every second pair is wider."""
     rng = np.random.default_rng(8)
     for number in range(pairs):
@@ -297,17 +308,17 @@ def kitti_test(folder, pairs, frames="image_2"):
     return folder
 
 
-def predicted(predictor, *images):
+def predicted(predictor: Callable[..., Any], *images: pathlib.Path) -> np.ndarray:
     """The flow of two image files, (H, W, 2)."""
     return predictor(*(mindspore.Tensor(read_image(image)[None]) for image in images))[0].asnumpy()
 
 
-def files_in(folder):
+def files_in(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow
-def test_a_sintel_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
+def test_a_sintel_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Both passes, every pair, by two ranks; read back it is what the network gives."""
     root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
     status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 2)
@@ -320,7 +331,7 @@ def test_a_sintel_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kitti_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
+def test_a_kitti_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Images of two sizes; the files hold the flow to 1/64 px and are valid everywhere."""
     root, out = kitti_test(tmp_path / "kitti", 3), tmp_path / "out"
     status, text, err = command(1, "--submission", out, "--root", root / "testing", "--ckpt", ckpt)
@@ -345,7 +356,7 @@ def test_test_sets(tmp_path: pathlib.Path) -> None:
         assert [len(pairs) for pairs in benchmark.by_size.values()] == [1, 1]
 
 
-def test_what_is_no_test_set(tmp_path: pathlib.Path, release) -> None:
+def test_what_is_no_test_set(tmp_path: pathlib.Path, release: pathlib.Path) -> None:
     """Errors name what is missing: a frame, a pass, the whole test set."""
     sintel = sintel_test(tmp_path / "sintel", {"cave_3": 4, "tiger": 3})
     kitti = kitti_test(tmp_path / "kitti", 3)
@@ -368,14 +379,14 @@ def test_what_is_no_test_set(tmp_path: pathlib.Path, release) -> None:
             submission.list_test_pairs(root)
         assert all(word in str(error.value) for word in words), error.value
     tiny.save(kitti / "testing" / "image_2" / "000001_11.png", np.zeros((5, 6, 3), np.uint8))
-    with pytest.raises(UserError, match="5x6 pixels, expected 24x48 as 000001_10.png"):
+    with pytest.raises(UserError, match=r"5x6 pixels, expected 24x48 as 000001_10\.png"):
         _ = submission.list_test_pairs(kitti).by_size
 
 
 def test_kitti_png(tmp_path: pathlib.Path) -> None:
     """R and G are 64 times the flow and 2^15, B says whether it is known; all else is clipped."""
     path = tmp_path / "flow.png"
-    flow = np.float32([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]])
+    flow = np.array([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]], np.float32)
     write_kitti_png(path, flow)
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1]
     assert pixels.dtype == np.uint16 and pixels.tolist() == [

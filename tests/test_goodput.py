@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from train import goodput
 
 
-def start(first, step, steps=0.0, **phases):
+def start(first: int, step: int, steps: float = 0.0, **phases: float) -> dict[str, Any]:
     """A start's record."""
     return {"first": first, "step": step, "seconds": {"steps": steps, **dict.fromkeys(goodput.PHASES, 0.0), **phases}}
 
@@ -39,7 +40,7 @@ def test_an_account_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30)), max_size=8))
-def test_every_step_counts_once(runs) -> None:
+def test_every_step_counts_once(runs: list[tuple[float, int]]) -> None:
     """With a second a step, each start going on from any step before: all that counts are the steps of
     the last start that did them."""
     starts, step, owner = [], 0, {}
@@ -77,7 +78,7 @@ def test_time_is_spent_on_one_thing_at_a_time(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[{}]", '{"first": 1}', '[{"first": "a", "step": 1}]'])
-def test_a_damaged_record_ends_no_run(tmp_path: pathlib.Path, text) -> None:
+def test_a_damaged_record_ends_no_run(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "goodput.json"
     path.write_text(text)
     assert goodput.Goodput(path, goodput.now(), 0).summary()["starts"] == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import time
+from typing import Any
 
 import pytest
 import yaml
@@ -19,14 +20,14 @@ MINIMAL = {"crop": [64, 64], "batch": 4, "steps": 100, "learning_rate": 1e-3}
 KEYS = st.sampled_from(list(recipes.KEYS))
 
 
-def write(path, **values):
+def write(path: pathlib.Path, **values: object) -> pathlib.Path:
     """A recipe file of MINIMAL with other values."""
     path.write_text(yaml.safe_dump({**MINIMAL, **values}))
     return path
 
 
 @pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
-def test_the_package_s_own_recipes_load(name) -> None:
+def test_the_package_s_own_recipes_load(name: str) -> None:
     recipe = Recipe.load(name)
     assert [0, *recipe.milestones, recipe.steps] == sorted({0, *recipe.milestones, recipe.steps})
 
@@ -45,7 +46,8 @@ def test_written_out_and_read_back(tmp_path: pathlib.Path) -> None:
 
 WRONG = {
     "nested aliases": (
-        "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "a: &a [1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
         1,
         "anchors",
     ),
@@ -72,7 +74,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind) -> None:
+def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind: str) -> None:
     """At once, and whatever YAML makes of it."""
     content, line, words = WRONG[kind]
     path = tmp_path / "a.yaml"
@@ -95,7 +97,7 @@ def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind) -
         (["batch="], "the command line: batch is None"),
     ],
 )
-def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides, words) -> None:
+def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         Recipe.load(write(tmp_path / "a.yaml"), overrides)
     assert len(str(error.value)) < 1000
@@ -110,7 +112,7 @@ def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides, wor
         (["warmup_steps=101"], "warmup_steps is 101, but steps is 100"),
     ],
 )
-def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides, words) -> None:
+def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
     path = write(tmp_path / "a.yaml")
     with pytest.raises(UserError, match=f"a.yaml with the command line: {words}"):
         Recipe.load(path, overrides)
@@ -118,7 +120,7 @@ def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides, wo
     Recipe.load(path, ["milestones=[100]", "schedule=cosine"])  # which does not look at them
 
 
-def mutated(text):
+def mutated(text: str) -> st.SearchStrategy[str]:
     """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
     pieces = st.sampled_from(
         [
@@ -150,7 +152,7 @@ def mutated(text):
     )
     edit = st.tuples(st.integers(0, len(text)), st.integers(0, 30), pieces | st.text(max_size=20))
 
-    def apply(edits):
+    def apply(edits: list[tuple[int, int, str]]) -> str:
         changed = text
         for start, length, piece in edits:
             changed = changed[:start] + piece + changed[start + length :]
@@ -168,7 +170,9 @@ OWN = [path.read_text() for path in sorted(recipes.FOLDER.glob("*.yaml"))]
     | st.text().map(str.encode)
     | st.sampled_from(OWN).flatmap(mutated).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )
-def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory: pytest.TempPathFactory, content) -> None:
+def test_any_file_is_a_recipe_or_refused_with_its_name(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
     try:
@@ -180,7 +184,7 @@ def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory: pytest.
 
 
 @given(text=st.text() | st.tuples(KEYS, st.text()).map("=".join))
-def test_any_override_is_taken_or_refused(text) -> None:
+def test_any_override_is_taken_or_refused(text: str) -> None:
     try:
         Recipe.load("example", [text])
     except UserError as error:
@@ -195,10 +199,10 @@ def test_a_missing_key(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "7", "\0", ""])
-def test_a_file_that_is_no_recipe(tmp_path: pathlib.Path, text) -> None:
+def test_a_file_that_is_no_recipe(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="a.yaml"):
+    with pytest.raises(UserError, match=r"a\.yaml"):
         Recipe.load(path)
 
 
@@ -210,7 +214,7 @@ VALUES = st.recursive(
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
-def test_any_value_is_taken_or_refused_with_its_key(key, value) -> None:
+def test_any_value_is_taken_or_refused_with_its_key(key: str, value: Any) -> None:
     """No value makes another exception than the package's own, which names the key."""
     values = {**MINIMAL, key: value}
     try:
@@ -234,7 +238,7 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
     with pytest.raises(UserError, match=r"the command line: normalize_features is false, but w.ckpt"):
         recipe = Recipe.load(path, ["normalize_features=false"])
         recipes.adopt_network_options(recipe, of_file, "w.ckpt")
-    with pytest.raises(UserError, match="w.ckpt: warp_mode is 'cubic'"):
+    with pytest.raises(UserError, match=r"w\.ckpt: warp_mode is 'cubic'"):
         recipes.adopt_network_options(Recipe.load(path), {"warp_mode": "cubic"}, "w.ckpt")
 
 
@@ -294,7 +298,7 @@ def test_former_names_of_keys_work_with_a_note(
         ("affine", "true", "of type float"),
     ],
 )
-def test_augmentation_out_of_range(tmp_path: pathlib.Path, key, value, words) -> None:
+def test_augmentation_out_of_range(tmp_path: pathlib.Path, key: str, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"{key} .*{words}"):
         Recipe.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 
+import hosts
 import numpy as np
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from runs import MIXED, finish, read_curves, read_events, train, words
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path: pathlib.Path) -> None:
+def test_two_ranks_train_as_one_with_the_doubled_batch(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Equal weights on both ranks after several steps, also where gradients are summed in copies, as on GPUs
     without NCCL; the gradient is that of one rank with the whole batch, at once or in parts."""
     program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
@@ -37,7 +38,9 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts, tmp_path: pathlib.Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, two_hosts: hosts.Hosts | None, tmp_path: pathlib.Path
+) -> None:
     """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been, on two
     hosts that share nothing with the weights of two ranks on one."""
     disks = [tmp_path / f"host{number}" for number in two_hosts.numbers] if two_hosts else [tmp_path]
@@ -46,7 +49,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts,
             shutil.copytree(folder, disk / folder.name)
     broken, seen = disks[0] / "broken", tmp_path / "local" if two_hosts else tmp_path
     start = functools.partial(
-        train, [seen / data.name, seen / other.name], seen / "broken", ranks=2, hosts=two_hosts, **MIXED
+        train, [seen / data.name, seen / other.name], seen / "broken", ranks=2, network=two_hosts, **MIXED
     )
     job = start()
     deadline = time.monotonic() + 240
@@ -77,14 +80,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts,
     first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt") for run in (whole, broken))
     assert first.keys() == second.keys() and "average_offset" in first
     for name in first.keys() - {"model", "best", "validation"}:
-        np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
+        np.testing.assert_array_equal(np.array(first[name]), np.array(second[name]), err_msg=name)
     assert first["best"] == second["best"]
     assert read_curves(broken, "train/loss") == read_curves(whole, "train/loss")
     assert read_curves(broken, "validation/epe") == read_curves(whole, "validation/epe")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path: pathlib.Path) -> None:
+def test_a_run_goes_on_with_other_ranks(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """One rank takes up what two began, with the same pairs in each step, and says what changed."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -100,7 +105,9 @@ def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path: pathlib.Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
-def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_path: pathlib.Path) -> None:
+def test_a_run_goes_on_under_another_launcher(
+    launcher: str, data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Two ranks that Debian's mpirun or srun starts take up what mpirun's began, to the same
     losses."""
     run = tmp_path / "run"
@@ -114,7 +121,7 @@ def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves(whole, data, tmp_path: pathlib.Path) -> None:
+def test_what_a_run_leaves(whole: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Curves of each kind, pictures, figures, what it was made with; the evaluation agrees."""
     events = read_events(whole)
     tags = {
@@ -141,7 +148,7 @@ def test_what_a_run_leaves(whole, data, tmp_path: pathlib.Path) -> None:
     check_evaluation(data, whole, tmp_path / "evaluation")
 
 
-def check_result(run) -> None:
+def check_result(run: pathlib.Path) -> None:
     """The final figures are those of the last validation, and say what they were made with."""
     result = json.loads((run / "result.json").read_text())
     assert result["pairs"] == 3 and result["ranks"] == 2
@@ -151,7 +158,7 @@ def check_result(run) -> None:
     assert result["made_with"]["mindspore"] and len(result["made_with"]["data"]) == 2
 
 
-def check_evaluation(data, run, out) -> None:
+def check_evaluation(data: pathlib.Path, run: pathlib.Path, out: pathlib.Path) -> None:
     """train/evaluate.py sees the EPE that the two ranks saw, and leaves table, JSON and picture."""
     ckpt = run / "checkpoints" / "step-00000004.ckpt"
     status, text, err = finish(
@@ -168,7 +175,9 @@ def check_evaluation(data, run, out) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path: pathlib.Path) -> None:
+def test_a_run_of_the_first_version_goes_on(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Its files lack what was added since: formats, the dataset that decides what is best, goodput."""
     import mindspore
 

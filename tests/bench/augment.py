@@ -17,8 +17,8 @@ import material
 import numpy as np
 
 from prep import memory
+from train.augment import Augment, Sample
 from train.recipe import Recipe
-from train.augment import Augment
 
 CROP = (320, 448)
 GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0,
@@ -42,22 +42,24 @@ PARTS = {
 }  # fmt: skip
 
 
-def measure(pool, threads, view, sample, views):
-    """Seconds per view, of `views` on each of the pool's threads: by the clock, of a processor."""
+def measure(
+    pool: concurrent.futures.Executor, threads: int, view: Augment, sample: Sample, views: int
+) -> tuple[float, float]:
+    """Wall time and CPU time per view in seconds, of `views` views on each of the pool's threads."""
 
-    def work(seed) -> None:
+    def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(views):
             view(sample, rng)
 
-    start = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     list(pool.map(work, range(threads)))
-    end = time.perf_counter(), time.process_time()
-    return [(after - before) / views / threads for before, after in zip(start, end)]
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / views / threads, cpu / views / threads
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how fast pairs are augmented.")
     material.add_options(parser)
     parser.set_defaults(pairs=1)
     parser.add_argument("--consumes", type=float, default=100.0, metavar="PAIRS_PER_S",
@@ -90,7 +92,7 @@ def main() -> None:
                     times[name].append(seconds)
     rows = []
     for name, seconds in times.items():
-        clock, processor = (statistics.median(values) for values in zip(*seconds))
+        clock, processor = (statistics.median(values) for values in zip(*seconds, strict=True))
         fastest = min(seconds)[0]
         rows.append([name, *(f"{1e3 * value:.2f}" for value in (clock, fastest, processor)),
                      f"{1 / clock:.0f}", f"{options.consumes * processor:.2f}"])  # fmt: skip

@@ -3,10 +3,10 @@
 python tests/bench/scaling.py [--ranks 1 2] [--batch N] [--size H W] [--steps N] [--repeats N]
                               [--gpu-step MS ...]
 
-Ranks are on this machine, with one thread each (OMP_NUM_THREADS=1), so that two ranks have twice the
-cores of one; the jobs of a repeat follow each other. A bare MPI_Allreduce of the same vector is timed in the
-same job; so are steps that exchange nothing, which show what the machine itself allows. The prediction for GPUs is arithmetic, from the gradient's bytes and rates of links that are printed
-with it; nothing of it was measured.
+Ranks are on this machine, with one thread each (OMP_NUM_THREADS=1), so that two ranks have twice the cores of one; the
+jobs of a repeat follow each other. A bare MPI_Allreduce of the same vector is timed in the same job; so are steps that
+exchange nothing, which show what the machine itself allows. The prediction for GPUs is arithmetic, from the gradient's
+bytes and the link rates printed with it; nothing of it was measured.
 """
 
 import argparse
@@ -33,8 +33,8 @@ bandwidth on eight A100 with NVSwitch, and four fifths of one 200 Gb/s InfiniBan
 seconds per step of the ring."""
 
 
-def job(ranks, options):
-    """What rank 0 of a job of so many ranks found, a dict of seconds."""
+def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
+    """Run scaling_child.py on some ranks; returns what rank 0 measured, in seconds."""
     words = [
         "mpirun",
         "--oversubscribe",
@@ -56,8 +56,8 @@ def job(ranks, options):
     return json.loads(lines[0])
 
 
-def import_seconds(ranks):
-    """Seconds that importing MindSpore takes in so many processes at once, the slowest one."""
+def import_seconds(ranks: int) -> float:
+    """Seconds that importing MindSpore takes in so many processes at once, the slowest of them."""
     program = "import time; start = time.time(); import mindspore; print(time.time() - start)"
     done = subprocess.run(
         ["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", program],
@@ -70,13 +70,13 @@ def import_seconds(ranks):
     return max(float(line) for line in done.stdout.split())
 
 
-def ring(ranks, bytes_per_second):
+def ring(ranks: int, bytes_per_second: float) -> float:
     """Seconds of a ring all-reduce of the gradient: each link carries 2 (n - 1) / n of its bytes."""
     return 2 * (ranks - 1) * (BYTES / ranks / bytes_per_second + LATENCY)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how training scales over ranks.")
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--batch", type=int, default=2, help="pairs on each rank (default 2)")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 192), metavar=("H", "W"))
@@ -114,8 +114,12 @@ def main() -> None:
     base = options.ranks[0]
     for ranks, entry in median.items():
         rate = ranks * options.batch / entry["step"]
-        efficiency = statistics.median(one["step"] / many["step"] for one, many in zip(found[base], found[ranks]))
-        alone = statistics.median(one["step"] / many["step alone"] for one, many in zip(found[base], found[ranks]))
+        efficiency = statistics.median(
+            one["step"] / many["step"] for one, many in zip(found[base], found[ranks], strict=True)
+        )
+        alone = statistics.median(
+            one["step"] / many["step alone"] for one, many in zip(found[base], found[ranks], strict=True)
+        )
         sums = "- | -"
         if ranks > 1:
             sums = f"{1e3 * entry['sum in step']:.1f} | {entry['sum in step'] / entry[f'bare {WEIGHTS}']:.2f}"
