@@ -1,4 +1,4 @@
-"""Recipes and schedules: what is accepted, what is refused, what the rate is."""
+"""Recipes and schedules: what is accepted, what is refused, and the learning rate."""
 
 import dataclasses
 import pathlib
@@ -27,17 +27,17 @@ def write(path: pathlib.Path, **values: object) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
-def test_the_package_s_own_recipes_load(name: str) -> None:
+def test_the_built_in_recipes_load(name: str) -> None:
     recipe = Recipe.load(name)
     assert [0, *recipe.milestones, recipe.steps] == sorted({0, *recipe.milestones, recipe.steps})
 
 
-def test_sparse_ground_truth_is_trained_on_at_full_resolution() -> None:
+def test_sparse_ground_truth_is_trained_at_full_resolution() -> None:
     assert Recipe.load("kitti-ft").loss == "sparse"
 
 
-def test_written_out_and_read_back(tmp_path: pathlib.Path) -> None:
-    """The resolved recipe that a run keeps is the recipe again."""
+def test_a_stored_recipe_loads_as_the_same_recipe(tmp_path: pathlib.Path) -> None:
+    """With its defaults written out, as a run stores it."""
     recipe = Recipe.load(write(tmp_path / "a.yaml"), ["milestones=[10, 20]", "weight_decay=4e-4"])
     (tmp_path / "b.yaml").write_text(recipe.to_yaml())
     assert Recipe.load(tmp_path / "b.yaml") == recipe
@@ -74,8 +74,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind: str) -> None:
-    """At once, and whatever YAML makes of it."""
+def test_an_invalid_file_is_refused_with_its_line(tmp_path: pathlib.Path, kind: str) -> None:
+    """At once, whatever YAML it is."""
     content, line, words = WRONG[kind]
     path = tmp_path / "a.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -97,7 +97,7 @@ def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind: s
         (["batch="], "the command line: batch is None"),
     ],
 )
-def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
+def test_wrong_values_on_the_command_line_are_refused(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         Recipe.load(write(tmp_path / "a.yaml"), overrides)
     assert len(str(error.value)) < 1000
@@ -112,7 +112,9 @@ def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides: lis
         (["warmup_steps=101"], "warmup_steps is 101, but steps is 100"),
     ],
 )
-def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
+def test_a_schedule_that_does_not_fit_the_run_is_refused(
+    tmp_path: pathlib.Path, overrides: list[str], words: str
+) -> None:
     path = write(tmp_path / "a.yaml")
     with pytest.raises(UserError, match=f"a.yaml with the command line: {words}"):
         Recipe.load(path, overrides)
@@ -121,7 +123,7 @@ def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides: li
 
 
 def mutated(text: str) -> st.SearchStrategy[str]:
-    """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
+    """A recipe's text with a few places replaced by text or by YAML syntax."""
     pieces = st.sampled_from(
         [
             "[",
@@ -184,14 +186,14 @@ def test_any_file_is_a_recipe_or_refused_with_its_name(
 
 
 @given(text=st.text() | st.tuples(KEYS, st.text()).map("=".join))
-def test_any_override_is_taken_or_refused(text: str) -> None:
+def test_any_override_is_accepted_or_refused(text: str) -> None:
     try:
         Recipe.load("example", [text])
     except UserError as error:
         assert "command line" in str(error)
 
 
-def test_a_missing_key(tmp_path: pathlib.Path) -> None:
+def test_a_missing_key_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("crop: [64, 64]\n")
     with pytest.raises(UserError, match="batch is missing"):
@@ -199,7 +201,7 @@ def test_a_missing_key(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "7", "\0", ""])
-def test_a_file_that_is_no_recipe(tmp_path: pathlib.Path, text: str) -> None:
+def test_the_error_names_the_file(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"a\.yaml"):
@@ -214,8 +216,8 @@ VALUES = st.recursive(
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
-def test_any_value_is_taken_or_refused_with_its_key(key: str, value: Any) -> None:
-    """No value makes another exception than the package's own, which names the key."""
+def test_any_value_is_accepted_or_refused_with_its_key(key: str, value: Any) -> None:
+    """No value raises another exception than UserError, which names the key."""
     values = {**MINIMAL, key: value}
     try:
         recipe = recipes.build(values, dict.fromkeys(values, "here"), "file")
@@ -242,14 +244,14 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
         recipes.adopt_network_options(Recipe.load(path), {"warp_mode": "cubic"}, "w.ckpt")
 
 
-def test_an_adopted_option_that_does_not_fit(tmp_path: pathlib.Path) -> None:
+def test_an_adopted_option_that_contradicts_the_recipe_is_refused(tmp_path: pathlib.Path) -> None:
     recipe = Recipe.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
     with pytest.raises(UserError, match="start_from_coarser_flow is true and dense is false"):
         recipes.adopt_network_options(recipe, {"dense": False}, "w.ckpt")
 
 
 def test_recipes_are_compared_by_meaning(tmp_path: pathlib.Path) -> None:
-    """Not by text: a key that a stored recipe lacks has its default there."""
+    """A key that a stored recipe lacks has its default there."""
     recipe = Recipe.load(write(tmp_path / "a.yaml", milestones=[10, 20]))
     (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
     for name in ("a.yaml", "whole.yaml"):
@@ -298,18 +300,18 @@ def test_former_names_of_keys_work_with_a_note(
         ("affine", "true", "of type float"),
     ],
 )
-def test_augmentation_out_of_range(tmp_path: pathlib.Path, key: str, value: Any, words: str) -> None:
+def test_augmentation_out_of_range_is_refused(tmp_path: pathlib.Path, key: str, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"{key} .*{words}"):
         Recipe.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
 
 
-def test_milestones() -> None:
+def test_milestones_halve_the_rate() -> None:
     recipe = Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
     assert [learning_rate(recipe, step) for step in (0, 1, 2, 4, 5, 8)] == [8, 8, 4, 4, 2, 2]
 
 
-def test_cosine_with_warm_up() -> None:
-    """Up in equal parts to the curve, which falls to zero at the end of the run."""
+def test_cosine_decays_to_zero_after_the_warm_up() -> None:
+    """The warm-up rises to the curve in equal steps."""
     recipe = Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine", warmup_steps=4)
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1], rel=3e-3)
@@ -317,8 +319,8 @@ def test_cosine_with_warm_up() -> None:
     assert rates[50] == pytest.approx(0.5) and learning_rate(recipe, 100) == 0
 
 
-def test_one_cycle() -> None:
-    """Up from a twenty-fifth to the whole rate in a tenth of the run, then down to a thousandth."""
+def test_one_cycle_rises_and_decays() -> None:
+    """From a twenty-fifth to the peak in a tenth of the run, then to a thousandth."""
     recipe = Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="one-cycle")
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[10] == 1 == max(rates)

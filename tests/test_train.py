@@ -1,4 +1,4 @@
-"""Training as a user starts it: what disturbs a run, what it begins with, what is refused."""
+"""Training as a user starts it: interruptions, initial weights, validation, and what is refused."""
 
 import json
 import pathlib
@@ -22,8 +22,8 @@ from runs import RECIPE, check_refused, finish, last_step, read_events, train, w
 def test_a_stopped_run_keeps_its_last_step(
     data: pathlib.Path, tmp_path: pathlib.Path, ranks: int, number: signal.Signals
 ) -> None:
-    """A signal ends a run after the step that it is in, which the same command goes on from; mpirun
-    gives SIGUSR1 to all ranks."""
+    """A signal stops a run after its current step, from which the same command resumes; mpirun forwards SIGUSR1 to
+    all ranks."""
     run = tmp_path / "run"
     job = train(data, run, ranks, steps=200, checkpoint_every=200, validate_every=200)
     while not list(run.glob("tensorboard/*")):
@@ -40,16 +40,15 @@ def test_a_stopped_run_keeps_its_last_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_diverging_run_says_with_which_pairs(data: pathlib.Path, tmp_path: pathlib.Path, precision: str) -> None:
-    """A loss that is no number ends the run, in float16 once no loss scale helps; the checkpoints before
-    it stay."""
+def test_a_diverging_run_names_the_pairs(data: pathlib.Path, tmp_path: pathlib.Path, precision: str) -> None:
+    """A loss that is not finite ends the run, in float16 once no loss scale helps; earlier checkpoints stay."""
     job = train(data, tmp_path / "run", learning_rate=1e30, steps=30, precision=precision, validate_every=30)
     check_refused(job, "is not finite", "pairs: 000", "learning_rate")
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_given_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """--init takes the weights of another file on every rank, and no file that does not fit."""
+def test_a_run_starts_from_given_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """--init loads the weights of a file on every rank, and refuses a file that does not fit."""
     from model import weights
     from model.pwcnet import PWCNet
 
@@ -74,8 +73,8 @@ def test_a_run_begins_with_given_weights(data: pathlib.Path, tmp_path: pathlib.P
 
 @pytest.fixture(scope="module")
 def kitti(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
-    """Converted sets of pairs of five widths: (six for training and four for validation, all ten for
-    validation)."""
+    """Two converted datasets of pairs of five widths: six for training and four for validation; all ten for
+    validation."""
     folder = tmp_path_factory.mktemp("kitti")
     release = tiny.kitti(folder / "release", 10, height=72, width=72)
     return [
@@ -93,9 +92,9 @@ def kitti(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
 
 
 @pytest.mark.slow
-def test_pairs_of_different_sizes(kitti: list[pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """Training on them, validating on them and on a set that has nothing else, and the evaluation: each
-    with two ranks, each with a picture of pairs that both had."""
+def test_pairs_may_differ_in_size(kitti: list[pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """In training, in validation, on a dataset of validation pairs only and in the evaluation, each with two ranks
+    and a picture of pairs of both."""
     mixed, unseen = kitti
     run = tmp_path / "run"
     status, _, err = finish(train(mixed, run, 2, validate=[unseen], batch=2, steps=2))
@@ -118,9 +117,10 @@ def test_pairs_of_different_sizes(kitti: list[pathlib.Path], tmp_path: pathlib.P
     assert "72x72, 72x80" in text and (tmp_path / "flow.png").exists()
 
 
-def test_what_can_be_validated_on(data: pathlib.Path, kitti: list[pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """A set without training pairs is refused as --data, and one without validation pairs as the only
-    one to validate on."""
+def test_a_dataset_that_lacks_the_needed_split_is_refused(
+    data: pathlib.Path, kitti: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Without training pairs as --data; without validation pairs as --validate, or as the only dataset."""
     mixed, unseen = kitti
     check_refused(train(unseen, tmp_path / "run"), "no training pairs", "--validate")
     everything = tiny.convert(
@@ -139,9 +139,9 @@ def test_what_can_be_validated_on(data: pathlib.Path, kitti: list[pathlib.Path],
 
 
 @pytest.mark.slow
-def test_fine_tuning_takes_the_options_of_the_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A run from weights with normalised features has their error before its first step (one that is too
-    small to change them), keeps the option, and so can be extended without the file."""
+def test_fine_tuning_adopts_the_network_options_of_the_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A run from weights with normalised features has their EPE (its only step is too small to change them), stores
+    the option, and so can be extended without the file."""
     from model import weights
     from model.pwcnet import PWCNet
 
@@ -182,9 +182,8 @@ def test_fine_tuning_takes_the_options_of_the_weights(data: pathlib.Path, tmp_pa
     check_refused(train(data, run, **known, steps=2), "has done 3 steps", "steps=3")
 
 
-def test_what_may_not_change(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The key that differs from the run's recipe is named with both values; as is a run folder of a newer
-    version."""
+def test_a_run_does_not_resume_with_another_recipe(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The message names the key with both values; nor does a run of a newer version resume."""
     from train import Recipe
 
     run = tmp_path / "run"
@@ -199,9 +198,9 @@ def test_what_may_not_change(data: pathlib.Path, tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.slow
-def test_a_run_that_is_disturbed(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Another run in the same folder is refused; without SummaryRecord's writer, killed, it goes on; killed
-    itself, it leaves a lock that holds nobody up, and an account of the steps that were lost."""
+def test_a_run_survives_what_disturbs_it(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Another run in the same folder is refused. If SummaryRecord's writer is killed, the run continues. If the run is
+    killed, its lock does not stop the next start, and goodput counts the lost steps."""
     run = tmp_path / "run"
     often: dict[str, Any] = {"checkpoint_every": 1, "validate_every": 1000}
     job = train(data, run, steps=1000, **often)
@@ -232,8 +231,8 @@ def test_a_run_that_is_disturbed(data: pathlib.Path, tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """It ends the run with its name, and leaves the one before and nothing half written."""
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The error names it and ends the run; the checkpoint before stays, and nothing is left half written."""
     from model import weights
 
     run = tmp_path / "run"
@@ -258,14 +257,16 @@ def test_a_checkpoint_that_cannot_be_written(data: pathlib.Path, tmp_path: pathl
         ({"accumulation_steps": 3}, ["batch is 4", "3 accumulation steps", "batch=6"]),
     ],
 )
-def test_a_bad_recipe(data: pathlib.Path, tmp_path: pathlib.Path, overrides: dict[str, Any], words: list[str]) -> None:
-    """One line says which key is wrong and what would be right; no run folder appears."""
+def test_a_bad_recipe_is_refused(
+    data: pathlib.Path, tmp_path: pathlib.Path, overrides: dict[str, Any], words: list[str]
+) -> None:
+    """One line says which key is wrong and what is expected; no run folder appears."""
     check_refused(train(data, tmp_path / "run", **overrides), *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_folders(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """No data set, somebody's own folder, another run's folder, an unknown recipe, no checkpoint."""
+def test_bad_folders_are_refused(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """No dataset, a folder with other files, another run's folder, an unknown recipe, no checkpoint."""
     check_refused(train(tmp_path / "nothing", tmp_path / "run"), "nothing")
     own = tmp_path / "own"
     own.mkdir()
@@ -280,9 +281,9 @@ def test_bad_folders(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
 def test_a_host_that_differs_is_named(
     data: pathlib.Path, two_hosts: hosts.Hosts | None, tmp_path: pathlib.Path
 ) -> None:
-    """A shard that only one host lacks, and other code there; nothing is begun on either."""
+    """It lacks a shard, has a damaged one, or other code; nothing starts on either host."""
     if not two_hosts:
-        pytest.skip("takes root and iproute2 to make hosts")
+        pytest.skip("needs root and iproute2 to make hosts")
     for number in two_hosts.numbers:
         for folder in ("launch", "model", "prep", "train"):
             shutil.copytree(tiny.ROOT / folder, tmp_path / f"host{number}" / folder)
@@ -302,8 +303,8 @@ def test_a_host_that_differs_is_named(
     assert not any((tmp_path / f"host{number}" / "run").exists() for number in two_hosts.numbers)
 
 
-def test_ranks_are_told_once(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A mistake that every rank sees is one line of output."""
+def test_an_error_on_every_rank_is_reported_once(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """One line of output for all ranks."""
     check_refused(train(data, tmp_path / "run", ranks=2, batch=3), "batch is 3", "multiple of 2")
 
 

@@ -1,8 +1,9 @@
 """Augmentation of a training pair: affine motion, flips, crop, colours, noise, erased rectangles.
 
-The geometric ranges are those of mmflow's FlyingChairs configuration of PWC-Net. They follow "Iterative Residual
-Refinement" (IRR; Hur and Roth, CVPR 2019), which rotates by up to 11.5 degrees and, between the frames, by 0.9; IRR
-follows FlowNet 2.0 (Ilg et al., CVPR 2017) and PWC-Net (Sun et al., CVPR 2018).
+The ranges are those of mmflow's training of PWC-Net on FlyingChairs (configs/_base_/datasets/flyingchairs_384x448.py).
+They follow "Iterative Residual Refinement" (IRR; Hur and Roth, CVPR 2019), except that IRR rotates by up to 11.5
+degrees and, between the frames, by 0.9. IRR follows FlowNet 2.0 (Ilg et al., CVPR 2017) and PWC-Net (Sun et al., CVPR
+2018).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Sample: TypeAlias = dict[str, Any]
 """A pair: image1 and image2 (H, W, 3) uint8 RGB, flow (H, W, 2) float32 in pixels, 0 where unknown, valid (H, W)
 uint8; other entries pass through."""
 
-# Ranges at a strength of 1, from mmflow.
+# mmflow's ranges, those at a strength of 1.
 ROTATION = np.deg2rad(10)
 SQUEEZE = (0.86, 1.16)  # wider by this factor, and lower by the same
 RELATIVE_ROTATION = np.deg2rad(1)

@@ -12,7 +12,7 @@ long to compile as the network does.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mindspore
@@ -96,13 +96,14 @@ class TrainStep:
     ) -> None:
         self.options = options or StepOptions()
         self.weights = tuple(network.trainable_params())
-        self.sum_over_ranks = collective.create(comm)
+        all_reduce = collective.create(comm)
+        self.sum_over_ranks: Callable[..., object] = all_reduce
         size = sum(weight.size for weight in self.weights)
         self.state = State(network, size, self.options)
         self.sums = buffer("losses", loss.length), buffer("gradient", size)
         self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulation_steps > 1)
         passes = comm.size * self.options.accumulation_steps
-        self.update = Update(self.weights, self.state, self.sums, self.options, passes, self.sum_over_ranks.in_graph)
+        self.update = Update(self.weights, self.state, self.sums, self.options, passes, all_reduce.in_graph)
         self.put = PutWeights(self.weights)
 
     def __call__(self, batch: Batch, learning_rate: float) -> StepResult:
