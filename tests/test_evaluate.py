@@ -1,4 +1,4 @@
-"""Evaluation: the field's figures, one and several ranks, what is written; submissions."""
+"""Evaluation: the field's metrics, one and several ranks, what is written; submissions."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def command(ranks: int, *arguments: object) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-# --- Figures --------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 def one_row(
@@ -65,7 +65,7 @@ def one_row(
     return metrics.pair_sums(predicted, row, *(np.array([mask], np.uint8) for mask in masks))
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_of_a_few_pixels_by_hand() -> None:
     """One pair of seven pixels, the last unknown; and a second pair, of one pixel."""
     first = one_row(
         [0, 5, 20, 30, 50, 100, 7],
@@ -99,8 +99,8 @@ def test_figures_by_hand() -> None:
     assert both.fl_all == pytest.approx(300 / 7)
 
 
-def test_bounds_belong_to_the_better_side() -> None:
-    """Errors of exactly 1, 3, 5 px are none over; of 10 and 40 px the flow is of the middle."""
+def test_thresholds_belong_to_the_better_side() -> None:
+    """Errors of exactly 1, 3 and 5 px are not over; flow of exactly 10 and 40 px is in s10-40."""
     row = np.zeros((1, 3, 2), np.float32)
     predicted = row + np.array([1, 3, 5], np.float32)[:, None] * np.array([1, 0], np.float32)
     found = compute_metrics(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
@@ -111,8 +111,8 @@ def test_bounds_belong_to_the_better_side() -> None:
     assert [speeds[f"pixels_{region}"] for region in metrics.REGIONS[:3]] == [1, 2, 1]
 
 
-def test_figures_against_all_pixels_at_once() -> None:
-    """Sums by pair give what one long list of all pixels gives; sizes and known shares differ."""
+def test_metrics_from_sums_equal_those_of_all_pixels_at_once() -> None:
+    """With pairs that differ in size and in their share of known pixels."""
     rng = np.random.default_rng(3)
     pairs, sums = [], []
     for height, width, share in ((20, 31, 0.9), (17, 8, 0.3), (40, 25, 1.0)):
@@ -150,8 +150,8 @@ def test_figures_against_all_pixels_at_once() -> None:
         assert predicted_epe == pytest.approx(pair[0].mean(), rel=1e-5)
 
 
-def test_unknown_flow_and_a_network_that_gives_nan() -> None:
-    """A pair without known flow is in no mean; nan is an outlier and shows in the mean."""
+def test_unknown_flow_is_left_out_and_nan_is_an_outlier() -> None:
+    """A pair without known flow is in no mean; a prediction of nan makes the mean nan."""
     empty, good = one_row([5], [2], valid=[0]), one_row([5], [2])
     found = compute_metrics(np.stack([empty, good]))
     assert found.epe == pytest.approx(2) and found.pairs == 2 and found.pixels == 1
@@ -161,8 +161,8 @@ def test_unknown_flow_and_a_network_that_gives_nan() -> None:
     assert np.isnan(broken.epe) and broken.fl_all == broken.over_5px == 50
 
 
-def test_the_worst_pairs() -> None:
-    """Largest error first, equal ones in order; nan is the worst of all, unknown flow none."""
+def test_the_worst_pairs_come_in_descending_order() -> None:
+    """Equal ones in the order of the split; nan is worst of all, pairs without known flow are left out."""
     sums = np.stack(
         [one_row([5], [error], valid=[known]) for error, known in ((2, 1), (9, 0), (7, 1), (np.nan, 1), (2, 1))]
     )
@@ -175,13 +175,13 @@ def test_the_worst_pairs() -> None:
 
 @pytest.fixture(scope="module")
 def result(predictor: Callable[..., Any], sintel: pathlib.Path) -> Evaluated:
-    """Of the ten pairs, evaluated by one rank in batches of four."""
+    """The ten pairs evaluated by one rank in batches of four."""
     split = reader.DatasetSplit.open(sintel, "val")
     return Evaluated(split, evaluate(predictor, split, options=EvaluationOptions(batch=4, pictures=[1], worst=2)))
 
 
 def raw_figures(release: pathlib.Path, names: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of a flow of zero, from the release's own files: lengths and what is occluded, all pairs."""
+    """Flow magnitudes and occlusion of the known pixels of each pair, from the release's own files."""
     lengths, hidden = [], []
     for name in names:
         inner = name.split("/", 1)[1]
@@ -193,8 +193,10 @@ def raw_figures(release: pathlib.Path, names: list[str]) -> tuple[list[np.ndarra
     return lengths, hidden
 
 
-def test_evaluation(result: Evaluated, predictor: Callable[..., Any], release: pathlib.Path) -> None:
-    """Figures of the split, its passes and scenes, and the samples for pictures."""
+def test_an_evaluation_has_the_metrics_of_split_passes_and_scenes(
+    result: Evaluated, predictor: Callable[..., Any], release: pathlib.Path
+) -> None:
+    """And the samples to draw."""
     split, evaluation = result
     lengths, hidden = raw_figures(release, split.names)
     summary = report.make_report(split, evaluation)
@@ -240,11 +242,11 @@ def test_a_dataset_without_passes_and_scenes_has_one_column(tmp_path: pathlib.Pa
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_finds(
+def test_two_ranks_get_the_metrics_of_one(
     result: Evaluated, sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Under mpirun each pair counts once, and what does not depend on the network is the same bit
-    for bit; table, JSON, Markdown and pictures are there."""
+    """Under mpirun each pair counts once, and what does not depend on the network is the same bit for bit; table,
+    JSON, Markdown and pictures are written."""
     split, alone = result
     alone_json = report.make_report(split, alone).to_json()
     out = tmp_path / "out"
@@ -270,8 +272,8 @@ def test_two_ranks_find_what_one_finds(
         assert read_image(out / picture).shape[1] >= 4 * 40
 
 
-def test_bad_options(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """One line each, with the status 1, and no folder."""
+def test_bad_options_are_refused(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """With one line and status 1, and without creating a folder."""
     for arguments, words in [
         (["--ckpt", ckpt], ["--data", "--submission"]),
         (["--ckpt", ckpt, "--submission", tmp_path / "out"], ["--root"]),
@@ -318,8 +320,10 @@ def files_in(folder: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_sintel_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Both passes, every pair, by two ranks; read back it is what the network gives."""
+def test_a_sintel_submission_is_complete(
+    predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Two ranks write every pair of both passes as the network predicts it."""
     root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
     status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 2)
     assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
@@ -331,8 +335,10 @@ def test_a_sintel_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, 
 
 
 @pytest.mark.slow
-def test_a_kitti_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Images of two sizes; the files hold the flow to 1/64 px and are valid everywhere."""
+def test_a_kitti_submission_is_complete(
+    predictor: Callable[..., Any], ckpt: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """With images of two sizes; the files store the flow to 1/64 px, valid everywhere."""
     root, out = kitti_test(tmp_path / "kitti", 3), tmp_path / "out"
     status, text, err = command(1, "--submission", out, "--root", root / "testing", "--ckpt", ckpt)
     assert status == 0 and "3 pairs for KITTI 2015" in text and "200" in err, err
@@ -345,8 +351,8 @@ def test_a_kitti_submission(predictor: Callable[..., Any], ckpt: pathlib.Path, t
         np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
 
 
-def test_test_sets(tmp_path: pathlib.Path) -> None:
-    """KITTI 2012 in colour before grey; the folder may be the release's or the test set's own."""
+def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
+    """KITTI 2012 in colour rather than grey; the folder may be that of the release or of the test set."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
     for given in (root, root / "testing"):
         benchmark = submission.list_test_pairs(given)
@@ -356,8 +362,8 @@ def test_test_sets(tmp_path: pathlib.Path) -> None:
         assert [len(pairs) for pairs in benchmark.by_size.values()] == [1, 1]
 
 
-def test_what_is_no_test_set(tmp_path: pathlib.Path, release: pathlib.Path) -> None:
-    """Errors name what is missing: a frame, a pass, the whole test set."""
+def test_an_incomplete_test_set_is_refused(tmp_path: pathlib.Path, release: pathlib.Path) -> None:
+    """The error names what is missing: a frame, a pass, the whole test set."""
     sintel = sintel_test(tmp_path / "sintel", {"cave_3": 4, "tiger": 3})
     kitti = kitti_test(tmp_path / "kitti", 3)
     half = sintel_test(tmp_path / "half", {"cave_3": 2}) / "test"
@@ -383,8 +389,8 @@ def test_what_is_no_test_set(tmp_path: pathlib.Path, release: pathlib.Path) -> N
         _ = submission.list_test_pairs(kitti).by_size
 
 
-def test_kitti_png(tmp_path: pathlib.Path) -> None:
-    """R and G are 64 times the flow and 2^15, B says whether it is known; all else is clipped."""
+def test_a_kitti_png_stores_flow_to_a_64th_of_a_pixel(tmp_path: pathlib.Path) -> None:
+    """R and G are 64 times the flow plus 2^15, clipped; B says whether it is known."""
     path = tmp_path / "flow.png"
     flow = np.array([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]], np.float32)
     write_kitti_png(path, flow)
