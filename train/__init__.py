@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.recipe import Recipe
+    from train.results import Results
     from train.run import RunConfig, start_trainer
-    from train.trainer import Results, Trainer
+    from train.trainer import Trainer
 
 __all__ = ["Recipe", "Results", "RunConfig", "Trainer", "start_trainer"]
 
 _MODULES = {
     "Recipe": "recipe",
-    "Results": "trainer",
+    "Results": "results",
     "RunConfig": "run",
     "Trainer": "trainer",
     "start_trainer": "run",

@@ -20,11 +20,10 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from launch import progress
 from launch.errors import describe_os_error
 from launch.files import write_bytes
+from train.stop import STOP_SIGNALS
 
 Item = TypeVar("Item")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals after which the training stops at the end of its current step."""
 CONTEXT = multiprocessing.get_context("fork")
 
 

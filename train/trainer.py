@@ -1,14 +1,11 @@
 """The trainer: sets up a run, trains step by step, validates, saves. Every rank has one; rank 0 writes and shows."""
 
 import collections
-import dataclasses
 import hashlib
 import itertools
-import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 import mindspore
@@ -27,12 +24,14 @@ from train.augment import Augment
 from train.checkpoint import Checkpoints, load_initial_weights
 from train.evaluate import EvaluationOptions, evaluate
 from train.metrics import Evaluation, Metrics
-from train.monitor import STOP_SIGNALS, Monitor, Stopwatch, resident_memory, survived
+from train.monitor import Monitor, Stopwatch, resident_memory, survived
 from train.recipe import NETWORK_OPTIONS, Recipe
 from train.report import draw_pairs, gather_strips
+from train.results import Results, Validation
 from train.run import RunPlan
 from train.schedule import learning_rate
 from train.step import StepOptions, StepResult, TrainStep, use_float16
+from train.stop import StopRequest
 
 LEVELS = ("level6", "level5", "level4", "level3", "level2")
 """Names of the loss vector's elements: pyramid levels, coarse to fine."""
@@ -40,57 +39,6 @@ PICTURES = 4
 """Validation pairs drawn each time."""
 MAX_WORKERS = 8
 """Data loading threads per rank, at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """The result of a validation."""
-
-    step: int
-    datasets: dict[str, Metrics]
-    """By name of the dataset; the first one decides which checkpoint is the best."""
-    ema_epe: float | None = None
-    """EPE of the averaged weights on the first dataset in pixels; None without an average."""
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of the first dataset."""
-        return next(iter(self.datasets.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        """As result.json stores it."""
-        others = {name: dataclasses.asdict(metrics) for name, metrics in list(self.datasets.items())[1:]}
-        average = {} if self.ema_epe is None else {"average_epe": self.ema_epe}
-        return {"step": self.step, **dataclasses.asdict(self.metrics), "sets": others, **average}
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The results of a run, the same on every rank."""
-
-    validations: list[Validation]
-    """Of this start, oldest first."""
-    best_epe: float
-    """Smallest validation EPE of the whole run in pixels, that of best.ckpt."""
-    goodput: dict[str, Any]
-    """See `train.goodput.account`."""
-    pairs_per_second: float | None
-    """Median over the logged intervals of this start; None if there were none."""
-    overflows: int
-    """Steps skipped because a gradient overflowed."""
-    seconds: float
-    """Wall time since MindSpore was started."""
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of the last validation, on the first dataset."""
-        return self.validations[-1].metrics
-
-    def to_json(self) -> dict[str, Any]:
-        """As result.json stores it."""
-        validations = [validation.to_json() for validation in self.validations]
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**validations[-1], **values, "validations": validations, "seconds": round(self.seconds, 1)}
 
 
 class Trainer:
@@ -262,7 +210,7 @@ class Trainer:
             self.log(result, rate)
         return result
 
-    def finish_step(self, stop_request: "StopRequest") -> None:
+    def finish_step(self, stop_request: StopRequest) -> None:
         """Validate and save if that is due after a step, and stop if that was requested."""
         done = self.steps_done
         last = done == self.recipe.steps
@@ -397,28 +345,6 @@ class Trainer:
             overflows=self.step.overflows,
             seconds=time.monotonic() - self.created,
         )
-
-
-class StopRequest:
-    """Notes SIGTERM, Ctrl-C and SIGUSR1, so that the training can stop after its current step. A context manager.
-
-    mpirun forwards SIGUSR1 and keeps waiting; after SIGTERM or Ctrl-C it soon kills the ranks. A second signal ends
-    the process at once.
-    """
-
-    def __enter__(self) -> "StopRequest":
-        self.received = False
-        self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
 
 
 def check_weights(comm: Communicator, step: int, weights: Sequence[mindspore.Parameter]) -> None:
