@@ -31,7 +31,7 @@ from typing import Any
 
 from launch import errors, fatbin
 from launch.errors import UserError
-from launch.requirements import wanted
+from launch.requirements import required
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1
@@ -159,7 +159,7 @@ def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathl
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder), "--progress-bar=off", "-q"]
     command += [word for name in platforms for word in ("--platform", name)]
-    done = subprocess.run([*command, *wanted(extras)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *required(extras)], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no message"]
         raise UserError(f"pip could not download the packages: {lines[0].removeprefix('ERROR: ')}; is there a network?")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from model.pwcnet import FlowPredictor, PWCNet
+    from model.inference import FlowPredictor
+    from model.pwcnet import PWCNet
 
 pytest_plugins = ["runs"]
 

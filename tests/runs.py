@@ -1,14 +1,20 @@
 """Training runs for the tests: how they are started, their data, and what they left."""
 
+import importlib
 import os
 import pathlib
+import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import hosts
 import pytest
 import tiny
 
 from prep import synthesize
+
+Job: TypeAlias = "subprocess.Popen[str]"
 
 RECIPE = {
     "crop": "[64,64]",
@@ -21,23 +27,23 @@ RECIPE = {
     "checkpoint_every": 1,
     "validation_batch": 2,
 }
-MIXED = {"mixture": "[3,1]", "average": 0.5}
+MIXED: dict[str, Any] = {"mixture": "[3,1]", "ema_decay": 0.5}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory):
-    """A converted set of 14 pairs of 64x128, 3 of them for validation."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A converted dataset of 14 pairs of 64x128, 3 of them for validation."""
     return make_set(tmp_path_factory.mktemp("data"), 64, 128, [2, 5, 9])
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory):
-    """A second set, of other sizes, 2 of its 14 pairs for validation."""
+def other(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A second dataset, of other sizes, 2 of its 14 pairs for validation."""
     return make_set(tmp_path_factory.mktemp("other"), 72, 96, [3, 4])
 
 
-def make_set(folder, height, width, validation):
-    """Synthetic pairs, converted to a set that is named as its folder."""
+def make_set(folder: pathlib.Path, height: int, width: int, validation: list[int]) -> pathlib.Path:
+    """Synthetic pairs, converted to a dataset with the name of its folder."""
     synthesize.write_dataset(folder / "raw", synthesize.Recipe(14, height, width, seed=1), workers=2)
     return tiny.convert(
         "flyingchairs",
@@ -51,42 +57,56 @@ def make_set(folder, height, width, validation):
 
 
 @pytest.fixture(scope="module")
-def whole(data, other, tmp_path_factory: pytest.TempPathFactory):
-    """The folder of a run that two ranks made without an interruption, on a mixture of both sets."""
+def whole(data: pathlib.Path, other: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of an uninterrupted run of two ranks on a mixture of both datasets."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     status, _, err = finish(train([data, other], out, ranks=2, **MIXED))
     assert status == 0, err
     return out
 
 
-def finish(process):
+def finish(process: Job) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a started command; it must end within five minutes."""
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-def train(data, out, ranks=1, hosts=None, program=("launch/train.sh",), **options):
-    """Start a training run through launch/train.sh on one converted set or several; in a network
-    (`hosts.Hosts`) with a rank on each host."""
+def train(
+    data: pathlib.Path | list[pathlib.Path],
+    out: pathlib.Path,
+    ranks: int = 1,
+    network: hosts.Hosts | None = None,
+    program: Sequence[str | pathlib.Path] = ("launch/train.sh",),
+    **options: Any,
+) -> Job:
+    """Start a training run on one converted dataset or several; in a network, with a rank on each host."""
     command = [*program, *words(data, out, **options)]
-    if hosts:  # which have this machine's cores, of which two ranks on one host have a half each
+    if network:  # each host has all of this machine's cores, but two ranks on one host have half of them each
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        return hosts.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
+        return network.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
     return tiny.mpirun(ranks, *command)
 
 
-def words(data, out, recipe="example", init=None, accumulate=1, validate=(), **overrides):
+def words(
+    data: pathlib.Path | list[pathlib.Path],
+    out: pathlib.Path,
+    recipe: str | pathlib.Path = "example",
+    init: pathlib.Path | None = None,
+    validate: Sequence[pathlib.Path] = (),
+    **overrides: Any,
+) -> list[Any]:
     """The command line of a training run, without the program."""
+    accumulation_steps = overrides.pop("accumulation_steps", 1)
     pairs = [f"{key}={value}" for key, value in {**RECIPE, **overrides}.items()]
     sets = [word for folder in (data if isinstance(data, list) else [data]) for word in ("--data", folder)]
     sets += [word for folder in validate for word in ("--validate", folder)]
     begin = ["--init", init] if init else []
-    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulate", accumulate, *pairs]
+    return ["--config", recipe, *sets, "--out", out, *begin, "--accumulation-steps", accumulation_steps, *pairs]
 
 
 @pytest.fixture
-def two_hosts(tmp_path: pathlib.Path):
-    """Two hosts, each with its own disk; None where this machine does not let us make them."""
+def two_hosts(tmp_path: pathlib.Path) -> Iterator[hosts.Hosts | None]:
+    """Two hosts, each with its own disk; None if this machine does not allow them."""
     if not hosts.are_possible():
         yield None
         return
@@ -94,9 +114,9 @@ def two_hosts(tmp_path: pathlib.Path):
         yield two
 
 
-def read_events(run):
+def read_events(run: pathlib.Path) -> Any:
     """TensorBoard's reader of a run's event files."""
-    import mindspore.train.summary_pb2  # noqa: F401 - first, as it chooses the protobuf for both
+    importlib.import_module("mindspore.train.summary_pb2")  # first, because it selects the protobuf for both
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
@@ -104,9 +124,9 @@ def read_events(run):
     return events
 
 
-def read_curves(run, tag):
-    """A curve as a dict of step to value; both kinds of file hold it, and no step twice."""
-    from mindspore.train.summary_pb2 import Event
+def read_curves(run: pathlib.Path, tag: str) -> dict[int, float]:
+    """A curve by step; both kinds of file must hold it, with no step twice."""
+    event_type = importlib.import_module("mindspore.train.summary_pb2").Event
 
     events = read_events(run)
     points = [(point.step, point.value) for point in events.Scalars(tag)]
@@ -116,7 +136,7 @@ def read_curves(run, tag):
         data, position = path.read_bytes(), 0
         while position < len(data):  # length, its checksum, the message, its checksum
             length = int.from_bytes(data[position : position + 8], "little")
-            event = Event.FromString(data[position + 12 : position + 12 + length])
+            event = event_type.FromString(data[position + 12 : position + 12 + length])
             recorded += [
                 (event.step, value.scalar_value)
                 for value in event.summary.value
@@ -128,22 +148,22 @@ def read_curves(run, tag):
     return dict(points)
 
 
-def last_step(run):
+def last_step(run: pathlib.Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
     return max([int(path.stem[-8:]) for path in (run / "checkpoints").glob("step-*.ckpt")], default=0)
 
 
-def wait_for_step(job, run, step) -> None:
-    """Wait until a started run has a checkpoint of a step or a later one."""
+def wait_for_step(job: Job, run: pathlib.Path, step: int) -> None:
+    """Wait until a running job has written the checkpoint of a step or a later one."""
     deadline = time.monotonic() + 240
     while last_step(run) < step:
         assert job.poll() is None and time.monotonic() < deadline, finish(job)
         time.sleep(0.05)
 
 
-def check_refused(process, *words) -> None:
-    """The command ends with a status and one line that holds the words."""
-    status, out, err = finish(process)
+def check_refused(process: Job, *words: str) -> None:
+    """The command ends with status 1 and one line that contains the words."""
+    status, _, err = finish(process)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
     for word in words:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,30 +15,43 @@ from hypothesis import strategies as st
 
 from prep.reader import sample_rng
 from train import augment
-from train import recipe as recipes
-from train.augment import Augment
+from train.augment import NO_MAP, Augment, Sample
+from train.recipe import Recipe
 
 HEIGHT, WIDTH, CROP = 100, 140, (64, 64)
-GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0, "relative_affine": 1.0}
-COLOURS = {"exposure": 0.1, "jitter": 0.5, "relative_jitter": 0.1, "gamma": (0.7, 1.5), "noise": 0.04, "eraser": 0.5}
+GEOMETRY: dict[str, Any] = {
+    "flip": True,
+    "vertical_flip": True,
+    "scale": (1.0, 1.5),
+    "affine": 1.0,
+    "relative_affine": 1.0,
+}
+COLOURS: dict[str, Any] = {
+    "exposure": 0.1,
+    "jitter": 0.5,
+    "relative_jitter": 0.1,
+    "gamma": (0.7, 1.5),
+    "noise": 0.04,
+    "eraser": 0.5,
+}
 FIELDS = ("image1", "image2", "flow", "valid")
 
 seeds = st.integers(0, 2**32)
 small = st.floats(-0.1, 0.1)
 
 
-def grid(height, width):
-    """The place (x, y) of each pixel, float64 (height, width, 2)."""
+def grid(height: int, width: int) -> np.ndarray:
+    """The position (x, y) of each pixel, float64 (height, width, 2)."""
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), 2).astype(float)
 
 
-def move(matrix, places):
-    """Places (..., 2) moved by a 3 x 3 affine matrix."""
+def move(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Positions (..., 2) mapped by a (3, 3) affine matrix."""
     return places @ matrix[:2, :2].T + matrix[:2, 2]
 
 
-def motion_of(linear, shift):
-    """3 x 3 matrix of an affine motion, its linear part about the frame's middle."""
+def motion_of(linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]) -> np.ndarray:
+    """(3, 3) matrix of an affine motion, its linear part about the centre of the frame."""
     middle = np.array([WIDTH - 1, HEIGHT - 1]) / 2
     matrix = np.eye(3)
     matrix[:2, :2] = np.eye(2) + np.reshape(linear, (2, 2))
@@ -45,8 +59,8 @@ def motion_of(linear, shift):
     return matrix
 
 
-def texture(places):
-    """A smooth picture at places (..., 2), known everywhere: uint8 (..., 3)."""
+def texture(places: np.ndarray) -> np.ndarray:
+    """A smooth texture at positions (..., 2): uint8 (..., 3)."""
     x, y = places[..., 0], places[..., 1]
     waves = [
         np.sin(0.16 * x + 0.07 * y),
@@ -56,8 +70,8 @@ def texture(places):
     return np.rint(127.5 + 110 * np.stack(waves, -1)).astype(np.uint8)
 
 
-def moving(motion):
-    """A pair whose every pixel moves by a 3 x 3 matrix, exact but for the grey levels' rounding."""
+def moving(motion: np.ndarray) -> Sample:
+    """A pair whose pixels move by a (3, 3) matrix, exact up to the rounding of intensities."""
     places = grid(HEIGHT, WIDTH)
     return {
         "image1": texture(places),
@@ -67,8 +81,8 @@ def moving(motion):
     }
 
 
-def noisy(seed=0, height=HEIGHT, width=WIDTH, known=1.0):
-    """A pair of random numbers, read-only as decoded records may be; `known` of its flow is."""
+def noisy(seed: int = 0, height: int = HEIGHT, width: int = WIDTH, known: float = 1.0) -> Sample:
+    """A pair of random numbers, read-only as decoded records may be; a share `known` of its flow is known."""
     rng = np.random.default_rng(seed)
     valid = (rng.random((height, width)) < known).astype(np.uint8)
     sample = {
@@ -82,8 +96,8 @@ def noisy(seed=0, height=HEIGHT, width=WIDTH, known=1.0):
     return sample
 
 
-def check_form(sample, crop=CROP) -> None:
-    """What every view of a pair is."""
+def check_form(sample: Sample, crop: tuple[int, int] = CROP) -> None:
+    """Check shapes, types and contiguity of a view."""
     for key in FIELDS:
         assert sample[key].shape[:2] == crop and sample[key].flags.c_contiguous, key
     assert sample["image1"].dtype == sample["image2"].dtype == sample["valid"].dtype == np.uint8
@@ -91,11 +105,11 @@ def check_form(sample, crop=CROP) -> None:
     assert np.isfinite(sample["flow"]).all() and not sample["flow"][sample["valid"] == 0].any()
 
 
-def photometric_error(sample):
-    """Mean |image 1 - image 2 at the flow| in grey levels where the flow stays inside."""
+def photometric_error(sample: Sample) -> float:
+    """Mean |image 1 - warped image 2| where the flow stays inside, of intensities up to 255."""
     height, width = sample["flow"].shape[:2]
     places = (grid(height, width) + sample["flow"]).astype(np.float32)
-    back = cv2.remap(sample["image2"], places, None, cv2.INTER_LINEAR)
+    back = cv2.remap(sample["image2"], places, NO_MAP, cv2.INTER_LINEAR)
     inside = ((places >= 0) & (places <= [width - 1, height - 1])).all(2)
     assert inside.mean() > 0.3
     return np.abs(sample["image1"][inside].astype(float) - back[inside]).mean()
@@ -106,7 +120,9 @@ def photometric_error(sample):
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_an_affine_flow_stays_exact(seed, linear, shift) -> None:
+def test_an_affine_flow_stays_exact(
+    seed: int, linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]
+) -> None:
     """f'(p) = A2 (x + f(x)) - A1 x, here in float64 and with f as a formula."""
     motion = motion_of(linear, shift)
     view = Augment(CROP, **GEOMETRY)
@@ -121,19 +137,21 @@ def test_an_affine_flow_stays_exact(seed, linear, shift) -> None:
 
 @settings(deadline=None)
 @given(seeds, st.tuples(small, small, small, small), st.tuples(*[st.floats(-15, 15)] * 2))
-def test_image_2_at_the_flow_is_image_1(seed, linear, shift) -> None:
-    """Before and after: the images move as the flow says."""
+def test_image_2_at_the_flow_is_image_1(
+    seed: int, linear: tuple[float, float, float, float], shift: np.ndarray | tuple[float, float]
+) -> None:
+    """Before and after augmentation."""
     sample = moving(motion_of(linear, shift))
     assert photometric_error(sample) < 1.5
     assert photometric_error(Augment(CROP, **GEOMETRY)(sample, np.random.default_rng(seed))) < 1.5
 
 
-def test_a_wrong_flow_would_be_seen() -> None:
-    """The measure of the test above, with the second frame's own motion left out of the flow."""
+def test_a_wrong_flow_would_be_noticed() -> None:
+    """By the measure of the test above, if the flow lacks the second frame's own motion."""
     sample = moving(motion_of((0, 0, 0, 0), (3, -2)))
     view = Augment(CROP, relative_affine=1.0)(sample, np.random.default_rng(3))
     assert photometric_error(view) < 1.5
-    assert photometric_error(view | {"flow": np.broadcast_to(np.float32([3, -2]), (*CROP, 2))}) > 2
+    assert photometric_error(view | {"flow": np.broadcast_to(np.array([3, -2], np.float32), (*CROP, 2))}) > 2
 
 
 @settings(deadline=None)
@@ -145,8 +163,10 @@ def test_a_wrong_flow_would_be_seen() -> None:
     st.floats(1, 2),
     st.sampled_from([(64, 64), (100, 140), (64, 140), (128, 192)]),
 )
-def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, low, factor, crop) -> None:
-    """Whatever is asked for, a crop larger than the frames too; then the zoom gives way."""
+def test_all_of_the_crop_comes_from_inside_both_frames(
+    seed: int, affine: float, relative: float, low: float, factor: float, crop: tuple[int, int]
+) -> None:
+    """Whatever the options; if the crop is larger than the frames, the zoom increases."""
     view = Augment(crop, affine=affine, relative_affine=relative, scale=(low, factor * low))
     assume(view.warps)
     ends = np.array(crop[::-1]) - 1
@@ -158,7 +178,7 @@ def test_all_of_the_crop_is_from_inside_of_both_frames(seed, affine, relative, l
 
 
 @pytest.mark.parametrize("known", [0.0, 0.2, 0.9])
-def test_nothing_unknown_is_mixed_in(known) -> None:
+def test_unknown_flow_never_leaks_into_known_flow(known: float) -> None:
     """Known flow is (5, -3) everywhere, unknown is 1e9 or NaN: each known pixel has its own alone,
     and each is known just where its nearest source is."""
     rng = np.random.default_rng(1)
@@ -181,8 +201,8 @@ def test_nothing_unknown_is_mixed_in(known) -> None:
         assert np.array_equal(result["valid"][clear], valid[row, column][clear])
 
 
-def test_between_known_pixels_sparse_flow_is_interpolated_too() -> None:
-    """Away from the one unknown pixel, a flow with a hole is the same as without."""
+def test_sparse_flow_is_interpolated_between_known_pixels() -> None:
+    """Away from its only unknown pixel, flow is the same as without that."""
     sample = moving(motion_of((0.1, 0.05, -0.05, 0.1), (4, 2)))
     view = Augment(CROP, affine=1.0, scale=(1.0, 1.0))
     whole = view(sample, np.random.default_rng(5))
@@ -196,7 +216,7 @@ def test_between_known_pixels_sparse_flow_is_interpolated_too() -> None:
 
 
 @pytest.mark.parametrize("known", [0.5, 1.0])
-def test_crop_and_flips_alone_are_exact(known) -> None:
+def test_crop_and_flips_without_warping_are_exact(known: float) -> None:
     """Each view is a window, mirrored or not, byte for byte; all four ways come alike often."""
     sample = noisy(3, known=known)
     sample["image1"] = (grid(HEIGHT, WIDTH) @ [[1, 0, 0], [0, 1, 0]]).astype(np.uint8)  # its place
@@ -217,7 +237,7 @@ def test_crop_and_flips_alone_are_exact(known) -> None:
     assert min(lefts) <= 2 and max(lefts) >= WIDTH - CROP[1] - 2
 
 
-def test_a_pair_smaller_than_the_crop() -> None:
+def test_a_pair_smaller_than_the_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="100x140 is smaller than the crop of 128x128"):
         Augment((128, 128))(noisy(), np.random.default_rng(0))
 
@@ -225,7 +245,7 @@ def test_a_pair_smaller_than_the_crop() -> None:
 # --- Distributions --------------------------------------------------------------------------------
 
 
-def is_uniform(values, low, high):
+def is_uniform(values: np.ndarray | list[float], low: float, high: float) -> bool:
     """Whether values look drawn from all of [low, high] alike: Kolmogorov and Smirnov's test at a
     level of one in ten thousand."""
     places = (np.sort(values) - low) / (high - low)
@@ -233,11 +253,11 @@ def is_uniform(values, low, high):
     return max(np.abs(places - steps[1:]).max(), np.abs(places - steps[:-1]).max()) < 2.22 / len(values) ** 0.5
 
 
-def test_motions_are_drawn_as_published() -> None:
-    """The reference variant's ranges, each uniform, where the crop leaves room for all of them."""
+def test_motions_are_uniform_over_the_published_ranges() -> None:
+    """mmflow's, where the crop leaves room for all of them."""
     view = Augment(CROP, **GEOMETRY)
     drawn = [view.draw_motion(sample_rng(1, 0, 0, i), 384, 512) for i in range(1500)]
-    first, second = (np.array(motions) for motions in zip(*drawn))
+    first, second = (np.array(motions) for motions in zip(*drawn, strict=True))
     linear = first[:, :2, :2]
     # Mirror x rotation x (zoom squeeze, zoom / squeeze): the columns' lengths are the last.
     wide, high = np.linalg.norm(linear, axis=1).T
@@ -258,8 +278,8 @@ def test_motions_are_drawn_as_published() -> None:
     assert is_uniform(shift[:, 1], -0.00375 * 384, 0.00375 * 384)
 
 
-def test_places_reach_every_corner() -> None:
-    """Without rotation the crop's place is uniform over where it fits."""
+def test_the_position_of_the_crop_is_uniform() -> None:
+    """Over where it fits, without rotation."""
     view = Augment(CROP, scale=(1.0, 1.5))
     first = np.array([view.draw_motion(sample_rng(2, 0, 0, i), 384, 512)[0] for i in range(1500)])
     zoom, corner = first[:, 0, 0], -first[:, :2, 2] / first[:, :1, 0]
@@ -267,7 +287,7 @@ def test_places_reach_every_corner() -> None:
     assert is_uniform((corner / room)[:, 0], 0, 1) and is_uniform((corner / room)[:, 1], 0, 1)
 
 
-def test_colours_are_drawn_as_published() -> None:
+def test_colours_are_uniform_over_their_ranges() -> None:
     mean = np.array([120.0, 90.0, 60.0])
     matrices = np.array([augment.draw_colours(sample_rng(3, 0, 0, i), 0.5, mean) for i in range(1500)])
     luma = augment.TO_YIQ[0]
@@ -285,8 +305,8 @@ def test_colours_are_drawn_as_published() -> None:
 # --- Colours --------------------------------------------------------------------------------------
 
 
-def test_colours_are_the_same_for_both_images_and_leave_the_rest() -> None:
-    """One function of the old colour, but for the parts that say otherwise."""
+def test_colour_changes_are_the_same_for_both_images_and_leave_the_flow() -> None:
+    """Except for the options that change the second image only."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (64, 64, 3), np.uint8)
     sample = noisy(height=64, width=64) | {"image1": values, "image2": values[::-1].copy()}
@@ -296,7 +316,7 @@ def test_colours_are_the_same_for_both_images_and_leave_the_rest() -> None:
         assert not np.array_equal(result["image1"], values), name
         assert np.array_equal(result["flow"], sample["flow"])
     for name in ("relative_jitter", "eraser"):
-        options = {name: 0.5 if name == "relative_jitter" else 1.0}
+        options: dict[str, Any] = {name: 0.5 if name == "relative_jitter" else 1.0}
         result = Augment(CROP, **options)(sample, np.random.default_rng(1))
         assert np.array_equal(result["image1"], values), name
         assert not np.array_equal(result["image2"], values[::-1]), name
@@ -310,7 +330,7 @@ def test_grey_stays_grey_under_jitter() -> None:
         assert np.ptp(image, axis=2).max() <= 1
 
 
-def test_gamma() -> None:
+def test_gamma_is_an_exponent() -> None:
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:64, None, None], (64, 64, 3))
     sample = noisy(height=64, width=64) | {"image1": levels, "image2": levels}
     result = Augment(CROP, gamma=(0.7, 0.7))(sample, np.random.default_rng(0))["image1"]
@@ -318,8 +338,8 @@ def test_gamma() -> None:
     assert np.array_equal(result[:, 0, 0], expected)
 
 
-def test_noise() -> None:
-    """Gaussian, of a deviation from 0 to the largest, not the same in both images nor in pairs."""
+def test_noise_is_gaussian_and_saturates() -> None:
+    """Its deviation is uniform up to the largest; images and pairs have different noise."""
     plain = noisy() | {
         "image1": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
         "image2": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
@@ -358,18 +378,18 @@ def test_eraser() -> None:
 # --- Repeatability --------------------------------------------------------------------------------
 
 
-def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path: pathlib.Path) -> None:
-    """The same bytes on any number of ranks and threads and after a resume; others each epoch."""
+def test_a_view_depends_only_on_seed_epoch_and_pair(tmp_path: pathlib.Path) -> None:
+    """The same bytes on any number of ranks and threads and after a resume, but other bytes in each epoch."""
     folder = tiny.chairs(tmp_path / "data", 9, height=72, width=90)
     none = tiny.split_file(tmp_path / "none.txt", [])
     data = tiny.convert("flyingchairs", folder, tmp_path / "out", "--split-file", none)
 
-    def views(**options):
+    def views(**options: Any) -> list[list[bytes]]:
         view = Augment(CROP, **GEOMETRY, **COLOURS)
         return [
             [column.tobytes() for column in pair]
             for batch in tiny.training(data, transform=view, **options)
-            for pair in zip(*batch)
+            for pair in zip(batch.image1, batch.image2, batch.flow, batch.valid, strict=True)
         ]
 
     one = views(batch=6, steps=3, seed=4, workers=1)
@@ -382,22 +402,22 @@ def test_a_view_depends_on_seed_epoch_and_pair_alone(tmp_path: pathlib.Path) -> 
 
 
 def test_views_never_change() -> None:
-    """Other bytes after an update would part a resumed run from the one begun before. The example
-    recipe's; the affine options' depend on OpenCV's arithmetic too."""
+    """With other bytes after an update, a resumed run would depart from the original one. Checked for the example
+    recipe; affine options also depend on OpenCV's arithmetic."""
     sample = noisy(height=144, width=160)
     levels = np.arange(144 * 160 * 3, dtype=np.uint32).reshape(144, 160, 3)
     sample["image1"] = (levels * np.uint32(2654435761) >> 24).astype(np.uint8)
-    view = Augment.from_recipe(recipes.load("example"))
+    view = Augment.from_recipe(Recipe.load("example"))
     result = [view(sample, sample_rng(1, 0, 0, i))["image1"] for i in range(4)]
     checksums = [zlib.crc32(image.tobytes()) for image in result]
     assert checksums == [1808136875, 444343973, 2332291192, 1481960086]
 
 
 def test_no_thread_is_left_spinning() -> None:
-    """A pair takes one core for a while and nothing after that: others compute the network."""
+    """A pair uses one core and nothing after that: the network needs the cores."""
     view, rng, sample = Augment(CROP, **GEOMETRY, **COLOURS), np.random.default_rng(0), noisy()
 
-    def spent_asleep():
+    def spent_asleep() -> float:
         before = time.process_time()
         time.sleep(0.04)
         return time.process_time() - before
@@ -411,7 +431,7 @@ def test_no_thread_is_left_spinning() -> None:
     assert min(after) < min(idle) + 0.02
 
 
-def test_the_pair_itself_is_left_alone() -> None:
+def test_the_original_pair_stays_unchanged() -> None:
     sample = noisy(known=0.8)
     before = {key: array.tobytes() for key, array in sample.items()}
     for options in ({}, GEOMETRY, COLOURS, GEOMETRY | COLOURS):
@@ -425,8 +445,8 @@ def test_the_pair_itself_is_left_alone() -> None:
 # --- Recipes --------------------------------------------------------------------------------------
 
 
-def test_each_option_is_a_key_of_a_recipe_and_off_by_default() -> None:
-    recipe = recipes.Recipe(crop=CROP, batch=1, steps=1, learning_rate=1.0)
+def test_every_option_is_a_recipe_key_and_off_by_default() -> None:
+    recipe = Recipe(crop=CROP, batch=1, steps=1, learning_rate=1.0)
     assert dataclasses.asdict(Augment.from_recipe(recipe)) == dataclasses.asdict(Augment(CROP))
-    chairs = Augment.from_recipe(recipes.load("chairs"))
+    chairs = Augment.from_recipe(Recipe.load("chairs"))
     assert chairs == Augment((320, 448), **GEOMETRY, jitter=0.5, gamma=(0.7, 1.5), noise=0.04)

@@ -1,15 +1,14 @@
-"""Checkpoints: what comes back from them, which of them stay, and files that do not fit."""
+"""Checkpoints: what is restored from them, which of them are kept, and files that do not fit."""
 
 import concurrent.futures
 import json
 import pathlib
 import resource
-from typing import NoReturn
 
 import mindspore
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import Parameter, Tensor, float32, nn
 
 from launch.errors import UserError
 from model import weights
@@ -21,8 +20,16 @@ from train.step import TrainStep
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
-def test_a_network_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
-    """Options and weights, from a file of the network, of the trainer, and without options."""
+class Weights(nn.Cell):
+    """A Cell with so many weights."""
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self.weights = Parameter(Tensor(np.zeros(count), float32), name="weights")
+
+
+def test_a_network_is_restored_from_its_file(tmp_path: pathlib.Path) -> None:
+    """Options and weights, from a file of the network, from one of the trainer, and from one without options."""
     options = {"variant": "nvlabs", "dense": False, "warp_mode": "nearest"}
     network = PWCNet(**options)
     weights.save_network(tmp_path / "network.ckpt", network, options)
@@ -47,15 +54,15 @@ def test_a_network_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last regular ones, and the newest two of all, so that one may be damaged; damaged ones of
-    later steps go."""
-    cell = nn.Dense(1, 1)
+def test_the_newest_checkpoints_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last regular ones, and the newest two of all, so that one may be damaged; damaged ones of later steps are
+    deleted."""
+    cell = Weights()
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
 
-        def steps_after(*saved):
+        def steps_after(*saved: int) -> list[int]:
             for step in saved:
                 checkpoints.save(step, cell)
             checkpoints.wait()
@@ -65,7 +72,7 @@ def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         assert steps_after(10, 20, 30) == [20, 30]
         checkpoints.save_if_best(30, cell, 2.0)
         assert steps_after() == [20, 30] and (tmp_path / checkpoint.BEST).exists()
-        now = checkpoint.AT_MOST + 1
+        now = checkpoint.MAX_AGE + 1
         assert checkpoints.is_due(33)
         assert steps_after(33) == [20, 30, 33] and not checkpoints.is_due(34)
         assert steps_after(36) == [20, 30, 33, 36]
@@ -75,8 +82,8 @@ def test_which_checkpoints_stay(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         assert steps_after(40) == [30, 38, 40]
 
 
-def test_checkpoints_that_do_not_fit(tmp_path: pathlib.Path) -> None:
-    """Other options than the weights', options of another version, no checkpoint."""
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
+    """Its options are not those of its weights, or of another version, or it is not a checkpoint."""
     path = tmp_path / "in.ckpt"
     weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
     with pytest.raises(UserError, match=r"in.ckpt: .* 28 missing \(.*, ...\); .* of another shape"):
@@ -90,9 +97,9 @@ def test_checkpoints_that_do_not_fit(tmp_path: pathlib.Path) -> None:
         weights.load_network(path)
 
 
-def test_a_checkpoint_of_a_newer_version(tmp_path: pathlib.Path) -> None:
-    """It is refused, and not passed over for an older one as a damaged file is."""
-    cell = nn.Dense(1, 1)
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path) -> None:
+    """It is not skipped for an older one, as a damaged file is."""
+    cell = Weights()
     with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
         checkpoints.save(1, cell)
         checkpoints.wait()
@@ -103,10 +110,10 @@ def test_a_checkpoint_of_a_newer_version(tmp_path: pathlib.Path) -> None:
     assert weights.read(tmp_path / "old.ckpt")["step"] == 3
 
 
-def test_best_weights_stay_the_best(tmp_path: pathlib.Path) -> None:
-    """The best EPE is that of the file, also when a run goes on from a checkpoint before it; on another
-    dataset there is none yet."""
-    cell = nn.Dense(1, 1)
+def test_the_best_epe_survives_a_resume(tmp_path: pathlib.Path) -> None:
+    """It is that of best.ckpt, also if the run resumes from an earlier checkpoint; on another dataset there is none
+    yet."""
+    cell = Weights()
     with checkpoint.Checkpoints(tmp_path, {}, every=1, validation="a") as checkpoints:
         checkpoints.save_if_best(1, cell, 5.0)
         checkpoints.save(1, cell)
@@ -116,23 +123,21 @@ def test_best_weights_stay_the_best(tmp_path: pathlib.Path) -> None:
             assert checkpoints.restore(cell) == 1 and checkpoints.best == best
 
 
-def test_a_full_disk(tmp_path: pathlib.Path) -> NoReturn:
-    """A file that cannot be written is named, nothing is left of it, and the one before stays; the error
-    comes with the next step."""
-    cell = nn.Dense(1000, 1000)
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: pathlib.Path) -> None:
+    """The error comes with the next step and names the file, of which nothing is left."""
+    cell = Weights(1_000_000)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="File too large") as failed:
-        with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
-            checkpoints.save(1, cell)
-            checkpoints.wait()
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
-                checkpoints.save(2, cell)
-                concurrent.futures.wait(checkpoints.writing)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-            checkpoints.is_due(3)
-            raise AssertionError("not noticed")
+    failure = pytest.raises(OSError, match="File too large")
+    with failure as failed, checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        checkpoints.save(1, cell)
+        checkpoints.wait()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+            checkpoints.save(2, cell)
+            concurrent.futures.wait(checkpoints.writing)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        checkpoints.is_due(3)
     assert failed.value.filename == str(tmp_path / "step-00000002.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.ckpt"]
     with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:

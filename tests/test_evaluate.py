@@ -1,59 +1,70 @@
-"""Evaluation: the field's figures, one and several ranks, what is written; submissions."""
+"""Evaluation: the field's metrics, one and several ranks, what is written; submissions."""
 
+import dataclasses
 import json
 import pathlib
 import sys
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
-import mindspore
 import numpy as np
 import pytest
 import tiny
 
 from launch.errors import UserError
+from model.inference import FlowPredictor
 from prep import reader
 from prep.formats.flow import read_flo, read_flow, write_kitti_png
 from prep.formats.image import read_image
-from train import evaluate, metrics, submission
+from train import metrics, report, submission
+from train.evaluate import EvaluationOptions, evaluate
+from train.metrics import Evaluation, compute_metrics
+
+
+class Evaluated(NamedTuple):
+    """A split and its evaluation."""
+
+    split: reader.DatasetSplit
+    evaluation: Evaluation
+
 
 SCENES = {"alley_1": 4, "market_6": 3}  # 3 and 2 pairs, in each pass
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory):
+def release(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.sintel(tmp_path_factory.mktemp("sintel") / "release", SCENES)
 
 
 @pytest.fixture(scope="module")
-def sintel(release):
+def sintel(release: pathlib.Path) -> pathlib.Path:
     """The converted tiny Sintel, all of its ten pairs in val."""
     everything = tiny.split_file(release.parent / "val.txt", range(5))
     return tiny.convert("sintel", release, release.parent / "set", "--shards", 2, "--split-file", everything)
 
 
-def command(ranks, *arguments):
+def command(ranks: int, *arguments: object) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of train/evaluate.py."""
     process = tiny.mpirun(ranks, sys.executable, "train/evaluate.py", *arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-# --- Figures --------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
-def one_row(flow, error, valid=None, occluded=None):
+def one_row(
+    flow: list[float], error: list[float], valid: list[int] | None = None, occluded: list[int] | None = None
+) -> np.ndarray:
     """`pair_sums` of an image of one row: flows and errors to the right, in pixels."""
     row = np.zeros((1, len(flow), 2), np.float32)
     row[0, :, 0] = flow
-    predicted = row + np.float32(error)[None, :, None] * np.float32([0.6, 0.8])
-    valid, occluded = (
-        np.uint8([mask if mask is not None else [default] * len(flow)]) for mask, default in ((valid, 1), (occluded, 0))
-    )
-    return metrics.pair_sums(predicted, row, valid, occluded)
+    predicted = row + np.array(error, np.float32)[None, :, None] * np.array([0.6, 0.8], np.float32)
+    masks = [[default] * len(flow) if mask is None else mask for mask, default in ((valid, 1), (occluded, 0))]
+    return metrics.pair_sums(predicted, row, *(np.array([mask], np.uint8) for mask in masks))
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_of_a_few_pixels_by_hand() -> None:
     """One pair of seven pixels, the last unknown; and a second pair, of one pixel."""
     first = one_row(
         [0, 5, 20, 30, 50, 100, 7],
@@ -61,7 +72,7 @@ def test_figures_by_hand() -> None:
         valid=[1, 1, 1, 1, 1, 1, 0],
         occluded=[0, 1, 0, 1, 0, 0, 1],
     )
-    found = metrics.figures(first[None])
+    found = compute_metrics(first[None])
     # Of the errors over 3 px (4 of 20, 6 of 30, 4 of 100) the last is under 5 %.
     expected = {
         "pairs": 1,
@@ -80,27 +91,27 @@ def test_figures_by_hand() -> None:
         "epe_matched": 10.5 / 4,
         "epe_unmatched": 4,
     }
-    assert found == pytest.approx(expected, rel=1e-5)
-    both = metrics.figures(np.stack([first, one_row([10], [8])]))
-    assert both["epe"] == pytest.approx((18.5 / 6 + 8) / 2, rel=1e-5)
-    assert both["epe_pixels"] == pytest.approx(26.5 / 7, rel=1e-5)
-    assert both["fl_all"] == pytest.approx(300 / 7)
+    assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-5)
+    both = compute_metrics(np.stack([first, one_row([10], [8])]))
+    assert both.epe == pytest.approx((18.5 / 6 + 8) / 2, rel=1e-5)
+    assert both.epe_pixels == pytest.approx(26.5 / 7, rel=1e-5)
+    assert both.fl_all == pytest.approx(300 / 7)
 
 
-def test_bounds_belong_to_the_better_side() -> None:
-    """Errors of exactly 1, 3, 5 px are none over; of 10 and 40 px the flow is of the middle."""
+def test_thresholds_belong_to_the_better_side() -> None:
+    """Errors of exactly 1, 3 and 5 px are not over; flow of exactly 10 and 40 px is in s10-40."""
     row = np.zeros((1, 3, 2), np.float32)
-    predicted = row + np.float32([1, 3, 5])[:, None] * np.float32([1, 0])
-    found = metrics.figures(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
-    assert [found[key] for key in ("over_1px", "over_3px", "over_5px")] == [
+    predicted = row + np.array([1, 3, 5], np.float32)[:, None] * np.array([1, 0], np.float32)
+    found = compute_metrics(metrics.pair_sums(predicted, row, row[..., 0] + 1, row[..., 0])[None])
+    assert [getattr(found, key) for key in ("over_1px", "over_3px", "over_5px")] == [
         pytest.approx(share) for share in (200 / 3, 100 / 3, 0)
     ]
-    speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4)))
+    speeds = dict(zip(metrics.SUMS, one_row([9.99, 10, 40, 40.01], [0] * 4), strict=True))
     assert [speeds[f"pixels_{region}"] for region in metrics.REGIONS[:3]] == [1, 2, 1]
 
 
-def test_figures_against_all_pixels_at_once() -> None:
-    """Sums by pair give what one long list of all pixels gives; sizes and known shares differ."""
+def test_metrics_from_sums_equal_those_of_all_pixels_at_once() -> None:
+    """With pairs that differ in size and in their share of known pixels."""
     rng = np.random.default_rng(3)
     pairs, sums = [], []
     for height, width, share in ((20, 31, 0.9), (17, 8, 0.3), (40, 25, 1.0)):
@@ -116,8 +127,8 @@ def test_figures_against_all_pixels_at_once() -> None:
                 occluded[known] == 1,
             )
         )
-    error, length, hidden = (np.concatenate(column) for column in zip(*pairs))
-    found = metrics.figures(np.array(sums))
+    error, length, hidden = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    found = compute_metrics(np.array(sums))
     expected = {
         "pairs": 3,
         "pixels": error.size,
@@ -133,43 +144,43 @@ def test_figures_against_all_pixels_at_once() -> None:
         "epe_unmatched": error[hidden].mean(),
     }
     expected["ratio"] = expected["epe"] / expected["zero_epe"]
-    assert found == pytest.approx(expected, rel=1e-5)
-    for predicted_epe, pair in zip(metrics.pair_means(np.array(sums))[0], pairs):
+    assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-5)
+    for predicted_epe, pair in zip(metrics.mean_epe(np.array(sums)), pairs, strict=True):
         assert predicted_epe == pytest.approx(pair[0].mean(), rel=1e-5)
 
 
-def test_unknown_flow_and_a_network_that_gives_nan() -> None:
-    """A pair without known flow is in no mean; nan is an outlier and shows in the mean."""
+def test_unknown_flow_is_left_out_and_nan_is_an_outlier() -> None:
+    """A pair without known flow is in no mean; a prediction of nan makes the mean nan."""
     empty, good = one_row([5], [2], valid=[0]), one_row([5], [2])
-    found = metrics.figures(np.stack([empty, good]))
-    assert found["epe"] == pytest.approx(2) and found["pairs"] == 2 and found["pixels"] == 1
-    nothing = metrics.figures(empty[None])
-    assert np.isnan(nothing["epe"]) and nothing["fl_all"] is nothing["epe_s0_10"] is None
-    broken = metrics.figures(np.stack([one_row([5], [np.nan]), good]))
-    assert np.isnan(broken["epe"]) and broken["fl_all"] == broken["over_5px"] == 50
+    found = compute_metrics(np.stack([empty, good]))
+    assert found.epe == pytest.approx(2) and found.pairs == 2 and found.pixels == 1
+    nothing = compute_metrics(empty[None])
+    assert np.isnan(nothing.epe) and nothing.fl_all is nothing.epe_s0_10 is None
+    broken = compute_metrics(np.stack([one_row([5], [np.nan]), good]))
+    assert np.isnan(broken.epe) and broken.fl_all == broken.over_5px == 50
 
 
-def test_the_worst_pairs() -> None:
-    """Largest error first, equal ones in order; nan is the worst of all, unknown flow none."""
+def test_the_worst_pairs_come_in_descending_order() -> None:
+    """Equal ones in the order of the split; nan is worst of all, pairs without known flow are left out."""
     sums = np.stack(
         [one_row([5], [error], valid=[known]) for error, known in ((2, 1), (9, 0), (7, 1), (np.nan, 1), (2, 1))]
     )
-    assert evaluate.find_worst(sums, range(5), 4) == [3, 2, 0, 4]
-    assert evaluate.find_worst(sums, [4, 0], 1) == [0]
+    assert metrics.find_worst(sums, range(5), 4) == [3, 2, 0, 4]
+    assert metrics.find_worst(sums, [4, 0], 1) == [0]
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def result(predictor, sintel):
-    """Of the ten pairs, evaluated by one rank in batches of four."""
+def result(predictor: FlowPredictor, sintel: pathlib.Path) -> Evaluated:
+    """The ten pairs evaluated by one rank in batches of four."""
     split = reader.DatasetSplit.open(sintel, "val")
-    return split, evaluate.evaluate(predictor, split, batch=4, pictures=[1], worst=2)
+    return Evaluated(split, evaluate(predictor, split, options=EvaluationOptions(batch=4, pictures=[1], worst=2)))
 
 
-def raw_figures(release, names):
-    """Of a flow of zero, from the release's own files: lengths and what is occluded, all pairs."""
+def raw_figures(release: pathlib.Path, names: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Flow magnitudes and occlusion of the known pixels of each pair, from the release's own files."""
     lengths, hidden = [], []
     for name in names:
         inner = name.split("/", 1)[1]
@@ -181,59 +192,62 @@ def raw_figures(release, names):
     return lengths, hidden
 
 
-def test_evaluation(result, predictor, release) -> None:
-    """Figures of the split, its passes and scenes, and the samples for pictures."""
-    split, result = result
+def test_an_evaluation_has_the_metrics_of_split_passes_and_scenes(
+    result: Evaluated, predictor: FlowPredictor, release: pathlib.Path
+) -> None:
+    """And the samples to draw."""
+    split, evaluation = result
     lengths, hidden = raw_figures(release, split.names)
-    summary = evaluate.summarize(result)
-    assert summary["pairs"] == 10 and summary["pixels"] == sum(map(len, lengths))
-    assert summary["zero_epe"] == pytest.approx(np.mean([a.mean() for a in lengths]), rel=1e-6)
-    counts = dict(zip(metrics.SUMS, result["sums"].sum(0)))
+    summary = report.make_report(split, evaluation)
+    assert summary.metrics.pairs == 10 and summary.metrics.pixels == sum(map(len, lengths))
+    assert summary.metrics.zero_epe == pytest.approx(np.mean([a.mean() for a in lengths]), rel=1e-6)
+    counts = dict(zip(metrics.SUMS, evaluation.sums.sum(0), strict=True))
     assert counts["pixels_unmatched"] == np.concatenate(hidden).sum()
     assert counts["pixels_s0_10"] == (np.concatenate(lengths) < 10).sum()
 
-    passes, scenes = evaluate.group(split, result)
-    assert [entry["pairs"] for entry in passes.values()] == [5, 5] and list(passes) == ["clean", "final"]
-    assert {name: entry["final"]["pairs"] for name, entry in scenes.items()} == {"alley_1": 3, "market_6": 2}
+    passes, scenes = summary.passes, summary.scenes
+    assert [entry.pairs for entry in passes.values()] == [5, 5] and list(passes) == ["clean", "final"]
+    assert {name: entry["final"].pairs for name, entry in scenes.items()} == {"alley_1": 3, "market_6": 2}
     chosen = [i for i, name in enumerate(split.names) if name.startswith("clean/market_6/")]
-    assert scenes["market_6"]["clean"]["epe"] == pytest.approx(result["epe"][chosen].mean())
-    text = evaluate.table(split, summary, passes, scenes)
-    for value in (passes["clean"]["epe"], passes["final"]["epe_unmatched"], summary["fl_all"]):
+    assert scenes["market_6"]["clean"].epe == pytest.approx(evaluation.epe[chosen].mean())
+    text = summary.table()
+    for value in (passes["clean"].epe, passes["final"].epe_unmatched, summary.metrics.fl_all):
         assert f"{value:.3f}" in text
 
-    assert result["worst"] == np.argsort(-result["epe"], kind="stable")[:2].tolist()
-    assert result["samples"].keys() == {1, *result["worst"]}
-    image1, flow, predicted = result["samples"][1]
+    assert evaluation.worst == np.argsort(-evaluation.epe, kind="stable")[:2].tolist()
+    assert evaluation.samples.keys() == {1, *evaluation.worst}
+    sample = evaluation.samples[1]
     images = [read_image(release / "training" / "clean" / "alley_1" / f"frame_000{number}.png") for number in (2, 3)]
-    assert split.names[1] == "clean/alley_1/frame_0002" and (image1 == images[0]).all()
+    assert split.names[1] == "clean/alley_1/frame_0002" and (sample.image1 == images[0]).all()
     expected = predictor.flow(*images)
-    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=1e-3)
-    error = np.linalg.norm(predicted - flow, axis=2)
-    assert result["epe"][1] == pytest.approx(np.nanmean(error), rel=1e-5)
+    np.testing.assert_allclose(sample.prediction, expected, rtol=1e-3, atol=1e-3)
+    error = np.linalg.norm(sample.prediction - sample.flow, axis=2)
+    assert evaluation.epe[1] == pytest.approx(np.nanmean(error), rel=1e-5)
 
 
-def test_no_masks_no_matched(result) -> None:
-    """Where no pixel is occluded nothing is said of matched ones."""
-    sums = np.stack([one_row([5], [2])])
-    assert evaluate.summarize({"sums": sums})["epe_matched"] is None
-    assert evaluate.summarize(result[1])["epe_matched"] is not None
+def test_without_masks_no_pixel_counts_as_matched(result: Evaluated) -> None:
+    assert Evaluation(np.stack([one_row([5], [2])])).metrics().epe_matched is None
+    assert result.evaluation.metrics().epe_matched is not None
 
 
-def test_a_set_without_passes_and_scenes() -> None:
-    split = SimpleNamespace(
-        names=["000000", "000001"], dataset="kitti2015", name="val", sizes=np.array([[4, 6], [4, 8]])
-    )
-    found = {"sums": np.stack([one_row([5], [2])] * 2)}
-    assert evaluate.group(split, found) == ({}, {})
-    text = evaluate.table(split, evaluate.summarize(found), {}, {})
-    assert "4x6, 4x8" in text and "matched" not in text and "clean" not in text
+def test_a_dataset_without_passes_and_scenes_has_one_column(tmp_path: pathlib.Path) -> None:
+    folder = tiny.convert("kitti2015", tiny.kitti(tmp_path / "release", 2), tmp_path / "set", "--split-file",
+                          tiny.split_file(tmp_path / "val.txt", [0, 1]))  # fmt: skip
+    split = reader.DatasetSplit.open(folder, "val")
+    summary = report.make_report(split, Evaluation(np.stack([one_row([5], [2])] * 2)))
+    assert (summary.passes, summary.scenes) == ({}, {})
+    text = summary.table()
+    assert "24x40, 24x48" in text and "matched" not in text and "clean" not in text
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.Path) -> None:
-    """Under mpirun each pair counts once, and what does not depend on the network is the same bit
-    for bit; table, JSON, Markdown and pictures are there."""
+def test_two_ranks_get_the_metrics_of_one(
+    result: Evaluated, sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Under mpirun each pair counts once, and what does not depend on the network is the same bit for bit; table,
+    JSON, Markdown and pictures are written."""
     split, alone = result
+    alone_json = report.make_report(split, alone).to_json()
     out = tmp_path / "out"
     status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3, "--batch", 2)
     assert status == 0 and "5/5" in err, err
@@ -241,11 +255,11 @@ def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.P
     assert [pair["pair"] for pair in found["by_pair"]] == split.names
     sums = np.array([[pair["sums"][name] for name in metrics.SUMS] for pair in found["by_pair"]])
     exact = [i for i, name in enumerate(metrics.SUMS) if name.startswith(("pixels", "zero"))]
-    np.testing.assert_array_equal(sums[:, exact], alone["sums"][:, exact])
-    np.testing.assert_allclose(sums, alone["sums"], rtol=1e-4, atol=2)
-    summary = evaluate.summarize(alone)
-    assert found["zero_epe"] == summary["zero_epe"] and found["pixels"] == summary["pixels"]
-    for key, value in summary.items():
+    np.testing.assert_array_equal(sums[:, exact], alone.sums[:, exact])
+    np.testing.assert_allclose(sums, alone.sums, rtol=1e-4, atol=2)
+    assert found["zero_epe"] == alone_json["zero_epe"] and found["pixels"] == alone_json["pixels"]
+    for key in (field.name for field in dataclasses.fields(metrics.Metrics)):
+        value = alone_json[key]
         assert found[key] == (value if value is None else pytest.approx(value, rel=1e-3)), key
     assert found["scenes"]["alley_1"]["clean"]["pairs"] == 3
     for name in ("clean", "final"):
@@ -257,13 +271,13 @@ def test_two_ranks_find_what_one_finds(result, sintel, ckpt, tmp_path: pathlib.P
         assert read_image(out / picture).shape[1] >= 4 * 40
 
 
-def test_bad_options(sintel, ckpt, tmp_path: pathlib.Path) -> None:
-    """One line each, with the status 1, and no folder."""
+def test_bad_options_are_refused(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """With one line and status 1, and without creating a folder."""
     for arguments, words in [
         (["--ckpt", ckpt], ["--data", "--submission"]),
         (["--ckpt", ckpt, "--submission", tmp_path / "out"], ["--root"]),
-        (["--ckpt", ckpt, "--data", sintel, "--out", ckpt], [str(ckpt), "a file"]),
-        (["--ckpt", ckpt, "--submission", tmp_path / "out", "--root", sintel], ["no test set"]),
+        (["--ckpt", ckpt, "--data", sintel, "--out", ckpt], [str(ckpt), "is a file"]),
+        (["--ckpt", ckpt, "--submission", tmp_path / "out", "--root", sintel], ["contains no test set"]),
     ]:
         status, _, err = command(1, *arguments)
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
@@ -274,7 +288,7 @@ def test_bad_options(sintel, ckpt, tmp_path: pathlib.Path) -> None:
 # --- Submissions ----------------------------------------------------------------------------------
 
 
-def sintel_test(folder, scenes, height=24, width=40):
+def sintel_test(folder: pathlib.Path, scenes: dict[str, int], height: int = 24, width: int = 40) -> pathlib.Path:
     """The test set of an MPI-Sintel release with `scenes`, name to number of frames."""
     rng = np.random.default_rng(7)
     for kind in ("clean", "final"):
@@ -284,7 +298,7 @@ def sintel_test(folder, scenes, height=24, width=40):
     return folder
 
 
-def kitti_test(folder, pairs, frames="image_2"):
+def kitti_test(folder: pathlib.Path, pairs: int, frames: str = "image_2") -> pathlib.Path:
     """The test set of a KITTI release whose every second pair is wider."""
     rng = np.random.default_rng(8)
     for number in range(pairs):
@@ -295,18 +309,18 @@ def kitti_test(folder, pairs, frames="image_2"):
     return folder
 
 
-def predicted(predictor, *images):
+def predicted(predictor: FlowPredictor, image1: pathlib.Path, image2: pathlib.Path) -> np.ndarray:
     """The flow of two image files, (H, W, 2)."""
-    return predictor.flow(*map(read_image, images))
+    return predictor.flow(read_image(image1), read_image(image2))
 
 
-def files_in(folder):
+def files_in(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow
-def test_a_sintel_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
-    """Both passes, every pair, by two ranks; read back it is what the network gives."""
+def test_a_sintel_submission_is_complete(predictor: FlowPredictor, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Two ranks write every pair of both passes as the network predicts it."""
     root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
     status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 2)
     assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
@@ -318,8 +332,8 @@ def test_a_sintel_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kitti_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
-    """Images of two sizes; the files hold the flow to 1/64 px and are valid everywhere."""
+def test_a_kitti_submission_is_complete(predictor: FlowPredictor, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """With images of two sizes; the files store the flow to 1/64 px, valid everywhere."""
     root, out = kitti_test(tmp_path / "kitti", 3), tmp_path / "out"
     status, text, err = command(1, "--submission", out, "--root", root / "testing", "--ckpt", ckpt)
     assert status == 0 and "3 pairs for KITTI 2015" in text and "200" in err, err
@@ -332,18 +346,19 @@ def test_a_kitti_submission(predictor, ckpt, tmp_path: pathlib.Path) -> None:
         np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
 
 
-def test_test_sets(tmp_path: pathlib.Path) -> None:
-    """KITTI 2012 in colour before grey; the folder may be the release's or the test set's own."""
+def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
+    """KITTI 2012 in colour rather than grey; the folder may be that of the release or of the test set."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
     for given in (root, root / "testing"):
-        name, pairs = submission.list_test_pairs(given)
-        assert name == "KITTI 2012" and [file for file, _, _ in pairs] == ["000000_10.png", "000001_10.png"]
-        assert pairs[1][2] == root / "testing" / "colored_0" / "000001_11.png"
-    assert [len(pairs) for pairs in submission.by_size(pairs).values()] == [1, 1]
+        benchmark = submission.list_test_pairs(given)
+        assert benchmark.name == "KITTI 2012"
+        assert [pair.file for pair in benchmark.pairs] == ["000000_10.png", "000001_10.png"]
+        assert benchmark.pairs[1].image2 == root / "testing" / "colored_0" / "000001_11.png"
+        assert [len(pairs) for pairs in benchmark.by_size.values()] == [1, 1]
 
 
-def test_what_is_no_test_set(tmp_path: pathlib.Path, release) -> None:
-    """Errors name what is missing: a frame, a pass, the whole test set."""
+def test_an_incomplete_test_set_is_refused(tmp_path: pathlib.Path, release: pathlib.Path) -> None:
+    """The error names what is missing: a frame, a pass, the whole test set."""
     sintel = sintel_test(tmp_path / "sintel", {"cave_3": 4, "tiger": 3})
     kitti = kitti_test(tmp_path / "kitti", 3)
     half = sintel_test(tmp_path / "half", {"cave_3": 2}) / "test"
@@ -353,26 +368,26 @@ def test_what_is_no_test_set(tmp_path: pathlib.Path, release) -> None:
     short = sintel_test(tmp_path / "short", {"cave_3": 4})
     (short / "test" / "final" / "cave_3" / "frame_0004.png").unlink()
     for root, words in [
-        (sintel, ["clean/cave_3/frame_0002.png", "not there"]),
-        (kitti, ["000001_11.png", "not there"]),
-        (half, [str(half / "final"), "not there"]),
+        (sintel, ["clean/cave_3/frame_0002.png", "missing"]),
+        (kitti, ["000001_11.png", "missing"]),
+        (half, [str(half / "final"), "missing"]),
         (short, ["final", "cave_3/frame0003", "lacks"]),
-        (release, ["training", "no test set"]),
-        (release / "training", ["clean", "no test set"]),
+        (release, ["training", "contains no test set"]),
+        (release / "training", ["clean", "contains no test set"]),
         (tmp_path / "nowhere", ["no such folder"]),
     ]:
         with pytest.raises(UserError) as error:
             submission.list_test_pairs(root)
         assert all(word in str(error.value) for word in words), error.value
     tiny.save(kitti / "testing" / "image_2" / "000001_11.png", np.zeros((5, 6, 3), np.uint8))
-    with pytest.raises(UserError, match="6x5 pixels, expected 48x24 as 000001_10.png"):
-        submission.by_size(submission.list_test_pairs(kitti)[1])
+    with pytest.raises(UserError, match=r"5x6 pixels, expected 24x48 as 000001_10\.png"):
+        _ = submission.list_test_pairs(kitti).by_size
 
 
-def test_kitti_png(tmp_path: pathlib.Path) -> None:
-    """R and G are 64 times the flow and 2^15, B says whether it is known; all else is clipped."""
+def test_a_kitti_png_stores_flow_to_a_64th_of_a_pixel(tmp_path: pathlib.Path) -> None:
+    """R and G are 64 times the flow plus 2^15, clipped; B says whether it is known."""
     path = tmp_path / "flow.png"
-    flow = np.float32([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]])
+    flow = np.array([[[0, 1], [-2.5, 1 / 64]], [[600, -600], [np.nan, 3]]], np.float32)
     write_kitti_png(path, flow)
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., ::-1]
     assert pixels.dtype == np.uint16 and pixels.tolist() == [

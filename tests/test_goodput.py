@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from train import goodput
 
 
-def start(first, step, steps=0.0, **phases):
+def start(first: int, step: int, steps: float = 0.0, **phases: float) -> dict[str, Any]:
     """A start's record."""
     return {"first": first, "step": step, "seconds": {"steps": steps, **dict.fromkeys(goodput.PHASES, 0.0), **phases}}
 
 
-def test_an_account_by_hand() -> None:
-    """30 of the first start's 100 steps were done again, and then 10 of these once more."""
+def test_goodput_of_three_starts_by_hand() -> None:
+    """30 of the first start's 100 steps were repeated, and then 10 of these once more."""
     found = goodput.account(
         [
             start(0, 100, 50.0, startup=5.0),
@@ -39,9 +40,9 @@ def test_an_account_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30)), max_size=8))
-def test_every_step_counts_once(runs) -> None:
-    """With a second a step, each start going on from any step before: all that counts are the steps of
-    the last start that did them."""
+def test_every_step_counts_once(runs: list[tuple[float, int]]) -> None:
+    """At a second per step, with each start resuming from any earlier step: a step counts for the last start that did
+    it."""
     starts, step, owner = [], 0, {}
     for share, done in runs:
         first = int(share * step)
@@ -54,8 +55,8 @@ def test_every_step_counts_once(runs) -> None:
     assert found["wall"] == pytest.approx(sum(done for _, done in runs))
 
 
-def test_time_is_spent_on_one_thing_at_a_time(tmp_path: pathlib.Path) -> None:
-    """The phases sum up to the time since the process started; each record is on the disk at once."""
+def test_the_phases_add_up_to_the_time_since_the_start(tmp_path: pathlib.Path) -> None:
+    """And each record is on the disk at once."""
     path = tmp_path / "goodput.json"
     begun = goodput.now() - 2.0
     spent = goodput.Goodput(path, begun, 5)
@@ -77,14 +78,14 @@ def test_time_is_spent_on_one_thing_at_a_time(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[{}]", '{"first": 1}', '[{"first": "a", "step": 1}]'])
-def test_a_damaged_record_ends_no_run(tmp_path: pathlib.Path, text) -> None:
+def test_a_damaged_record_does_not_end_a_run(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "goodput.json"
     path.write_text(text)
     assert goodput.Goodput(path, goodput.now(), 0).summary()["starts"] == 1
 
 
-def test_the_start_of_this_process() -> None:
-    """By the kernel's count: not before this machine's start, not after now."""
+def test_the_process_start_lies_between_boot_and_now() -> None:
+    """And agrees with the kernel."""
     assert 0 < goodput.process_start() < goodput.now()
     began = os.stat("/proc/self").st_ctime  # made when first looked at
     assert time.time() - (goodput.now() - goodput.process_start()) <= began + 1

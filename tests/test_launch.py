@@ -40,7 +40,7 @@ COMMANDS = {
     "prep/synthesize.py": ["--out=a", "--pairs=3", "--seed=1"],
     "prep/verify.py": ["a", "--workers=1"],
     "train/evaluate.py": ["--ckpt=a", "--data=b", "--split=c", "--out=d"],
-    "train/main.py": ["--config=a", "--data=b", "--data=c", "--out=d", "--accumulate=2"],
+    "train/main.py": ["--config=a", "--data=b", "--data=c", "--out=d", "--accumulation-steps=2"],
 }
 """Users' commands with options that may each be given once, except for --data of train/main.py."""
 
@@ -177,7 +177,7 @@ def test_help_of_a_script_lists_the_command_s_options() -> None:
         timeout=60,
         env={**os.environ, "VIRTUAL_ENV": sys.prefix},
     )
-    assert done.returncode == 0 and "mpirun -n RANKS" in done.stdout and "--accumulate" in done.stdout
+    assert done.returncode == 0 and "mpirun -n RANKS" in done.stdout and "--accumulation-steps" in done.stdout
     assert f"usage: {tiny.ROOT}/launch/train.sh " in done.stdout
 
 

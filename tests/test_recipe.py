@@ -1,8 +1,9 @@
-"""Recipes and schedules: what is accepted, what is refused, what the rate is."""
+"""Recipes and schedules: what is accepted, what is refused, and the learning rate."""
 
 import dataclasses
 import pathlib
 import time
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from launch.errors import UserError
 from train import recipe as recipes
+from train.recipe import Recipe
 from train.schedule import learning_rate
 
 MINIMAL = {"crop": [64, 64], "batch": 4, "steps": 100, "learning_rate": 1e-3}
@@ -18,33 +20,34 @@ MINIMAL = {"crop": [64, 64], "batch": 4, "steps": 100, "learning_rate": 1e-3}
 KEYS = st.sampled_from(list(recipes.KEYS))
 
 
-def write(path, **values):
+def write(path: pathlib.Path, **values: object) -> pathlib.Path:
     """A recipe file of MINIMAL with other values."""
     path.write_text(yaml.safe_dump({**MINIMAL, **values}))
     return path
 
 
 @pytest.mark.parametrize("name", [path.stem for path in recipes.FOLDER.glob("*.yaml")])
-def test_the_package_s_own_recipes_load(name) -> None:
-    recipe = recipes.load(name)
+def test_the_built_in_recipes_load(name: str) -> None:
+    recipe = Recipe.load(name)
     assert [0, *recipe.milestones, recipe.steps] == sorted({0, *recipe.milestones, recipe.steps})
 
 
-def test_sparse_ground_truth_is_trained_on_at_full_resolution() -> None:
-    assert recipes.load("kitti-ft").loss == "sparse"
+def test_sparse_ground_truth_is_trained_at_full_resolution() -> None:
+    assert Recipe.load("kitti-ft").loss == "sparse"
 
 
-def test_written_out_and_read_back(tmp_path: pathlib.Path) -> None:
-    """The resolved recipe that a run keeps is the recipe again."""
-    recipe = recipes.load(write(tmp_path / "a.yaml"), ["milestones=[10, 20]", "weight_decay=4e-4"])
+def test_a_stored_recipe_loads_as_the_same_recipe(tmp_path: pathlib.Path) -> None:
+    """With its defaults written out, as a run stores it."""
+    recipe = Recipe.load(write(tmp_path / "a.yaml"), ["milestones=[10, 20]", "weight_decay=4e-4"])
     (tmp_path / "b.yaml").write_text(recipe.to_yaml())
-    assert recipes.load(tmp_path / "b.yaml") == recipe
+    assert Recipe.load(tmp_path / "b.yaml") == recipe
     assert recipe.weight_decay == 4e-4 and recipe.milestones == (10, 20)
 
 
 WRONG = {
     "nested aliases": (
-        "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "a: &a [1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
         1,
         "anchors",
     ),
@@ -59,11 +62,11 @@ WRONG = {
     "a number without digits": ("batch: 4\nsteps: 0x_", 2, "not YAML .*base 16"),
     "an escape beyond Unicode": ('batch: "\\UFFFFFFFF"', None, "not YAML"),
     "a tag": ("batch: !!python/name:os.system x", 1, "tags"),
-    "a merge": ("batch: 4\n<<: {steps: 3}", 2, "<< is not a key"),
+    "a merge": ("batch: 4\n<<: {steps: 3}", 2, "<< is not a recipe key"),
     "no text": ("batch: 4\n\x07", 2, "not YAML .*special characters"),
     "no UTF-8": (b"batch: 4\n\n\xff", 3, "not UTF-8"),
     "too long": ("#" * 70_000, None, "more than 65536 bytes"),
-    "a key twice": ("batch: 4\nsteps: 3\nbatch: 8", 3, "batch is already in line 1"),
+    "a key twice": ("batch: 4\nsteps: 3\nbatch: 8", 3, "batch is already set in line 1"),
     "a list for a key": ("[a, b]: 4", 1, r"the key is \['a', 'b'\]"),
     "two documents": ("batch: 4\n---\nsteps: 3", 2, "another document"),
     "an open quote": ('batch: 4\nvariant: "irr', 2, "not YAML .*quoted scalar"),
@@ -71,14 +74,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind) -> None:
-    """At once, and whatever YAML makes of it."""
+def test_an_invalid_file_is_refused_with_its_line(tmp_path: pathlib.Path, kind: str) -> None:
+    """At once, whatever YAML it is."""
     content, line, words = WRONG[kind]
     path = tmp_path / "a.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = time.process_time()
     with pytest.raises(UserError, match=f"a.yaml{f', line {line}' if line else ''}: .*{words}") as error:
-        recipes.load(path)
+        Recipe.load(path)
     assert time.process_time() - before < 2 and len(str(error.value)) < 1000
 
 
@@ -94,31 +97,33 @@ def test_what_is_no_recipe_is_said_with_its_line(tmp_path: pathlib.Path, kind) -
         (["batch="], "the command line: batch is None"),
     ],
 )
-def test_wrong_values_on_the_command_line(tmp_path: pathlib.Path, overrides, words) -> None:
+def test_wrong_values_on_the_command_line_are_refused(tmp_path: pathlib.Path, overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
-        recipes.load(write(tmp_path / "a.yaml"), overrides)
+        Recipe.load(write(tmp_path / "a.yaml"), overrides)
     assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
     "overrides,words",
     [
-        (["milestones=[20, 10]"], "milestones is .20, 10.; expected steps in rising order"),
-        (["milestones=[20, 20]"], "milestones is .20, 20.; expected steps in rising order"),
-        (["milestones=[20, 100]"], "milestones ends at 100 and steps is 100"),
-        (["warm_up=101"], "warm_up is 101 and steps 100"),
+        (["milestones=[20, 10]"], "milestones is .20, 10.; expected steps in ascending order"),
+        (["milestones=[20, 20]"], "milestones is .20, 20.; expected steps in ascending order"),
+        (["milestones=[20, 100]"], "milestones ends at 100, but steps is 100"),
+        (["warmup_steps=101"], "warmup_steps is 101, but steps is 100"),
     ],
 )
-def test_schedules_that_do_not_fit_the_run(tmp_path: pathlib.Path, overrides, words) -> None:
+def test_a_schedule_that_does_not_fit_the_run_is_refused(
+    tmp_path: pathlib.Path, overrides: list[str], words: str
+) -> None:
     path = write(tmp_path / "a.yaml")
     with pytest.raises(UserError, match=f"a.yaml with the command line: {words}"):
-        recipes.load(path, overrides)
-    recipes.load(path, ["milestones=[20, 99]", "warm_up=100"])
-    recipes.load(path, ["milestones=[100]", "schedule=cosine"])  # which does not look at them
+        Recipe.load(path, overrides)
+    Recipe.load(path, ["milestones=[20, 99]", "warmup_steps=100"])
+    Recipe.load(path, ["milestones=[100]", "schedule=cosine"])  # which does not look at them
 
 
-def mutated(text):
-    """A recipe's text with a few places replaced by others' text or by what YAML takes for syntax."""
+def mutated(text: str) -> st.SearchStrategy[str]:
+    """A recipe's text with a few places replaced by text or by YAML syntax."""
     pieces = st.sampled_from(
         [
             "[",
@@ -149,7 +154,7 @@ def mutated(text):
     )
     edit = st.tuples(st.integers(0, len(text)), st.integers(0, 30), pieces | st.text(max_size=20))
 
-    def apply(edits):
+    def apply(edits: list[tuple[int, int, str]]) -> str:
         changed = text
         for start, length, piece in edits:
             changed = changed[:start] + piece + changed[start + length :]
@@ -167,11 +172,13 @@ OWN = [path.read_text() for path in sorted(recipes.FOLDER.glob("*.yaml"))]
     | st.text().map(str.encode)
     | st.sampled_from(OWN).flatmap(mutated).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )
-def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory: pytest.TempPathFactory, content) -> None:
+def test_any_file_is_a_recipe_or_refused_with_its_name(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
     try:
-        recipe = recipes.load(path)
+        recipe = Recipe.load(path)
     except UserError as error:
         assert str(error).startswith(str(path))
     else:
@@ -179,26 +186,26 @@ def test_any_file_is_a_recipe_or_refused_with_its_name(tmp_path_factory: pytest.
 
 
 @given(text=st.text() | st.tuples(KEYS, st.text()).map("=".join))
-def test_any_override_is_taken_or_refused(text) -> None:
+def test_any_override_is_accepted_or_refused(text: str) -> None:
     try:
-        recipes.load("example", [text])
+        Recipe.load("example", [text])
     except UserError as error:
         assert "command line" in str(error)
 
 
-def test_a_missing_key(tmp_path: pathlib.Path) -> None:
+def test_a_missing_key_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("crop: [64, 64]\n")
     with pytest.raises(UserError, match="batch is missing"):
-        recipes.load(path)
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "7", "\0", ""])
-def test_a_file_that_is_no_recipe(tmp_path: pathlib.Path, text) -> None:
+def test_the_error_names_the_file(tmp_path: pathlib.Path, text: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="a.yaml"):
-        recipes.load(path)
+    with pytest.raises(UserError, match=r"a\.yaml"):
+        Recipe.load(path)
 
 
 VALUES = st.recursive(
@@ -209,11 +216,11 @@ VALUES = st.recursive(
 
 
 @given(key=KEYS | st.text(max_size=12), value=VALUES)
-def test_any_value_is_taken_or_refused_with_its_key(key, value) -> None:
-    """No value makes another exception than the package's own, which names the key."""
+def test_any_value_is_accepted_or_refused_with_its_key(key: str, value: Any) -> None:
+    """No value raises another exception than UserError, which names the key."""
     values = {**MINIMAL, key: value}
     try:
-        recipe = recipes.check(values, dict.fromkeys(values, "here"), "file")
+        recipe = recipes.build(values, dict.fromkeys(values, "here"), "file")
     except UserError as error:
         assert key in str(error)
     else:
@@ -225,31 +232,31 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
     """An option that is set, even to its default, must not contradict the weights."""
     path = write(tmp_path / "a.yaml", dense=True)
     of_file = {"variant": "nvlabs", "dense": True, "normalize_features": True, "warp_mode": "nearest"}
-    adopted = recipes.adopt_network_options(recipes.load(path), of_file, "w.ckpt")
+    adopted = recipes.adopt_network_options(Recipe.load(path), of_file, "w.ckpt")
     assert {key: getattr(adopted, key) for key in of_file} == of_file
-    assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}) == recipes.load(path)
+    assert dataclasses.replace(adopted, **{key: recipes.KEYS[key].default for key in of_file}) == Recipe.load(path)
     with pytest.raises(UserError, match=r"a.yaml, line 5: dense is true, but w.ckpt .* dense false"):
-        recipes.adopt_network_options(recipes.load(path), {**of_file, "dense": False}, "w.ckpt")
+        recipes.adopt_network_options(Recipe.load(path), {**of_file, "dense": False}, "w.ckpt")
     with pytest.raises(UserError, match=r"the command line: normalize_features is false, but w.ckpt"):
-        recipe = recipes.load(path, ["normalize_features=false"])
+        recipe = Recipe.load(path, ["normalize_features=false"])
         recipes.adopt_network_options(recipe, of_file, "w.ckpt")
-    with pytest.raises(UserError, match="w.ckpt: warp_mode is 'cubic'"):
-        recipes.adopt_network_options(recipes.load(path), {"warp_mode": "cubic"}, "w.ckpt")
+    with pytest.raises(UserError, match=r"w\.ckpt: warp_mode is 'cubic'"):
+        recipes.adopt_network_options(Recipe.load(path), {"warp_mode": "cubic"}, "w.ckpt")
 
 
-def test_an_adopted_option_that_does_not_fit(tmp_path: pathlib.Path) -> None:
-    recipe = recipes.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
-    with pytest.raises(UserError, match="start_from_coarser_flow is true and dense false"):
+def test_an_adopted_option_that_contradicts_the_recipe_is_refused(tmp_path: pathlib.Path) -> None:
+    recipe = Recipe.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
+    with pytest.raises(UserError, match="start_from_coarser_flow is true and dense is false"):
         recipes.adopt_network_options(recipe, {"dense": False}, "w.ckpt")
 
 
 def test_recipes_are_compared_by_meaning(tmp_path: pathlib.Path) -> None:
-    """Not by text: a key that a stored recipe lacks has its default there."""
-    recipe = recipes.load(write(tmp_path / "a.yaml", milestones=[10, 20]))
+    """A key that a stored recipe lacks has its default there."""
+    recipe = Recipe.load(write(tmp_path / "a.yaml", milestones=[10, 20]))
     (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
     for name in ("a.yaml", "whole.yaml"):
         assert recipes.differences(tmp_path / name, recipe) == []
-    new = recipes.load(tmp_path / "a.yaml", ["steps=200", "noise=0.5", "milestones=[10]"])
+    new = Recipe.load(tmp_path / "a.yaml", ["steps=200", "noise=0.5", "milestones=[10]"])
     assert recipes.differences(tmp_path / "a.yaml", new) == [
         ("noise", 0.0, 0.5),
         ("steps", 100, 200),
@@ -264,40 +271,84 @@ def test_recipes_are_compared_by_meaning(tmp_path: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("old,new,value", [("average", "ema_decay", 0.999), ("warm_up", "warmup_steps", 5)])
+def test_former_names_of_keys_work_with_a_note(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], old: str, new: str, value: float
+) -> None:
+    """In a file and on the command line; a run that was stored under the old name resumes under the new one."""
+    path = write(tmp_path / "a.yaml", **{old: value})
+    recipe = Recipe.load(path)
+    assert getattr(recipe, new) == value
+    assert capsys.readouterr().err == f"note: {recipe.sources[new]}: {old} is now called {new}\n"
+    assert recipe == Recipe.load(write(tmp_path / "b.yaml"), [f"{old}={value}"])
+    assert f"the command line: {old} is now called {new}" in capsys.readouterr().err
+    assert recipes.differences(path, recipe) == []
+    with pytest.raises(UserError, match=f"{new} is given twice"):
+        Recipe.load(path, [f"{old}={value}", f"{new}={value}"])
+    with pytest.raises(UserError, match=f"{new} is already set"):
+        Recipe.load(write(tmp_path / "c.yaml", **{old: value, new: value}))
+
+
 @pytest.mark.parametrize(
     "key,value,words",
     [
-        ("scale", "[1.5, 1.0]", "the smaller one first"),
-        ("gamma", "[2, 1]", "the smaller one first"),
+        ("scale", "[1.5, 1.0]", "the smaller value first"),
+        ("gamma", "[2, 1]", "the smaller value first"),
         ("scale", "[0, 1]", "at least 0.25"),
         ("gamma", "1.5", "a list of 2 numbers"),
         ("noise", "4", "at most 1"),
         ("affine", "true", "of type float"),
     ],
 )
-def test_augmentation_out_of_range(tmp_path: pathlib.Path, key, value, words) -> None:
+def test_augmentation_out_of_range_is_refused(tmp_path: pathlib.Path, key: str, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"{key} .*{words}"):
-        recipes.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
+        Recipe.load(write(tmp_path / "a.yaml"), [f"{key}={value}"])
 
 
-def test_milestones() -> None:
-    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
+def test_milestones_halve_the_rate() -> None:
+    recipe = Recipe(crop=(64, 64), batch=1, steps=9, learning_rate=8.0, milestones=(2, 5))
     assert [learning_rate(recipe, step) for step in (0, 1, 2, 4, 5, 8)] == [8, 8, 4, 4, 2, 2]
 
 
-def test_cosine_with_warm_up() -> None:
-    """Up in equal parts to the curve, which falls to zero at the end of the run."""
-    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine", warm_up=4)
+def test_cosine_decays_to_zero_after_the_warm_up() -> None:
+    """The warm-up rises to the curve in equal steps."""
+    recipe = Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="cosine", warmup_steps=4)
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1], rel=3e-3)
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[50] == pytest.approx(0.5) and learning_rate(recipe, 100) == 0
 
 
-def test_one_cycle() -> None:
-    """Up from a twenty-fifth to the whole rate in a tenth of the run, then down to a thousandth."""
-    recipe = recipes.Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="one-cycle")
+def test_one_cycle_rises_and_decays() -> None:
+    """From a twenty-fifth to the peak in a tenth of the run, then to a thousandth."""
+    recipe = Recipe(crop=(64, 64), batch=1, steps=100, learning_rate=1.0, schedule="one-cycle")
     rates = [learning_rate(recipe, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[10] == 1 == max(rates)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(recipe, 100) == pytest.approx(1e-3)
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """The rows of the first table in a section of train/recipes/README.md, as cells without backquotes."""
+    text = (recipes.FOLDER / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_readme_lists_every_key_with_its_default_and_unit() -> None:
+    rows = {key: (default, unit, meaning) for key, default, unit, meaning in rows_of("Keys")}
+    assert list(rows) == list(recipes.KEYS), "the same keys in the same order"
+    for key, field in recipes.KEYS.items():
+        default, unit, meaning = rows[key]
+        required = field.default is dataclasses.MISSING
+        assert default == ("required" if required else recipes.to_text(field.default)), key
+        assert unit and meaning, key
+
+
+def test_the_readme_lists_every_recipe_with_its_settings() -> None:
+    rows = {row[0]: row for row in rows_of("Recipes")}
+    assert sorted(rows) == sorted(path.stem for path in recipes.FOLDER.glob("*.yaml"))
+    for name, (_, _, steps, crop, batch, _) in rows.items():
+        recipe = Recipe.load(name)
+        assert steps == f"{recipe.steps:,}"
+        assert crop == f"{recipe.crop[0]}x{recipe.crop[1]}" and batch == str(recipe.batch)

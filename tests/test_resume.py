@@ -1,4 +1,4 @@
-"""Runs over several ranks and several starts: the same gradients, weights and curves."""
+"""Runs over several ranks and several starts have the same gradients, weights and curves."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 
+import hosts
 import numpy as np
 import psutil
 import pytest
@@ -15,9 +16,9 @@ from runs import MIXED, finish, read_curves, read_events, train, words
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path: pathlib.Path) -> None:
-    """Equal weights on both ranks after several steps, also where gradients are summed in copies, as on GPUs
-    without NCCL; the gradient is that of one rank with the whole batch, at once or in parts."""
+def test_two_ranks_train_as_one_with_the_doubled_batch(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Both ranks have equal weights after several steps, also if gradients are summed in copies, as on GPUs without
+    NCCL; the gradient is that of one rank with the whole batch, at once or in micro-batches."""
     program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
     for ranks, *parts in ((2, 1), (2, 1, "copy"), (1, 1), (1, 4)):
         status, _, err = finish(tiny.mpirun(ranks, *program, data, tmp_path, 2, *parts))
@@ -37,16 +38,18 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(data, tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts, tmp_path: pathlib.Path) -> None:
-    """kill -9 on a rank ends the job; the same command goes on and ends as if nothing had been, on two
-    hosts that share nothing with the weights of two ranks on one."""
+def test_a_killed_run_resumes_to_the_same_weights(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, two_hosts: hosts.Hosts | None, tmp_path: pathlib.Path
+) -> None:
+    """kill -9 on a rank ends the job; the same command resumes and ends as if nothing had happened. Two hosts that
+    share nothing end with the weights of two ranks on one host."""
     disks = [tmp_path / f"host{number}" for number in two_hosts.numbers] if two_hosts else [tmp_path]
     for disk in disks:
         for folder in (data, other):
             shutil.copytree(folder, disk / folder.name)
     broken, seen = disks[0] / "broken", tmp_path / "local" if two_hosts else tmp_path
     start = functools.partial(
-        train, [seen / data.name, seen / other.name], seen / "broken", ranks=2, hosts=two_hosts, **MIXED
+        train, [seen / data.name, seen / other.name], seen / "broken", ranks=2, network=two_hosts, **MIXED
     )
     job = start()
     deadline = time.monotonic() + 240
@@ -61,7 +64,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts,
     assert status == 137 and "error: rank 1 on " + ("host2" if two_hosts else "") in err, err
     assert not two_hosts or not two_hosts.processes()
     assert not (broken / "result.json").exists()
-    # The newest checkpoint is damaged, too: the run goes on from the one before.
+    # The newest checkpoint is damaged, too: the run resumes from the one before.
     newest = sorted((broken / "checkpoints").glob("step-*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / "step-00000009.partial-1.tmp").touch()  # killed while it wrote
@@ -77,20 +80,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, other, whole, two_hosts,
     first, second = (weights.read(run / "checkpoints" / "step-00000004.ckpt") for run in (whole, broken))
     assert first.keys() == second.keys() and "average_offset" in first
     for name in first.keys() - {"model", "best", "validation"}:
-        np.testing.assert_array_equal(first[name].asnumpy(), second[name].asnumpy(), err_msg=name)
+        np.testing.assert_array_equal(np.array(first[name]), np.array(second[name]), err_msg=name)
     assert first["best"] == second["best"]
     assert read_curves(broken, "train/loss") == read_curves(whole, "train/loss")
     assert read_curves(broken, "validation/epe") == read_curves(whole, "validation/epe")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path: pathlib.Path) -> None:
-    """One rank takes up what two began, with the same pairs in each step, and says what changed."""
+def test_a_run_resumes_with_another_number_of_ranks(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """One rank resumes a run of two, with the same pairs in each step, and says what changed."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     for number in (3, 4):
         (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(train([data, other], run, accumulate=2, **MIXED))
+    status, _, err = finish(train([data, other], run, accumulation_steps=2, **MIXED))
     assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
     assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
     losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
@@ -100,9 +105,10 @@ def test_a_run_goes_on_with_other_ranks(data, other, whole, tmp_path: pathlib.Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
-def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_path: pathlib.Path) -> None:
-    """Two ranks that Debian's mpirun or srun starts take up what mpirun's began, to the same
-    losses."""
+def test_a_run_resumes_under_another_launcher(
+    launcher: str, data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Two ranks that Debian's mpirun or srun starts resume a run of this environment's mpirun, to the same losses."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     for number in (3, 4):
@@ -114,8 +120,10 @@ def test_a_run_goes_on_under_another_launcher(launcher, data, other, whole, tmp_
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves(whole, data, tmp_path: pathlib.Path) -> None:
-    """Curves of each kind, pictures, figures, what it was made with; the evaluation agrees."""
+def test_a_run_leaves_curves_pictures_and_metrics(
+    whole: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """And what it was made with; the evaluation agrees with its metrics."""
     events = read_events(whole)
     tags = {
         "train/loss",
@@ -141,8 +149,8 @@ def test_what_a_run_leaves(whole, data, tmp_path: pathlib.Path) -> None:
     check_evaluation(data, whole, tmp_path / "evaluation")
 
 
-def check_result(run) -> None:
-    """The final figures are those of the last validation, and say what they were made with."""
+def check_result(run: pathlib.Path) -> None:
+    """result.json has the metrics of the last validation, and what the run was made with."""
     result = json.loads((run / "result.json").read_text())
     assert result["pairs"] == 3 and result["ranks"] == 2
     assert result["step"] == 4 and 0 < result["epe"] < 1000
@@ -151,31 +159,37 @@ def check_result(run) -> None:
     assert result["made_with"]["mindspore"] and len(result["made_with"]["data"]) == 2
 
 
-def check_evaluation(data, run, out) -> None:
-    """train/evaluate.py sees the EPE that the two ranks saw, and leaves table, JSON and picture."""
+def check_evaluation(data: pathlib.Path, run: pathlib.Path, out: pathlib.Path) -> None:
+    """train/evaluate.py finds the EPE that the two ranks found, and leaves a table, JSON and a picture."""
     ckpt = run / "checkpoints" / "step-00000004.ckpt"
     status, text, err = finish(
         tiny.mpirun(1, "train/evaluate.py", "--data", data, "--split", "val", "--ckpt", ckpt, "--out", out)
     )
     assert status == 0, err
-    figures = json.loads((out / "evaluation.json").read_text())
+    metrics = json.loads((out / "evaluation.json").read_text())
     seen = json.loads((run / "result.json").read_text())
-    assert figures["epe"] == pytest.approx(seen["epe"], rel=1e-4)
-    assert figures["zero_epe"] == pytest.approx(seen["zero_epe"], rel=1e-6)
-    assert f"{figures['epe']:.3f}" in text and "zero flow" in text
-    assert [pair["pair"] for pair in figures["by_pair"]] == ["00003", "00006", "00010"]
+    assert metrics["epe"] == pytest.approx(seen["epe"], rel=1e-4)
+    assert metrics["zero_epe"] == pytest.approx(seen["zero_epe"], rel=1e-6)
+    assert f"{metrics['epe']:.3f}" in text and "zero flow" in text
+    assert [pair["pair"] for pair in metrics["by_pair"]] == ["00003", "00006", "00010"]
     assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path: pathlib.Path) -> None:
-    """Its files lack what was added since: formats, the dataset that decides what is best, goodput."""
+def test_a_run_of_the_first_version_resumes(
+    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its files lack what was added since (formats, the dataset that decides what is best, goodput), and its recipe has
+    the former names of keys."""
     import mindspore
 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "goodput.json").unlink()
     (run / "lock").unlink()
+    recipe = (run / "recipe.yaml").read_text()
+    assert "ema_decay: " in recipe and "warmup_steps: " in recipe
+    (run / "recipe.yaml").write_text(recipe.replace("ema_decay: ", "average: ").replace("warmup_steps: ", "warm_up: "))
     starts = json.loads((run / "starts.json").read_text())
     (run / "starts.json").write_text(
         json.dumps([{key: value for key, value in start.items() if key != "format"} for start in starts])
@@ -197,6 +211,6 @@ def test_a_run_of_the_first_version_goes_on(data, other, whole, tmp_path: pathli
             crc_check=True,
         )
     status, _, err = finish(train([data, other], run, steps=5, **MIXED))
-    assert status == 0 and "going on after step 4" in err, err
+    assert status == 0 and "resuming after step 4" in err, err
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
     assert after["step"] == 5 and after["best_epe"] <= before["best_epe"]

@@ -1,9 +1,8 @@
 """A program for the tests: some real training steps as one rank of several, or as the only one.
 
-python tests/two_ranks.py DATA OUT STEPS PARTS [copy]: takes each rank's share of the batch in so many parts,
-and writes the weights of each rank, and its mean gradient in the first step, to
-OUT/rank-R-of-N-PARTS.npz. With "copy" gradients are summed in copies, as on GPUs without NCCL, and the file is
-OUT/rank-R-of-N-copy.npz.
+python tests/two_ranks.py DATA OUT STEPS ACCUMULATION_STEPS [copy]: writes the weights of each rank, and its mean
+gradient in the first step, to OUT/rank-R-of-N-ACCUMULATION_STEPS.npz. With "copy" gradients are summed in copies, as on
+GPUs without NCCL, and the file is OUT/rank-R-of-N-copy.npz.
 """
 
 import os
@@ -19,7 +18,7 @@ from prep import reader
 GLOBAL_BATCH = 4
 
 
-def main(data, out, steps, parts, copy=None) -> None:
+def main(data: str, out: str, steps: str, accumulation_steps: str, copy: str = "") -> None:
     with session.start(lambda: ({}, None)) as (comm, _):
         import mindspore
 
@@ -31,7 +30,8 @@ def main(data, out, steps, parts, copy=None) -> None:
 
         mindspore.set_seed(1)
         network = PWCNet(dense=False, normalize_features=True)
-        step = TrainStep(network, MultiScaleLoss(), StepOptions(accumulation_steps=int(parts), clip_norm=1.0), comm)
+        options = StepOptions(accumulation_steps=int(accumulation_steps), clip_norm=1.0)
+        step = TrainStep(network, MultiScaleLoss(), options, comm)
         if copy:
             step.sum_over_ranks = collective.HostSum(comm, in_place=False)
         batches = reader.training_batches(
@@ -43,18 +43,16 @@ def main(data, out, steps, parts, copy=None) -> None:
             steps=int(steps),
             transform=Augment((64, 64), flip=True),
         )
-        gradient = None
+        arrays = {}
         for batch in batches:
-            if gradient is None:
+            if not arrays:
                 step.compile(batch)
                 comm.barrier()
-            losses = step(batch, 1e-3)[0].asnumpy()
-            if gradient is None:  # the first moment is a tenth of it
-                gradient = step.state.moment1.asnumpy().copy()
-        weights = {p.name: p.asnumpy() for p in network.get_parameters()}
-        np.savez(
-            f"{out}/rank-{comm.rank}-of-{comm.size}-{copy or parts}.npz", losses=losses, gradient=gradient, **weights
-        )
+            arrays["losses"] = step(batch, 1e-3).losses.asnumpy()
+            if "gradient" not in arrays:  # the first moment is a tenth of it
+                arrays["gradient"] = step.state.moment1.asnumpy().copy()
+        arrays |= {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()}
+        np.savez(f"{out}/rank-{comm.rank}-of-{comm.size}-{copy or accumulation_steps}.npz", **arrays)
 
 
 if __name__ == "__main__":

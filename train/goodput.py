@@ -1,8 +1,8 @@
-"""Goodput: how much of a run's wall time went into steps that counted, and where the rest went.
+"""Goodput: the share of a run's wall time spent on steps that counted, and where the rest went.
 
-A run may have several starts. Each keeps one record in `goodput.json`, with the time from the start of
-its process on, by what it was spent on. A start that was killed is accounted for by its last record; time
-between starts, and a start that ended before its first record, are not counted.
+A run may have several starts. Each keeps one record in `goodput.json`: the time since the start of its process, by
+phase. A start that was killed counts up to its last record; the time between starts, and a start that ended before
+its first record, do not count.
 """
 
 import contextlib
@@ -11,52 +11,60 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from launch.files import write_json
 
 PHASES = ("startup", "compilation", "validation", "checkpoints")
-"""What time goes to beside steps: startup is all before the first compilation, with the imports;
-compilation that of the training step (the validation's own is part of validation); checkpoints the
-copying of the state, as it is written meanwhile."""
-EVERY = 5
-"""Seconds between two records, unless something else asks for one."""
+"""Where time goes besides steps: startup is everything before the first compilation, imports included; compilation is
+that of the training step (validation includes its own); checkpoints is the copying of the state, which is written in
+the background."""
+INTERVAL = 5
+"""Seconds between two records, unless one is asked for at once."""
 
 
 def process_start() -> float:
-    """When this process started, on the clock of `now`."""
+    """When this process started, on the clock of `now`.
+
+    Not by psutil, whose create_time() adds the boot time in whole seconds.
+    """
     fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def now() -> float:
-    """Seconds since the machine was started."""
+    """Seconds since the machine booted."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+PROCESS_START = process_start()
+"""Read when this module is imported: later, in a job of several ranks, a rank runs in a child of this process."""
 
 
 class Goodput:
     """The record of this start, beside those of earlier ones.
 
-    Time is spent on one thing at a time: on steps, unless `spending` says otherwise.
+    All time goes to steps, except inside `spending`.
 
     Args:
         path: of goodput.json; None on ranks that do not write it.
-        started: when the process started, by `now`.
-        first: how many steps lie behind.
+        started: when the process started, on the clock of `now`.
+        first: number of steps done before this start.
     """
 
     def __init__(self, path: pathlib.Path | None, started: float, first: int) -> None:
         self.path = path
         self.earlier = read(path) if path else []
-        self.seconds = {"steps": 0.0, **dict.fromkeys(PHASES, 0.0)}
+        self.seconds: dict[str, float] = {"steps": 0.0, **dict.fromkeys(PHASES, 0.0)}
         self.phase, self.mark = "startup", started
         self.first = self.step = first
-        self.recorded = -EVERY
+        self.recorded = -float(INTERVAL)
         self.record(first)
         self.phase = "steps"
 
     @contextlib.contextmanager
     def spending(self, phase: str) -> Iterator[None]:
-        """A context whose time goes to one of PHASES."""
+        """A context whose time goes to `phase`, one of PHASES."""
         self.switch(phase)
         try:
             yield
@@ -64,31 +72,32 @@ class Goodput:
             self.switch("steps")
 
     def switch(self, phase: str) -> None:
+        """Begin a phase."""
         moment = now()
         self.seconds[self.phase] += moment - self.mark
         self.phase, self.mark = phase, moment
 
     def record(self, step: int, at_once: bool = True) -> None:
-        """Write how far the start has come; if not `at_once`, only where the last record is old."""
+        """Record that this start has reached a step; unless `at_once`, only if the last record is old."""
         self.step = step
         self.switch(self.phase)
-        if self.path and (at_once or self.mark - self.recorded > EVERY):
+        if self.path and (at_once or self.mark - self.recorded > INTERVAL):
             self.recorded = self.mark
-            with contextlib.suppress(OSError):  # it must not end a run
+            with contextlib.suppress(OSError):  # a run must not end because of this
                 write_json(self.path, self.starts())
 
-    def starts(self) -> list[dict]:
-        """The records of all starts, with this one's last."""
+    def starts(self) -> list[dict[str, Any]]:
+        """The records of all starts, this one last."""
         return [*self.earlier, {"first": self.first, "step": self.step, "seconds": self.seconds}]
 
-    def summary(self) -> dict:
-        """The account of the run so far: see `account`."""
+    def summary(self) -> dict[str, Any]:
+        """The `account` of the run so far."""
         self.switch(self.phase)
         return account(self.starts())
 
 
-def read(path: pathlib.Path) -> list[dict]:
-    """The records of earlier starts; none if the file is not there or damaged."""
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of earlier starts; none if the file is missing or damaged."""
     try:
         starts = json.loads(path.read_text())
         account(starts)
@@ -97,23 +106,23 @@ def read(path: pathlib.Path) -> list[dict]:
         return []
 
 
-def account(starts: list[dict]) -> dict:
-    """What the time of all starts went into.
+def account(starts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the time of all starts went.
 
-    A step counts if no later start did it again. A start's steps are taken to be of equal length.
+    A step counts if no later start repeated it. All steps of a start are assumed to take equally long.
 
     Args:
-        starts: a dict for each: `first` and `step`, how many steps lay behind at its begin and at its
-            last record, and `seconds` by phase.
+        starts: of each start, `first` and `step`, the steps done at its beginning and at its last record, and
+            `seconds` by phase.
 
     Returns:
         goodput: share of the wall time spent on steps that counted, in [0, 1].
         wall: seconds of all starts.
         starts: their number.
-        seconds: a dict with `steps` (that counted), `lost_steps` and each of PHASES; sums up to wall.
+        seconds: by `steps` (those that counted), `lost_steps` and each of PHASES; they add up to wall.
     """
     seconds = {"steps": 0.0, "lost_steps": 0.0, **dict.fromkeys(PHASES, 0.0)}
-    counted = float("inf")  # steps up to here were not done again
+    counted = float("inf")  # steps up to here were not repeated
     for start in reversed(starts):
         done = start["step"] - start["first"]
         kept = min(max(min(start["step"], counted) - start["first"], 0), done)
@@ -132,8 +141,8 @@ def account(starts: list[dict]) -> dict:
     }
 
 
-def describe(summary: dict) -> str:
-    """An `account` as a line of text."""
+def describe(summary: dict[str, Any]) -> str:
+    """An `account` as one line."""
     wall = summary["wall"] or 1.0
     rest = ", ".join(
         f"{name.replace('_', ' ')} {100 * value / wall:.0f} %"

@@ -1,28 +1,28 @@
-"""What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress line."""
+"""What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress bar."""
 
 import contextlib
 import multiprocessing
 import pathlib
-import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import mindspore
 import numpy as np
+import psutil
 from mindspore.train.summary import _writer_pool, summary_record
 from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
 from launch import progress
 from launch.errors import describe_os_error
 from launch.files import write_bytes
+from train.stop import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals after which a training ends with the step that it is in."""
-
+Item = TypeVar("Item")
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -30,14 +30,21 @@ CONTEXT = multiprocessing.get_context("fork")
 class SummaryProcess(_writer_pool.WriterPool):
     """The process that writes SummaryRecord's files, in place of MindSpore 2.8.0's own.
 
-    That one asks for work in a loop without a pause, packs events in a pool of further processes, and
-    gets them through a queue at whose end the training waits for ever once nobody reads it. This one is
-    a single process at the end of a pipe, of which the training keeps only the writing end and it only
-    the reading end: each sees when the other is gone. When the training ends, in whatever way, it
-    writes what it was given and ends; when it ends itself, the training goes on without it.
+    That one polls without a pause, packs events in a pool of further processes, and receives them through a queue
+    on which the training blocks for ever once nobody reads it. This one is a single process that reads from a pipe.
+    The training keeps only the writing end and this process only the reading end, so each notices when the other is
+    gone: however the training ends, the process writes what it has received and exits; if the process dies, the
+    training goes on without it.
     """
 
-    def __init__(self, base_dir, max_file_size, num_process=1, raise_exception=False, **files) -> None:
+    def __init__(
+        self,
+        base_dir: str,
+        max_file_size: int | None,
+        num_process: int = 1,
+        raise_exception: bool = False,
+        **files: Any,
+    ) -> None:
         CONTEXT.Process.__init__(self)
         self._base_dir, self._filedict = base_dir, files
         self._max_file_size = max_file_size
@@ -50,7 +57,7 @@ class SummaryProcess(_writer_pool.WriterPool):
 
     def run(self) -> None:
         self.writing.close()
-        for number in STOP_SIGNALS:  # they are for the training, and may be sent to all processes
+        for number in STOP_SIGNALS:  # they are meant for the training, but may be sent to all processes
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(EOFError):
             while (message := self.reading.recv())[0] != "END":
@@ -62,22 +69,22 @@ class SummaryProcess(_writer_pool.WriterPool):
         for writer in self._writers:
             writer.close()
 
-    def send(self, action, data=None) -> None:
-        """Give the process something to do, or find out that it is gone."""
+    def send(self, action: str, data: Any = None) -> None:
+        """Send the process something to do, or find out that it is gone."""
         if not self.lost:
             try:
                 self.writing.send((action, data))
             except BrokenPipeError:
                 self.lose()
 
-    def write(self, data) -> None:
+    def write(self, data: Any) -> None:
         self.send("WRITE", data)
 
     def flush(self) -> None:
         self.send("FLUSH")
 
     def close(self) -> None:
-        """Have it end; returns when everything is in the files."""
+        """End the process; returns when everything is in the files."""
         self.send("END")
         self.writing.close()
         self.join()
@@ -85,14 +92,14 @@ class SummaryProcess(_writer_pool.WriterPool):
             self.lose()
 
     def lose(self) -> None:
-        """Note that the process is gone, and say so once."""
+        """Note that the process is gone, and warn once."""
         self.lost = True
         self.join()
         code = self.exitcode
-        why = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        why = f"was killed by signal {-code}" if code and code < 0 else f"exited with status {code}"
         warn(
-            f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run "
-            "goes on without these curves (TensorBoard's go on)"
+            f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run continues "
+            "without these curves (TensorBoard's continue)"
         )
 
 
@@ -106,29 +113,24 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def survived(what: str) -> Iterator[None]:
-    """A context whose errors become a warning: for what only shows how a run goes.
-
-    Args:
-        what: what is done inside, for the warning.
-    """
+    """A context whose errors become a warning, for what only shows how a run goes; `what` describes it."""
     try:
         yield
     except OSError as error:
-        warn(f"{what} failed: {describe_os_error(error)}; the run goes on")
+        warn(f"{what} failed: {describe_os_error(error)}; the run continues")
     except Exception as error:
-        warn(f"{what} failed: {type(error).__name__}: {error}; the run goes on")
+        warn(f"{what} failed: {type(error).__name__}: {error}; the run continues")
 
 
 class EventFile:
-    """A TensorBoard event file, written at once and not by tensorboardX's thread.
+    """A TensorBoard event file, written directly and not by tensorboardX's thread.
 
-    For that thread, once it could not write, everyone else would wait for ever. This one says so, once,
-    and leaves out the rest.
+    Once that thread fails to write, its callers block for ever. This class warns once and drops what follows.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        self.file = None
+        self.file: EventsWriter | None = None
         with self.guarded():
             folder.mkdir(parents=True, exist_ok=True)
             self.file = EventsWriter(str(folder / "events"))
@@ -153,23 +155,31 @@ class EventFile:
         except OSError as error:
             self.file = None
             warn(
-                f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run goes on "
-                "without these curves"
+                f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run continues without "
+                "these curves"
             )
 
 
-class Clock:
-    """Measures the loop's speed and how much of its time went by waiting for data, from a step on."""
+class Lap(NamedTuple):
+    """Measurements since the last lap."""
 
-    def __init__(self, step) -> None:
+    pairs_per_second: float
+    data_wait: float
+    """Share of the time spent waiting for data, in [0, 1]."""
+
+
+class Stopwatch:
+    """Measures the speed of the training loop, and the share of its time spent waiting for data."""
+
+    def __init__(self, step: int) -> None:
         self.restart(step)
 
-    def restart(self, step) -> None:
+    def restart(self, step: int) -> None:
         """Measure from this step on."""
         self.step, self.start, self.waited = step, time.perf_counter(), 0.0
 
-    def waiting(self, batches):
-        """Go through batches and add up the time that each took to come."""
+    def waiting(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over batches and add up the time that each took to arrive."""
         batches = iter(batches)
         while True:
             start = time.perf_counter()
@@ -180,29 +190,28 @@ class Clock:
             self.waited += time.perf_counter() - start
             yield batch
 
-    def lap(self, step, pairs_per_step):
-        """Pairs per second, and the share of time spent waiting, since the last lap."""
+    def lap(self, step: int, pairs_per_step: int) -> Lap:
+        """Measure since the last lap, and restart."""
         seconds = time.perf_counter() - self.start
-        result = (step - self.step) * pairs_per_step / seconds, self.waited / seconds
+        result = Lap((step - self.step) * pairs_per_step / seconds, self.waited / seconds)
         self.restart(step)
         return result
 
 
-def resident_memory():
-    """Bytes of memory that this process has now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_memory() -> int:
+    """Bytes of memory that this process occupies now."""
+    return psutil.Process().memory_info().rss
 
 
-def forget_after(folder, step) -> None:
-    """Take what was recorded after a step out of the event files in a folder, of either kind.
+def drop_events_after(folder: pathlib.Path, step: int) -> None:
+    """Remove what was recorded after a step from the event files in a folder, of either kind.
 
-    An interrupted run goes on from its last checkpoint, and so passes again through the steps that it
-    made after that. Both kinds of file are a row of records: length (8 bytes), its checksum (4), the
-    event, its checksum (4); what a killed run left half written ends the row.
+    An interrupted run resumes from its last checkpoint and so repeats the steps after that. Both kinds of file are a
+    sequence of records: length (8 bytes), its checksum (4), the event, its checksum (4). A record that a killed run
+    left incomplete is dropped.
     """
-    for path in pathlib.Path(folder).glob("events.out.*"):
-        if step == 0 or ".partial-" in path.name:  # killed right here, the last time
+    for path in folder.glob("events.out.*"):
+        if step == 0 or ".partial-" in path.name:  # left by a run that was killed in this function
             path.unlink()
             continue
         data, kept, position = path.read_bytes(), [], 0
@@ -219,64 +228,62 @@ def forget_after(folder, step) -> None:
 class Monitor:
     """Writes the same tags to MindSpore's SummaryRecord and to TensorBoard. A context manager.
 
-    TensorBoard does not read SummaryRecord's files and MindInsight not TensorBoard's, so there are
-    both. Only rank 0 has one; on other ranks, `enabled=False`, it does nothing.
+    There are both because TensorBoard does not read SummaryRecord's files, nor MindInsight TensorBoard's.
 
     Args:
-        folder: the run's; gets `summary/` and `tensorboard/`.
-        first_step: the run (re)starts after this many steps; what it recorded beyond is forgotten.
-        steps: how many there are in all.
+        folder: of the run, gets `summary/` and `tensorboard/`; None on ranks other than 0, where nothing is written.
+        first_step: steps done before this start; what was recorded after that is dropped.
+        steps: of the whole run.
     """
 
-    def __init__(self, folder, first_step, steps, enabled=True) -> None:
-        self.enabled = enabled
-        if not enabled:
+    def __init__(self, folder: pathlib.Path | None, first_step: int, steps: int) -> None:
+        self.enabled = folder is not None
+        if folder is None:
             return
-        folder = pathlib.Path(folder)
         for kind in ("summary", "tensorboard"):
-            forget_after(folder / kind, first_step)
-        self.summary = mindspore.SummaryRecord(str(folder / "summary"))
+            drop_events_after(folder / kind, first_step)
+        self.summary = summary_record.SummaryRecord(str(folder / "summary"))
         self.events = EventFile(folder / "tensorboard")
         self.bar = progress.bar(total=steps, initial=first_step, unit="step", smoothing=0.1)
 
-    def __enter__(self):
+    def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.enabled:
             self.bar.close()
             self.events.close()
             self.summary.close()
 
-    def text(self, tag, text) -> None:
-        """Show a text in TensorBoard as it stands."""
+    def text(self, tag: str, text: str) -> None:
+        """Show preformatted text in TensorBoard."""
         if self.enabled:
             self.events.add(0, tensorboard.text(tag, f"```\n{text}\n```"))
 
-    def scalars(self, step, values) -> None:
-        """Add one point to each of several curves, tag to number."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of several curves; `values` are by tag."""
         if self.enabled:
             self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in values.items()))
             for tag, value in values.items():
                 self.summary.add_value("scalar", tag, mindspore.Tensor(value, mindspore.float32))
             self.summary.record(step)
 
-    def picture(self, step, tag, image) -> None:
-        """Add a picture, (H, W, 3) uint8."""
+    def picture(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Add a picture, (H, W, 3) uint8 RGB."""
         if self.enabled:
             self.events.add(step, tensorboard.image(tag, image, dataformats="HWC"))
             planar = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
             self.summary.add_value("image", tag, mindspore.Tensor(planar))
             self.summary.record(step)
 
-    def advance(self, step, **values) -> None:
-        """Move the progress line to a step and show these figures on it."""
+    def advance(self, step: int, **values: str) -> None:
+        """Move the progress bar to a step and show these values beside it."""
         if self.enabled:
             self.bar.set_postfix(values, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def say(self, line) -> None:
-        """Print a line above the progress line."""
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
         if self.enabled:
             self.bar.clear()
             print(line, file=sys.stderr, flush=True)

@@ -1,51 +1,55 @@
 """The part of YAML that recipes need: keys with numbers, texts, booleans and lists of these.
 
-PyYAML's safe loader with what a recipe has no use for refused: anchors, aliases and tags, dates,
-nested keys, keys given twice, texts and files of any length.
+PyYAML's safe loader, which refuses here what no recipe needs: anchors, aliases and tags, dates, nested keys, duplicate
+keys, and overlong texts and files.
 """
 
 import pathlib
-import typing
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeVar
 
 import yaml
 
 from launch.errors import UserError
 
 LARGEST_FILE = 64 * 1024
-"""In bytes; a recipe has about one thousand."""
+"""In bytes; a recipe has about a thousand."""
 LONGEST_SCALAR = 100
 """Characters of a number or text."""
 DEPTH = 3
 """A mapping of lists of scalars."""
 TYPES = ("bool", "int", "float", "null")
-"""What a scalar without quotes may be; PyYAML's other ones, such as dates, remain texts."""
+"""Types of scalars without quotes; PyYAML's others, such as dates, stay text."""
 
 
-class Entry(typing.NamedTuple):
-    """The value of a key and the line where the key stands, from 1."""
+Value = TypeVar("Value")
+
+
+class Entry(NamedTuple):
+    """The value of a key, and the line of the key, from 1."""
 
     value: object
     line: int
 
 
 class Loader(yaml.SafeLoader):
-    """Makes plain values, without references and of little depth; raises yaml.YAMLError."""
+    """Constructs plain values; raises yaml.YAMLError at references, tags and deep nesting."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in TYPES]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        """As the base class, which calls it for each node within another."""
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As in the base class, which calls it for every nested node."""
         event = self.peek_event()
         problem = None
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            problem = "anchors and aliases (& and *) are not for recipes; write the value out"
+            problem = "anchors and aliases (& and *) are not supported in recipes; write the value out"
         elif event.tag is not None:
-            problem = "tags (!) are not for recipes; remove it"
+            problem = "tags (!) are not supported in recipes; remove it"
         elif isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
             problem = f"a value of {len(event.value)} characters, expected at most {LONGEST_SCALAR}"
         elif self.depth == DEPTH:
@@ -66,16 +70,16 @@ class Loader(yaml.SafeLoader):
 
 
 def read_file(path: pathlib.Path) -> dict[str, Entry]:
-    """The entries of a YAML file of lines `key: value`, in their order.
+    """Read a YAML file of lines `key: value`; returns its entries in order.
 
     Raises:
-        UserError: it is none, with the line.
+        UserError: it is not such a file; the message names the line.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
         data = file.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
-        raise UserError(f"{path}: has more than {LARGEST_FILE} bytes, which no recipe has; give another file")
+        raise UserError(f"{path}: has more than {LARGEST_FILE} bytes, too many for a recipe; give another file")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -85,15 +89,17 @@ def read_file(path: pathlib.Path) -> dict[str, Entry]:
     def entries(loader: Loader, root: yaml.Node | None) -> dict[str, Entry]:
         if not isinstance(root, yaml.MappingNode):
             found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "one value"}.get(type(root), "nothing")
-            raise UserError(f"{path}: holds {found}, expected lines of `key: value`")
+            raise UserError(f"{path}: contains {found}; expected lines of `key: value`")
         found = {}
         for key_node, value_node in root.value:
             line = key_node.start_mark.line + 1
             key = loader.construct(key_node)
             if not isinstance(key, str):
-                raise UserError(f"{path}, line {line}: the key is {key!r}, expected a word")
+                raise UserError(f"{path}, line {line}: the key is {key!r}; expected text")
             if key in found:
-                raise UserError(f"{path}, line {line}: {key} is already in line {found[key].line}; remove one of them")
+                raise UserError(
+                    f"{path}, line {line}: {key} is already set in line {found[key].line}; remove one of them"
+                )
             found[key] = Entry(loader.construct(value_node), line)
         return found
 
@@ -101,21 +107,21 @@ def read_file(path: pathlib.Path) -> dict[str, Entry]:
 
 
 def read_value(text: str, where: str) -> object:
-    """The value that a YAML text of one line is; UserError, beginning with `where`, if it is none."""
+    """The value of a one-line YAML text; raises UserError, which begins with `where`, if it is not YAML."""
     if len(text) > LARGEST_FILE:
         raise UserError(f"{where}: a value of {len(text)} characters; give a shorter one")
     return parse(text, where, lambda loader, root: root and loader.construct(root))
 
 
-def parse(text: str, where: str, convert: typing.Callable[[Loader, yaml.Node | None], object]) -> object:
-    """Compose a YAML text and convert its root node, None of an empty text."""
+def parse(text: str, where: str, convert: Callable[[Loader, yaml.Node | None], Value]) -> Value:
+    """Compose a YAML text and convert its root node, which is None for empty text."""
     try:
-        loader = Loader(text)  # finds characters that no text has
+        loader = Loader(text)  # raises ReaderError at control characters
         return convert(loader, loader.get_single_node())
     except yaml.reader.ReaderError as error:
         line, problem = text.count("\n", 0, error.position), error.reason
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line
+        line = error.problem_mark.line if error.problem_mark else None
         problem = f"{error.context}: {error.problem}" if error.context else error.problem
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode: "\UFFFFFFFF"
         line, problem = None, str(error)

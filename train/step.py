@@ -1,13 +1,18 @@
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+# pyright: reportAssignmentType=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# From MindSpore's code, types are inferred that its graph mode does not have: Cell.construct never returns, the
+# functions of ops return None.
 """One data-parallel training step: gradients of this rank's pairs, their sum over ranks, update.
 
-Two graphs, so that a batch may go through in several parts and MPI can sum between them. There all gradients
-are one vector: one sum over ranks, one norm and one update where each of the 118 weights would have its own,
-which takes as long to compile as the network does.
+There are two graphs, so that a batch can go through in micro-batches and MPI can sum between them. In the second,
+all gradients are one vector: one sum over ranks, one norm and one update. One for each of the 118 weights takes as
+long to compile as the network does.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mindspore
@@ -22,17 +27,20 @@ from model.pwcnet import to_network
 from model.reductions import ordered_sum
 from prep.reader import Batch
 
-LOSS_SCALE = {"start": 2.0**16, "factor": 2.0, "every": 1000}
-"""Dynamic loss scaling: first scale, factor of change, steps without overflow before it grows."""
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_FACTOR = 2.0
+"""The loss scale is divided by this after an overflow, and multiplied by it after many steps without one."""
+LOSS_SCALE_STEPS = 1000
+"""Steps without overflow after which the loss scale grows."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """Of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
 
 
-def use_float16(network) -> None:
-    """Have a network's convolutions compute in float16 and leave the rest in float32.
+def use_float16(network: nn.Cell) -> None:
+    """Make a network's convolutions compute in float16, and leave the rest in float32.
 
-    Flow, warping, cost volume, loss and weight updates are sums of many or differences of close
-    numbers; the convolutions are nearly all of the time.
+    The convolutions take nearly all of the time. Flow, warping, cost volume, loss and weight updates are sums of many
+    numbers or differences of close ones, which float16 would spoil.
     """
     for _, cell in network.cells_and_names():
         if isinstance(cell, Convolution):
@@ -44,17 +52,17 @@ class StepOptions:
     """How gradients become new weights."""
 
     accumulation_steps: int = 1
-    """Equal parts in which a rank's batch goes through the network, to need less memory; the result is the same but
-    for rounding."""
+    """Micro-batches in which a rank's batch goes through the network, to need less memory; the result is the same up
+    to rounding."""
     clip_norm: float = 0.0
-    """Largest global gradient norm; larger gradients are scaled down to it. 0: no limit."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it. 0: no clipping."""
     loss_scaling: bool = False
     """Dynamic loss scaling, for float16."""
     weight_decay: float = 0.0
-    """Share of each weight that is added to its gradient."""
+    """Share of each weight added to its gradient (L2 regularisation)."""
     decoupled_decay: bool = False
-    """Weight decay apart from the gradient, a share of each weight per step and learning rate: AdamW (I. Loshchilov
-    and F. Hutter, "Decoupled Weight Decay Regularization", 2019)."""
+    """Apply weight decay apart from the gradient, in proportion to the learning rate: AdamW (I. Loshchilov and F.
+    Hutter, "Decoupled Weight Decay Regularization", 2019)."""
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, such as 0.999. 0: no average."""
 
@@ -67,20 +75,20 @@ class StepResult(NamedTuple):
     gradient_norm: Tensor
     """() global norm of the mean gradient, before clipping."""
     finite: Tensor
-    """() bool; if False a gradient overflowed and the weights were left as they were."""
+    """() bool; if False, a gradient overflowed and the weights are unchanged."""
 
 
 class TrainStep:
-    """A step on this rank's part of the global batch, by Adam or AdamW.
+    """A step of Adam or AdamW on this rank's share of the global batch.
 
     Args:
-        network: images to flows, a Cell.
-        loss: (flows, flow, valid) to a vector whose sum is minimised, a Cell; the mean over a batch.
+        network: maps two images to the flows of the pyramid levels.
+        loss: maps (flows, flow, valid) to the loss vector, a mean over the batch; its sum is minimised.
         options: see `StepOptions`.
         comm: the ranks that share the batch; gradients and losses are their mean.
 
     Attributes:
-        state: a Cell with all that a run must keep: network, moments, loss scale, moving average.
+        state: all that a checkpoint stores: network, moments, loss scale, moving average.
     """
 
     def __init__(
@@ -88,46 +96,48 @@ class TrainStep:
     ) -> None:
         self.options = options or StepOptions()
         self.weights = tuple(network.trainable_params())
-        self.sum_over_ranks = collective.create(comm)
-        numbers = sum(weight.size for weight in self.weights)
-        self.state = State(network, numbers, self.options)
-        self.sums = hidden("losses", loss.length), hidden("gradient", numbers)
-        self.add = AddGradients(network, loss, self.state, *self.sums, self.options.accumulation_steps > 1)
+        all_reduce = collective.create(comm)
+        self.sum_over_ranks: Callable[..., object] = all_reduce
+        size = sum(weight.size for weight in self.weights)
+        self.state = State(network, size, self.options)
+        self.sums = buffer("losses", loss.length), buffer("gradient", size)
+        self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulation_steps > 1)
         passes = comm.size * self.options.accumulation_steps
-        self.update = Update(self.weights, self.state, self.sums, self.options, passes, self.sum_over_ranks.in_graph)
+        self.update = Update(self.weights, self.state, self.sums, self.options, passes, all_reduce.in_graph)
         self.put = PutWeights(self.weights)
 
     def __call__(self, batch: Batch, learning_rate: float) -> StepResult:
-        """Do the step on this rank's part of a global batch."""
-        for part in self.micro_batches(batch):
-            self.add(*part)
+        """Do the step on this rank's share of a global batch."""
+        for micro_batch in self.micro_batches(batch):
+            self.add(*micro_batch)
         self.sum_over_ranks(*self.sums)
         return StepResult(*self.update(Tensor(learning_rate, float32)))
 
     def compile(self, batch: Batch) -> None:
-        """Compile both graphs for batches of the same shape as this one."""
+        """Compile both graphs for batches of the shape of this one."""
         self.add.compile(*next(self.micro_batches(batch)))
         self.update.compile(Tensor(0.0, float32))
 
     def micro_batches(self, batch: Batch) -> Iterator[list[Tensor]]:
-        """Yield image1, image2, flow and valid of each part of a batch."""
-        for rows in np.split(np.arange(len(batch.image1)), self.options.accumulation_steps):
-            part = slice(rows[0], rows[-1] + 1)
-            yield [Tensor(array[part]) for array in (batch.image1, batch.image2, batch.flow, batch.valid)]
+        """Yield image1, image2, flow and valid of each micro-batch."""
+        size = len(batch.image1) // self.options.accumulation_steps
+        for start in range(0, len(batch.image1), size):
+            rows = slice(start, start + size)
+            yield [Tensor(array[rows]) for array in (batch.image1, batch.image2, batch.flow, batch.valid)]
 
     @property
-    def loss_scale(self):
-        """What the loss is multiplied by, a number."""
+    def loss_scale(self) -> float:
+        """The factor by which the loss is multiplied."""
         return float(self.state.loss_scale)
 
     @property
-    def overflows(self):
-        """How many steps of the run were left out for an overflow, a number."""
+    def overflows(self) -> int:
+        """How many steps of the run were skipped because a gradient overflowed."""
         return int(self.state.overflows)
 
     @contextlib.contextmanager
-    def averaged_weights(self):
-        """Inside, the network has the averaged weights; afterwards, bit for bit, its own."""
+    def averaged_weights(self) -> Iterator[None]:
+        """A context in which the network has the averaged weights; afterwards it has its own, bit for bit."""
         own = np.concatenate([weight.asnumpy().ravel() for weight in self.weights])
         self.put(Tensor(own + self.state.average_offset.asnumpy()))
         try:
@@ -136,47 +146,50 @@ class TrainStep:
             self.put(Tensor(own))
 
 
-def hidden(name, *shape, value=0.0, dtype=float32):
-    """A Parameter that no gradient goes to, filled with one value."""
+def buffer(name: str, *shape: int, value: float = 0.0, dtype: mindspore.dtype.Type = float32) -> Parameter:
+    """A Parameter without gradient, filled with one value."""
     return Parameter(Tensor(np.full(shape, value), dtype), name=name, requires_grad=False)
 
 
 class State(nn.Cell):
-    """What a run must keep to go on: the network's parameters, and these."""
+    """What a run needs to resume: the parameters of the network, and these."""
 
-    def __init__(self, network: nn.Cell, numbers: int, options: StepOptions) -> None:
+    def __init__(self, network: nn.Cell, size: int, options: StepOptions) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
-        self.moment1 = hidden("moment1", numbers)
-        self.moment2 = hidden("moment2", numbers)
-        self.beta1_power = hidden("beta1_power", value=1.0)
-        self.beta2_power = hidden("beta2_power", value=1.0)
-        self.loss_scale = hidden("loss_scale", value=LOSS_SCALE["start"] if options.loss_scaling else 1.0)
-        self.finite_steps = hidden("finite_steps", dtype=mindspore.int32)
-        self.overflows = hidden("overflows", dtype=mindspore.int32)
+        self.moment1 = buffer("moment1", size)
+        self.moment2 = buffer("moment2", size)
+        self.beta1_power = buffer("beta1_power", value=1.0)
+        self.beta2_power = buffer("beta2_power", value=1.0)
+        self.loss_scale = buffer("loss_scale", value=INITIAL_LOSS_SCALE if options.loss_scaling else 1.0)
+        self.finite_steps = buffer("finite_steps", dtype=mindspore.int32)
+        self.overflows = buffer("overflows", dtype=mindspore.int32)
         if options.ema_decay:
-            # Averaged weights minus weights.
-            self.average_offset = hidden("average_offset", numbers)
+            # Averaged weights minus weights. Checkpoints of older versions have this name, too.
+            self.average_offset = buffer("average_offset", size)
 
 
 class AddGradients(nn.Cell):
-    """Forward and backward pass, adding loss vector and gradient to the two sums, or replacing them."""
+    """Forward and backward pass; adds the loss vector and the gradient to their sums, or replaces these."""
 
-    def __init__(self, network, loss, state, losses, gradient, accumulate: bool) -> None:
+    def __init__(
+        self, network: nn.Cell, loss: nn.Cell, state: State, sums: tuple[Parameter, Parameter], accumulate: bool
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.loss = loss
         self.loss_scale = state.loss_scale
-        self.losses = losses
-        self.gradient = gradient
+        self.losses, self.gradient = sums
         self.put = ops.assign_add if accumulate else ops.assign
         self.value_and_grad = ops.value_and_grad(self.forward, None, tuple(network.trainable_params()), has_aux=True)
 
-    def forward(self, image1, image2, flow, valid, scale):
+    def forward(
+        self, image1: Tensor, image2: Tensor, flow: Tensor, valid: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         losses = self.loss(self.network(image1, image2), flow, valid)
         return losses.sum() * scale, losses
 
-    def construct(self, image1, image2, flow, valid):
+    def construct(self, image1: Tensor, image2: Tensor, flow: Tensor, valid: Tensor) -> Tensor:
         (_, losses), gradients = self.value_and_grad(
             to_network(image1),
             to_network(image2),
@@ -190,7 +203,10 @@ class AddGradients(nn.Cell):
 
 
 class Update(nn.Cell):
-    """From the two sums, over `passes` passes on all ranks, to new weights; empties the sums for more passes."""
+    """Updates the weights from the sums over `passes` forward and backward passes, and clears the sums.
+
+    Without accumulation the next pass replaces the sums, so they need no clearing.
+    """
 
     def __init__(
         self,
@@ -199,14 +215,14 @@ class Update(nn.Cell):
         sums: tuple[Parameter, Parameter],
         options: StepOptions,
         passes: int,
-        all_reduce: ops.Primitive | None,
+        all_reduce: ops.Primitive | None,  # None if the sums are over all ranks already
     ) -> None:
         super().__init__(auto_prefix=False)
         self.weights = weights
         self.sizes = tuple(weight.size for weight in weights)
         self.state = state
         self.losses, self.gradient = sums
-        self.change = hidden("change", *self.gradient.shape)
+        self.change = buffer("change", *self.gradient.shape)
         self.passes = passes
         self.accumulate = options.accumulation_steps > 1
         self.clip_norm = options.clip_norm
@@ -219,14 +235,14 @@ class Update(nn.Cell):
         self.split = SplitWithSize()
         self.each = ops.HyperMap()
 
-    def construct(self, learning_rate):
+    def construct(self, learning_rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = self.state
         scale = state.loss_scale + 0.0  # a copy: the parameter is assigned to below
         losses, gradient = self.losses, self.gradient
         if self.accumulate:
             losses, gradient = losses + 0.0, gradient + 0.0
         if self.all_reduce is not None:
-            # An overflow on one rank is one in the sum, so all ranks decide alike.
+            # An overflow on one rank is also one in the sum, so all ranks decide alike.
             losses, gradient = self.all_reduce(losses), self.all_reduce(gradient)
         factor = 1.0 / (scale * self.passes)
         norm = ordered_sum(ops.square(gradient)).sqrt() * factor
@@ -240,7 +256,7 @@ class Update(nn.Cell):
                 gradient = gradient + flatten(self.weights) * self.decay
             ops.assign(state.beta1_power, state.beta1_power * BETA1)
             ops.assign(state.beta2_power, state.beta2_power * BETA2)
-            # Adam of weights that are zero gives what is to be added to the weights.
+            # Applied to zeros, Adam gives the change of the weights.
             self.adam(
                 self.change,
                 state.moment1,
@@ -266,32 +282,32 @@ class Update(nn.Cell):
             self.adjust_loss_scale(finite)
         return losses / self.passes, norm, finite
 
-    def adjust_loss_scale(self, finite) -> None:
+    def adjust_loss_scale(self, finite: Tensor) -> None:
         """Lower the scale after an overflow, raise it after many steps without one."""
         state = self.state
         steps = ops.select(finite, state.finite_steps + 1, ops.zeros_like(state.finite_steps))
-        grow = steps >= LOSS_SCALE["every"]
-        scale = ops.select(finite, state.loss_scale, ops.maximum(state.loss_scale / LOSS_SCALE["factor"], 1.0))
-        scale = ops.select(grow, scale * LOSS_SCALE["factor"], scale)
+        grow = steps >= LOSS_SCALE_STEPS
+        scale = ops.select(finite, state.loss_scale, ops.maximum(state.loss_scale / LOSS_SCALE_FACTOR, 1.0))
+        scale = ops.select(grow, scale * LOSS_SCALE_FACTOR, scale)
         ops.assign(state.loss_scale, scale)
         ops.assign_add(state.overflows, 1 - finite.astype(mindspore.int32))
         ops.assign(state.finite_steps, ops.select(grow, ops.zeros_like(steps), steps))
 
 
 class PutWeights(nn.Cell):
-    """Gives weights the values in a vector.
+    """Sets weights to the values in a vector.
 
-    A graph, because graphs that are compiled do not see what Parameter.set_data brings.
+    It is a graph because compiled graphs do not see what Parameter.set_data sets.
     """
 
-    def __init__(self, weights) -> None:
+    def __init__(self, weights: tuple[Parameter, ...]) -> None:
         super().__init__(auto_prefix=False)
         self.weights = weights
         self.sizes = tuple(weight.size for weight in weights)
         self.split = SplitWithSize()
         self.each = ops.HyperMap()
 
-    def construct(self, vector):
+    def construct(self, vector: Tensor) -> tuple[int, ...]:
         self.each(put_part, self.weights, self.split(vector, self.sizes, 0))
         return vector.shape
 
@@ -301,21 +317,21 @@ add_part = ops.MultitypeFuncGraph("add_part")
 put_part = ops.MultitypeFuncGraph("put_part")
 
 
-def flatten(tensors):
-    """Tensors to one vector."""
+def flatten(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate tensors of any shape to one vector."""
     return ops.Concat()(ops.HyperMap()(to_row, tensors))
 
 
 @to_row.register("Tensor")
-def _(tensor):
+def _(tensor: Tensor) -> Tensor:
     return ops.reshape(tensor, (-1,))
 
 
 @add_part.register("Tensor", "Tensor")
-def _(weight, part):
+def _(weight: Tensor, part: Tensor) -> Tensor:
     return ops.assign_add(weight, ops.reshape(part, weight.shape))
 
 
 @put_part.register("Tensor", "Tensor")
-def _(weight, part):
+def _(weight: Tensor, part: Tensor) -> Tensor:
     return ops.assign(weight, ops.reshape(part, weight.shape))

@@ -1,145 +1,196 @@
-"""Submissions: the test sets of Sintel and KITTI, and the folders that their servers take."""
+"""Submissions: the test sets of Sintel and KITTI, and the folders that their servers expect."""
 
+import dataclasses
+import functools
+import pathlib
 import re
 import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from launch import progress
+from launch.communicator import Communicator
 from launch.errors import UserError
 
+if TYPE_CHECKING:
+    from model.inference import FlowPredictor
+    from model.predict import FramePair
+
 PASSES = ("clean", "final")
-"""What a pair's name begins with in a set that is rendered twice."""
+"""Rendering passes: the first part of a pair's name in a dataset that is rendered twice."""
 
 
-def list_test_pairs(root):
-    """The pairs of an unpacked test set of Sintel or KITTI, by its layout.
+class BenchmarkPair(NamedTuple):
+    """A pair of a test set."""
+
+    file: str
+    """Path of the flow to submit, in the submission's folder."""
+    image1: pathlib.Path
+    image2: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark with its test set, which has no public ground truth."""
+
+    name: str
+    """For messages, such as "KITTI 2015"."""
+    pairs: list[BenchmarkPair]
+
+    @functools.cached_property
+    def by_size(self) -> dict[tuple[int, int], list[BenchmarkPair]]:
+        """The pairs by (height, width) of their images; UserError if those of a pair differ in size."""
+        from prep.formats.image import image_size
+
+        groups: dict[tuple[int, int], list[BenchmarkPair]] = {}
+        for pair in self.pairs:
+            height, width = image_size(pair.image1)
+            if image_size(pair.image2) != (height, width):
+                other_height, other_width = image_size(pair.image2)
+                raise UserError(
+                    f"{pair.image2}: {other_height}x{other_width} pixels, expected {height}x{width} as "
+                    f"{pair.image1.name} has; unpack the test set again"
+                )
+            groups.setdefault((height, width), []).append(pair)
+        return groups
+
+
+class Layout(NamedTuple):
+    """How a benchmark's release stores its test set."""
+
+    benchmark: str
+    folder: str
+    """Of the test set, in the release."""
+    images: tuple[str, ...]
+    """Folders of images in it, all of which a submission needs."""
+    list_pairs: Callable[[pathlib.Path], list[BenchmarkPair]]
+    total: int
+    """Pairs in the complete test set."""
+
+
+def list_test_pairs(root: pathlib.Path) -> Benchmark:
+    """Find the test set of Sintel or KITTI in an unpacked release.
 
     Args:
-        root: folder of the release, or the folder in it with the test set, a `pathlib.Path`:
+        root: folder of the release, or the folder of the test set in it:
             Sintel: test/{clean,final}/SCENE/frame_0001.png
             KITTI 2015: testing/image_2/000000_10.png, 000000_11.png
-            KITTI 2012: testing/colored_0 or else testing/image_0, likewise
+            KITTI 2012: testing/colored_0 or, without it, testing/image_0, likewise
 
     Returns:
-        The benchmark's name, and a list of (file to submit, image 1, image 2). By the readme of
-        Sintel's bundler the file is CLEAN OR FINAL/SCENE/frame0001.flo; by those of KITTI's
-        development kits flow/000000_10.png in 2015 and 000000_10.png in 2012.
+        The pairs with the files to submit: {clean,final}/SCENE/frame0001.flo according to the readme of Sintel's
+        bundler; flow/000000_10.png (2015) and 000000_10.png (2012) according to those of KITTI's development kits.
 
     Raises:
-        UserError: no such layout, or an image is missing.
+        UserError: the folder has another layout, or an image is missing.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected the unpacked test set of Sintel or KITTI")
-    for name, inner, folders, pairs_of, expected in (
-        ("Sintel", "test", PASSES, list_sintel, 1104),
-        ("KITTI 2015", "testing", ("image_2",), list_kitti_2015, 200),
-        ("KITTI 2012", "testing", ("colored_0",), list_kitti, 195),
-        ("KITTI 2012", "testing", ("image_0",), list_kitti, 195),
-    ):
-        test = root if root.resolve().name == inner else root / inner
-        if not any((test / folder).is_dir() for folder in folders):
+    for layout in LAYOUTS:
+        test = root if root.resolve().name == layout.folder else root / layout.folder
+        folders = [test / name for name in layout.images]
+        if not any(folder.is_dir() for folder in folders):
             continue
         for folder in folders:
-            if not (test / folder).is_dir():
+            if not folder.is_dir():
                 raise UserError(
-                    f"{test / folder}: not there, but a submission to {name} needs it; download and unpack it too"
+                    f"{folder}: missing, but a submission to {layout.benchmark} needs it; download and unpack it too"
                 )
-        pairs = [pair for folder in folders for pair in pairs_of(test / folder)]
-        if name == "Sintel":
+        pairs = [pair for folder in folders for pair in layout.list_pairs(folder)]
+        if layout.benchmark == "Sintel":
             check_passes(test, pairs)
-        if len(pairs) != expected:
-            print(f"note: the test set of {name} has {expected} pairs, {test} has {len(pairs)}", file=sys.stderr)
-        return name, pairs
+        if len(pairs) != layout.total:
+            print(
+                f"note: the test set of {layout.benchmark} has {layout.total} pairs, {test} has {len(pairs)}",
+                file=sys.stderr,
+            )
+        return Benchmark(layout.benchmark, pairs)
     found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
     raise UserError(
-        f"{root}: no test set in it (it has {found}); expected test/clean and "
-        "test/final of Sintel, or testing/image_2 (KITTI 2015) or testing/colored_0 "
-        "(KITTI 2012)"
+        f"{root}: contains no test set (it has {found}); expected test/clean and test/final of Sintel, or "
+        "testing/image_2 (KITTI 2015) or testing/colored_0 (KITTI 2012)"
     )
 
 
-def list_sintel(folder):
-    """(file, image 1, image 2) of one pass of Sintel's test set, scenes in name order."""
+def list_sintel(folder: pathlib.Path) -> list[BenchmarkPair]:
+    """The pairs of one pass of Sintel's test set, scenes in alphabetical order."""
     pairs = []
     for scene in sorted(path for path in folder.iterdir() if path.is_dir()):
-        frames = numbered(scene, r"frame_(\d{4})\.png")
+        frames = numbered_files(scene, r"frame_(\d{4})\.png")
         if not frames:
-            raise UserError(f"{scene}: no frame in it; expected frame_0001.png and so on")
+            raise UserError(f"{scene}: contains no frames; expected frame_0001.png and so on")
         numbers = range(1, max(frames) + 1)
-        check_frames([scene / f"frame_{number:04}.png" for number in numbers])
+        check_frames(scene / f"frame_{number:04}.png" for number in numbers)
         pairs += [
-            (f"{folder.name}/{scene.name}/frame{number:04}.flo", frames[number], frames[number + 1])
+            BenchmarkPair(f"{folder.name}/{scene.name}/frame{number:04}.flo", frames[number], frames[number + 1])
             for number in numbers[:-1]
         ]
     if not pairs:
-        raise UserError(f"{folder}: no pair in it; expected SCENE/frame_0001.png and so on")
+        raise UserError(f"{folder}: contains no pairs; expected SCENE/frame_0001.png and so on")
     return pairs
 
 
-def check_passes(test, pairs) -> None:
-    """UserError unless both passes of Sintel's test set have the same pairs."""
-    clean, final = ({file.split("/", 1)[1] for file, _, _ in pairs if file.startswith(name)} for name in PASSES)
+def check_passes(test: pathlib.Path, pairs: Iterable[BenchmarkPair]) -> None:
+    """Raise UserError unless both passes of Sintel's test set have the same pairs."""
+    files = [pair.file.split("/", 1) for pair in pairs]
+    clean, final = ({file for name, file in files if name == wanted} for wanted in PASSES)
     if clean != final:
         file = min(clean ^ final)
-        lacking = "final" if file in clean else "clean"
+        incomplete = "final" if file in clean else "clean"
         raise UserError(
-            f"{test / lacking}: lacks the frames for {file}, which the other pass has; "
-            "a submission needs both passes, so unpack the test set again"
+            f"{test / incomplete}: lacks the frames for {file}, which the other pass has; a submission needs both "
+            "passes, so unpack the test set again"
         )
 
 
-def list_kitti(folder):
-    """(file, image 1, image 2) of KITTI's test set with its frames in `folder`."""
-    frames = numbered(folder, r"(\d{6})_1[01]\.png")
+def list_kitti2012(folder: pathlib.Path) -> list[BenchmarkPair]:
+    """The pairs of KITTI's test set with its images in `folder`."""
+    frames = numbered_files(folder, r"(\d{6})_1[01]\.png")
     if not frames:
-        raise UserError(f"{folder}: no pair in it; expected 000000_10.png, 000000_11.png and so on")
+        raise UserError(f"{folder}: contains no pairs; expected 000000_10.png, 000000_11.png and so on")
     names = [f"{number:06}" for number in range(max(frames) + 1)]
-    check_frames([folder / f"{name}_{frame}.png" for name in names for frame in (10, 11)])
-    return [(f"{name}_10.png", folder / f"{name}_10.png", folder / f"{name}_11.png") for name in names]
+    check_frames(folder / f"{name}_{frame}.png" for name in names for frame in (10, 11))
+    return [BenchmarkPair(f"{name}_10.png", folder / f"{name}_10.png", folder / f"{name}_11.png") for name in names]
 
 
-def list_kitti_2015(folder):
-    """The same of KITTI 2015, whose archives have a folder for each of several tasks."""
-    return [(f"flow/{file}", first, second) for file, first, second in list_kitti(folder)]
+def list_kitti2015(folder: pathlib.Path) -> list[BenchmarkPair]:
+    """The same for KITTI 2015, whose submissions have a folder for each of several tasks."""
+    return [pair._replace(file=f"flow/{pair.file}") for pair in list_kitti2012(folder)]
 
 
-def numbered(folder, pattern):
-    """The files of a folder with such a name, by the number in it."""
+LAYOUTS = (
+    Layout("Sintel", "test", PASSES, list_sintel, 1104),
+    Layout("KITTI 2015", "testing", ("image_2",), list_kitti2015, 200),
+    Layout("KITTI 2012", "testing", ("colored_0",), list_kitti2012, 195),
+    Layout("KITTI 2012", "testing", ("image_0",), list_kitti2012, 195),
+)
+
+
+def numbered_files(folder: pathlib.Path, pattern: str) -> dict[int, pathlib.Path]:
+    """The files of a folder whose names match, by the number in the name."""
     matches = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in matches if match}
 
 
-def check_frames(paths) -> None:
-    """UserError unless all these frames are there; none of a test set may be missing."""
+def check_frames(paths: Iterable[pathlib.Path]) -> None:
+    """Raise UserError if one of these frames is missing."""
     if missing := [path for path in paths if not path.is_file()]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{missing[0]}: not there{more}; a submission needs every pair of the test set, so unpack it again"
+            f"{missing[0]}: missing{more}; a submission needs every pair of the test set, so unpack it again"
         )
 
 
-def by_size(pairs):
-    """Pairs of `list_test_pairs` by (height, width); UserError if a pair's images differ in it."""
-    from prep.formats.image import image_size
+class SubmissionWriter:
+    """Writes flow to a folder under the pairs' names, in the format of their suffix."""
 
-    groups = {}
-    for pair in pairs:
-        size, other = map(image_size, pair[1:])
-        if size != other:
-            raise UserError(
-                f"{pair[2]}: {other[1]}x{other[0]} pixels, expected "
-                f"{size[1]}x{size[0]} as {pair[1].name} has; unpack the test set again"
-            )
-        groups.setdefault(size, []).append(pair)
-    return groups
-
-
-class Submission:
-    """Writes flow into a folder under the pairs' names, in the format that these end with."""
-
-    def __init__(self, folder) -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
 
-    def write(self, pair, flow) -> None:
-        """Write the flow of a pair, float32 (H, W, 2) in pixels."""
+    def write(self, pair: "FramePair", flow: np.ndarray) -> None:
+        """Write the flow of a pair, (H, W, 2) float32 in pixels."""
         from prep.formats.flow import write_flo, write_kitti_png
 
         path = self.folder / pair.name
@@ -147,22 +198,31 @@ class Submission:
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
-def submit(args, comm, name, groups) -> None:
-    """Predict this rank's share of a test set and write it."""
-    from launch import progress
-    from model.inference import load_predictor
+def write_submission(
+    benchmark: Benchmark, out: pathlib.Path, predictor: "FlowPredictor", batch: int, comm: Communicator
+) -> None:
+    """Predict the flow of a test set and write it.
+
+    Args:
+        benchmark: whose test set to predict; the ranks share its pairs.
+        out: folder of the submission.
+        predictor: computes the flow.
+        batch: pairs per batch and rank.
+        comm: the ranks.
+
+    Raises:
+        UserError: an image cannot be read.
+        OSError: the flow cannot be written.
+    """
     from model.predict import FramePair, predict
     from prep.formats.image import read_image
 
-    predictor = load_predictor(args.ckpt, args.backend)
-    shares = [pairs[comm.rank :: comm.size] for pairs in groups.values()]
+    shares = [pairs[comm.rank :: comm.size] for pairs in benchmark.by_size.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
-        for share in shares:  # a graph for each size
-            pairs = (FramePair(file, read_image(first), read_image(second)) for file, first, second in share)
-            predict(
-                predictor, pairs, Submission(args.submission), batch=args.batch, on_pairs=bar.update
-            )
+        for share in shares:  # one graph for each size
+            pairs = (FramePair(pair.file, read_image(pair.image1), read_image(pair.image2)) for pair in share)
+            predict(predictor, pairs, SubmissionWriter(out), batch=batch, on_pairs=bar.update)
     comm.barrier()
     if comm.rank == 0:
-        count = sum(map(len, groups.values()))
-        print(f"{args.submission}: flow of {count} pairs for {name}")
+        archive = "bundle it with Sintel's bundler" if benchmark.name == "Sintel" else "zip its contents"
+        print(f"results: {out}, flow of {len(benchmark.pairs)} pairs for {benchmark.name}; {archive} and upload that")

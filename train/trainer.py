@@ -1,229 +1,358 @@
-"""The training loop: the same on every rank, with rank 0 writing what is kept and shown."""
+"""The trainer: sets up a run, trains step by step, validates, saves. Every rank has one; rank 0 writes and shows."""
 
 import collections
 import hashlib
-import signal
+import itertools
 import socket
-from typing import NoReturn
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import mindspore
 import numpy as np
 
 from launch import session
+from launch.communicator import ALONE, Communicator
+from launch.files import write_json
 from launch.watchdog import Phase
 from model.inference import FlowPredictor
 from model.losses import make_loss
 from model.pwcnet import PWCNet, start_from_coarser_flow
 from prep import reader
+from train import goodput
+from train import recipe as recipes
 from train.augment import Augment
-from train.checkpoint import Checkpoints, start_from
-from train.evaluate import draw_pairs, evaluate, gather_strips, summarize
-from train.goodput import Goodput
-from train.monitor import STOP_SIGNALS, Clock, Monitor, resident_memory, survived
-from train.recipe import NETWORK_OPTIONS
+from train.checkpoint import Checkpoints, load_initial_weights
+from train.evaluate import EvaluationOptions, evaluate
+from train.metrics import Evaluation, Metrics
+from train.monitor import Monitor, Stopwatch, resident_memory, survived
+from train.recipe import NETWORK_OPTIONS, Recipe
+from train.report import draw_pairs, gather_strips
+from train.results import Results, Validation
+from train.run import RunPlan
 from train.schedule import learning_rate
-from train.step import StepOptions, TrainStep, use_float16
+from train.step import StepOptions, StepResult, TrainStep, use_float16
+from train.stop import StopRequest
 
 LEVELS = ("level6", "level5", "level4", "level3", "level2")
 """Names of the loss vector's elements: pyramid levels, coarse to fine."""
 PICTURES = 4
 """Validation pairs drawn each time."""
+MAX_WORKERS = 8
+"""Data loading threads per rank, at most."""
 
 
-class StopRequest:
-    """Notes SIGTERM, Ctrl-C and SIGUSR1, so that the training leaves after the step that it is in.
+class Trainer:
+    """Trains a network as a recipe says.
 
-    mpirun passes SIGUSR1 on and goes on waiting; of the others it lets no rank take notice for long.
-    A context manager. A second signal ends the process at once.
-    """
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def train(recipe, training, validation, out, comm, *, parts=1, init=None, backend="native", enter, started):
-    """Run a recipe to its end, from the newest checkpoint in `out` if there is one.
+        results = Trainer(plan, comm).fit()
 
     Args:
-        recipe: a `train.recipe.Recipe`.
-        training: list of opened training splits (`prep.reader.DatasetSplit`).
-        validation: list of (name, opened split) to validate on; the first decides which weights are the
-            best.
-        out: folder of the run; rank 0 writes there.
-        comm: the ranks, a `launch.communicator.Communicator`.
-        parts: in how many parts a rank's share of the batch goes through.
-        init: a checkpoint whose weights a new run begins with, or None.
-        backend: operators of the network, see `model.backend`.
-        enter: called on rank 0 before anything is written, with the number of steps done; returns
-            texts that say what is not as it was at the last start.
-        started: when this process started, by `train.goodput.now`.
+        plan: the run, from `train.run.RunConfig.prepare`.
+        comm: the ranks, from `launch.session.start`.
 
-    Returns:
-        The final figures, a dict (the same on every rank).
+    Attributes:
+        network: the `PWCNet` that is trained.
+        steps_done: how many steps of the run are done, those of earlier starts included.
 
     Raises:
-        UserError: the training diverged, a file does not fit, or the run is past `recipe.steps`.
-        OSError: a checkpoint cannot be written.
-        KeyboardInterrupt: SIGTERM or Ctrl-C on any rank; a checkpoint of the last step was written.
+        UserError: another run holds the folder, a file does not fit, or more steps are done than the recipe asks for.
     """
-    mindspore.set_seed(recipe.seed)  # the same first weights on every rank
-    options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
-    network = PWCNet(**options, backend=backend)
-    if recipe.start_from_coarser_flow:
-        start_from_coarser_flow(network)
-    half = recipe.precision == "float16"
-    if half:
-        use_float16(network)
-    step_options = StepOptions(
-        accumulation_steps=parts,
-        clip_norm=recipe.clip_norm,
-        loss_scaling=half,
-        weight_decay=recipe.weight_decay,
-        decoupled_decay=recipe.optimizer == "adamw",
-        ema_decay=recipe.average,
-    )
-    step = TrainStep(network, make_loss(recipe.loss, network.align_corners), step_options, comm)
-    checkpoints = Checkpoints(
-        out / "checkpoints", options, recipe.checkpoint_every, enabled=comm.rank == 0, validation=validation[0][0]
-    )
-    first = checkpoints.restore(step.state, comm)
-    if init and not first:
-        start_from(init, network, comm)
-    if first > recipe.steps:
-        raise session.JobError(
-            f"{out}: has done {first} steps, the recipe says {recipe.steps}; give steps={first} or more"
-        )
-    changed = enter(first) if comm.rank == 0 else []
-    goodput = Goodput(out / "goodput.json" if comm.rank == 0 else None, started, first)
 
-    batches, pairs = (), sum(map(len, training))
-    if first < recipe.steps:
-        batches = reader.training_batches(
-            list(zip(training, recipe.mixture or map(len, training))),
-            batch=recipe.batch // comm.size,
-            rank=comm.rank,
-            ranks=comm.size,
-            seed=recipe.seed,
-            first_step=first,
-            steps=recipe.steps - first,
-            workers=min(8, comm.threads),
-            transform=Augment.from_recipe(recipe),
+    def __init__(self, plan: RunPlan, comm: Communicator = ALONE) -> None:
+        self.plan = plan
+        self.comm = comm
+        self.folder = plan.folder
+        self.created = time.monotonic()
+        self.is_writer = comm.rank == 0
+        self.recipe = self.claim_folder()
+        self.step = self.build_step()
+        self.predictor = FlowPredictor(self.network)
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            {key: getattr(self.recipe, key) for key in NETWORK_OPTIONS},
+            self.recipe.checkpoint_every,
+            enabled=self.is_writer,
+            validation=next(iter(plan.validation)),
         )
-    clock, speeds = Clock(first), []
+        self.first_step = self.steps_done = self.restore()
+        self.changes = self.record_start()
+        self.goodput = goodput.Goodput(
+            self.folder.goodput if self.is_writer else None, goodput.PROCESS_START, self.first_step
+        )
+        self.stopwatch = Stopwatch(self.first_step)
+        self.speeds: list[float] = []
+        self.validations: list[Validation] = []
+        self.monitor = Monitor(None, self.first_step, self.recipe.steps)
 
-    with Monitor(out, first, recipe.steps, enabled=comm.rank == 0) as monitor, checkpoints, StopRequest() as stop:
-        validator = Validator(recipe, validation, comm, network, step, checkpoints, monitor)
-        if not first:
-            monitor.text("recipe", recipe.to_yaml())
+    # --- Setup ---
+
+    def claim_folder(self) -> Recipe:
+        """Lock the folder of the run; returns the recipe with the network options of the weights to start from."""
+
+        def claim() -> tuple[dict[str, Any], str]:
+            self.folder.lock()
+            return self.folder.network_options(self.plan.init)
+
+        options, source = self.comm.from_rank_0(claim)  # other ranks may not have these files
+        return recipes.adopt_network_options(self.plan.recipe, options, source)
+
+    def build_step(self) -> TrainStep:
+        """Build the network and its training step."""
+        recipe = self.recipe
+        mindspore.set_seed(recipe.seed)  # the same initial weights on every rank
+        options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
+        self.network = PWCNet(**options, backend=self.plan.backend)
+        if recipe.start_from_coarser_flow:
+            start_from_coarser_flow(self.network)
+        if recipe.precision == "float16":
+            use_float16(self.network)
+        step_options = StepOptions(
+            accumulation_steps=self.plan.accumulation_steps,
+            clip_norm=recipe.clip_norm,
+            loss_scaling=recipe.precision == "float16",
+            weight_decay=recipe.weight_decay,
+            decoupled_decay=recipe.optimizer == "adamw",
+            ema_decay=recipe.ema_decay,
+        )
+        return TrainStep(self.network, make_loss(recipe.loss, self.network.align_corners), step_options, self.comm)
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, or the initial weights of a new run; returns how many steps are done."""
+        done = self.checkpoints.restore(self.step.state, self.comm)
+        if self.plan.init and not done:
+            load_initial_weights(self.plan.init, self.network, self.comm)
+        if done > self.recipe.steps:
+            raise session.JobError(
+                f"{self.folder.path}: has done {done} steps, but the recipe's steps is {self.recipe.steps}; set "
+                f"steps={done} or more"
+            )
+        return done
+
+    def record_start(self) -> list[str]:
+        """Write to the folder what this start is made with; returns what has changed since the last one."""
+        if not self.is_writer:
+            return []
+        return self.folder.record_start(self.recipe, self.plan.made_with, self.first_step)
+
+    def batches(self) -> Iterable[reader.Batch]:
+        """This rank's share of the batches of all remaining steps."""
+        if self.first_step == self.recipe.steps:
+            return ()
+        weights = self.recipe.mixture or [len(split) for split in self.plan.training]
+        return reader.training_batches(
+            list(zip(self.plan.training, weights, strict=True)),
+            batch=self.recipe.batch // self.comm.size,
+            rank=self.comm.rank,
+            ranks=self.comm.size,
+            seed=self.recipe.seed,
+            first_step=self.first_step,
+            steps=self.recipe.steps - self.first_step,
+            workers=min(MAX_WORKERS, self.comm.threads),
+            transform=Augment.from_recipe(self.recipe),
+        )
+
+    # --- The loop ---
+
+    def fit(self) -> Results:
+        """Train until the recipe's last step, then write result.json.
+
+        Raises:
+            UserError: the training diverged, or the weights of the ranks differ.
+            OSError: a checkpoint cannot be written.
+            KeyboardInterrupt: SIGTERM, SIGUSR1 or Ctrl-C on any rank; a checkpoint of the last step was written.
+        """
+        try:
+            batches = self.batches()
+            folder = self.folder.path if self.is_writer else None
+            self.monitor = Monitor(folder, self.first_step, self.recipe.steps)
+            with self.monitor, self.checkpoints, StopRequest() as stop_request:
+                self.announce()
+                self.comm.progress(Phase.COMPILING, self.first_step)  # the first step may take long, too
+                for batch in self.stopwatch.waiting(batches):
+                    self.train_step(batch)
+                    self.finish_step(stop_request)
+                self.comm.progress(Phase.RUNNING, self.steps_done)
+                if not self.validations:  # the run was complete already
+                    self.validate()
+                    self.goodput.record(self.steps_done)
+            results = self.results()
+            if self.is_writer:
+                made_with = {"ranks": self.comm.size, "made_with": self.plan.made_with}
+                write_json(self.folder.result, results.to_json() | made_with)
+            return results
+        finally:
+            self.folder.release()
+
+    def announce(self) -> None:
+        """Show the recipe of a new run, or what a resumed one resumes from."""
+        if self.first_step:
+            resumed = f"resuming after step {self.first_step}, with {self.comm.size} rank(s)"
+            self.monitor.say("; ".join([resumed, *self.changes]))
         else:
-            monitor.say("; ".join([f"going on after step {first}, with {comm.size} rank(s)", *changed]))
-        comm.progress(Phase.COMPILING, first)  # the first step, too, may take long
-        for done, batch in enumerate(clock.waiting(batches), first + 1):
-            rate = learning_rate(recipe, done - 1)
-            if done == first + 1:
-                with goodput.spending("compilation"):
-                    step.compile(batch)
-                    comm.barrier()
-                goodput.record(first)
-                clock.restart(first)
-            if done > first + 1:
-                comm.progress(Phase.TRAINING, done - 1)
-            losses, norm, finite = step(batch, rate)
-            # In float16 the next step has a smaller loss scale, until that is 1.
-            if not bool(finite) and not (half and step.loss_scale > 1):
-                stop_diverged(comm, done, training, batch.index)
-            if done % recipe.log_every == 0:
-                losses = losses.asnumpy()
-                speed, wait = clock.lap(done, recipe.batch)
-                by_rank = comm.gather({"data_wait": wait, "memory_gb": resident_memory() / 1e9})
-                monitor.scalars(
-                    done,
-                    {
-                        "train/loss": float(losses.sum()),
-                        **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses)},
-                        "train/gradient_norm": float(norm),
-                        "train/learning_rate": rate,
-                        "train/loss_scale": step.loss_scale,
-                        "train/overflows": step.overflows,
-                        "speed/pairs_per_second": speed,
-                        **{
-                            f"{key}/rank-{rank}": value
-                            for rank, values in enumerate(by_rank)
-                            for key, value in values.items()
-                        },
-                    },
-                )
-                monitor.advance(done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
-                speeds.append(speed)
-                goodput.record(done, at_once=False)
-            last = done == recipe.steps
-            # One of each for all ranks: whether a checkpoint is due depends on rank 0's clock.
-            signals = comm.gather([stop.asked, checkpoints.is_due(done)])
-            stopping = any(asked for asked, _ in signals) and not last
-            saving = last or stopping or signals[0][1]
-            validating = last or (not stopping and is_validation_due(recipe, done, pairs))
-            if validating or saving:
-                check_weights(comm, done, step.weights)
-            if validating:
-                comm.progress(Phase.VALIDATING, done)
-                with goodput.spending("validation"):
-                    validator.run(done)
-                clock.restart(done)
-            if saving:
-                comm.progress(Phase.SAVING, done)
-                with goodput.spending("checkpoints"):
-                    checkpoints.save(done, step.state)
-                    if last or stopping:
-                        checkpoints.wait()
-                goodput.record(done)
-            if stopping:
-                raise session.JobInterrupt(
-                    f"stopped after step {done}, which is kept; the same command goes on from there"
-                )
-            comm.progress(Phase.LOADING, done)
-        comm.progress(Phase.RUNNING, max(first, recipe.steps))
-        if not validator.history:  # the run was whole already
-            comm.progress(Phase.VALIDATING, first)
-            with goodput.spending("validation"):
-                validator.run(first)
-            goodput.record(first)
-    return {
-        **validator.history[-1],
-        "best_epe": checkpoints.best,
-        "ranks": comm.size,
-        "goodput": goodput.summary(),
-        "overflows": step.overflows,
-        "pairs_per_second": float(np.median(speeds)) if speeds else None,
-        "validations": validator.history,
-    }
+            self.monitor.text("recipe", self.recipe.to_yaml())
+
+    def train_step(self, batch: reader.Batch) -> StepResult:
+        """Do one step on this rank's share of the global batch."""
+        if self.steps_done == self.first_step:
+            with self.goodput.spending("compilation"):
+                self.step.compile(batch)
+                self.comm.barrier()
+            self.goodput.record(self.first_step)
+            self.stopwatch.restart(self.first_step)
+        else:
+            self.comm.progress(Phase.TRAINING, self.steps_done)
+        rate = learning_rate(self.recipe, self.steps_done)
+        result = self.step(batch, rate)
+        self.steps_done += 1
+        # In float16 the next step has a smaller loss scale, until that is 1.
+        if not bool(result.finite) and not (self.recipe.precision == "float16" and self.step.loss_scale > 1):
+            self.fail_diverged(batch)
+        if self.steps_done % self.recipe.log_every == 0:
+            self.log(result, rate)
+        return result
+
+    def finish_step(self, stop_request: StopRequest) -> None:
+        """Validate and save if that is due after a step, and stop if that was requested."""
+        done = self.steps_done
+        last = done == self.recipe.steps
+        # One decision for all ranks: whether a checkpoint is due depends on rank 0's clock.
+        by_rank = self.comm.gather([stop_request.received, self.checkpoints.is_due(done)])
+        stopping = any(stop for stop, _ in by_rank) and not last
+        saving = last or stopping or by_rank[0][1]
+        validating = last or (not stopping and self.is_validation_due())
+        if validating or saving:
+            check_weights(self.comm, done, self.step.weights)
+        if validating:
+            self.validate()
+            self.stopwatch.restart(done)
+        if saving:
+            self.save(wait=last or stopping)
+        if stopping:
+            raise session.JobInterrupt(f"stopped after step {done}, which is saved; run the same command to resume")
+        self.comm.progress(Phase.LOADING, done)
+
+    def is_validation_due(self) -> bool:
+        """Whether to validate after this step: once per epoch, unless the recipe sets an interval."""
+        if self.recipe.validate_every:
+            return self.steps_done % self.recipe.validate_every == 0
+        pairs, batch = sum(map(len, self.plan.training)), self.recipe.batch
+        return self.steps_done * batch // pairs > (self.steps_done - 1) * batch // pairs
+
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint in the background; with `wait`, return when it is on the disk."""
+        self.comm.progress(Phase.SAVING, self.steps_done)
+        with self.goodput.spending("checkpoints"):
+            self.checkpoints.save(self.steps_done, self.step.state)
+            if wait:
+                self.checkpoints.wait()
+        self.goodput.record(self.steps_done)
+
+    def log(self, result: StepResult, rate: float) -> None:
+        """Add to the curves, and move the progress bar."""
+        losses = result.losses.asnumpy()
+        speed, wait = self.stopwatch.lap(self.steps_done, self.recipe.batch)
+        by_rank = self.comm.gather({"data_wait": wait, "memory_gb": resident_memory() / 1e9})
+        self.monitor.scalars(
+            self.steps_done,
+            {
+                "train/loss": float(losses.sum()),
+                **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses, strict=True)},
+                "train/gradient_norm": float(result.gradient_norm),
+                "train/learning_rate": rate,
+                "train/loss_scale": self.step.loss_scale,
+                "train/overflows": self.step.overflows,
+                "speed/pairs_per_second": speed,
+                **{
+                    f"{name}/rank-{rank}": value
+                    for rank, values in enumerate(by_rank)
+                    for name, value in values.items()
+                },
+            },
+        )
+        self.monitor.advance(self.steps_done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
+        self.speeds.append(speed)
+        self.goodput.record(self.steps_done, at_once=False)
+
+    def fail_diverged(self, batch: reader.Batch) -> NoReturn:
+        """End the run on all ranks with the names of the pairs in the batch."""
+        names = [name for split in self.plan.training for name in split.names]
+        positions = [] if batch.index is None else batch.index
+        by_rank = self.comm.gather([names[position] for position in positions])
+        pairs = ", ".join(itertools.chain(*by_rank))
+        raise session.JobError(
+            f"step {self.steps_done}: the loss or its gradient is not finite; pairs: {pairs}. "
+            "The checkpoints are of earlier steps. Inspect these pairs (prep/inspect.py), or set a smaller "
+            "learning_rate or a clip_norm"
+        )
+
+    # --- Validation ---
+
+    def validate(self) -> Validation:
+        """Validate the weights, and their moving average if there is one; keep the best in best.ckpt."""
+        self.comm.progress(Phase.VALIDATING, self.steps_done)
+        with self.goodput.spending("validation"):
+            datasets = self.validate_weights()
+            ema_epe = None
+            if self.recipe.ema_decay:
+                with self.step.averaged_weights():
+                    ema_epe = next(iter(self.validate_weights(averaged=True).values())).epe
+        self.validations.append(Validation(self.steps_done, datasets, ema_epe))
+        return self.validations[-1]
+
+    def validate_weights(self, averaged: bool = False) -> dict[str, Metrics]:
+        """Validate the network's present weights on every dataset; `averaged` says which these are."""
+        found = {}
+        for name, split in self.plan.validation.items():
+            first = not found
+            shown = range(min(PICTURES, len(split))) if first and not averaged else ()
+            options = EvaluationOptions(self.recipe.validation_batch, shown)
+            evaluation = evaluate(self.predictor, split, self.comm, options)
+            found[name] = metrics = evaluation.metrics()
+            self.show(name, metrics, first, averaged)
+            if shown:
+                self.draw(split, evaluation)
+            if first:
+                self.checkpoints.save_if_best(self.steps_done, self.network, metrics.epe)
+        return found
+
+    def show(self, name: str, metrics: Metrics, first: bool, averaged: bool) -> None:
+        """Add the EPE on a dataset to the curves, and print it."""
+        tag = "validation/" if first else f"validation/{name}/"
+        self.monitor.scalars(self.steps_done, {f"{tag}epe{'_average' if averaged else ''}": metrics.epe})
+        if not averaged:
+            self.monitor.scalars(self.steps_done, {f"{tag}zero_flow_epe": metrics.zero_epe})
+        weights = " with averaged weights" if averaged else ""
+        dataset = f" ({name})" if len(self.plan.validation) > 1 else ""
+        self.monitor.say(
+            f"step {self.steps_done}: validation EPE {metrics.epe:.3f} px{weights}, zero-flow EPE "
+            f"{metrics.zero_epe:.3f} px{dataset}"
+        )
+
+    def draw(self, split: reader.DatasetSplit, evaluation: Evaluation) -> None:
+        """Show the samples of an evaluation; all ranks call this. An error does not end the run."""
+        strips = gather_strips(evaluation, self.comm, survived)
+        if strips and self.is_writer:
+            with survived("drawing the validation pairs"):
+                picture = draw_pairs(split, evaluation, strips, sorted(strips))
+                self.monitor.picture(self.steps_done, "validation/flow", picture)
+
+    def results(self) -> Results:
+        """The results so far."""
+        return Results(
+            validations=self.validations,
+            best_epe=self.checkpoints.best,
+            goodput=self.goodput.summary(),
+            pairs_per_second=float(np.median(self.speeds)) if self.speeds else None,
+            overflows=self.step.overflows,
+            seconds=time.monotonic() - self.created,
+        )
 
 
-def stop_diverged(comm, step, training, indices) -> NoReturn:
-    """End the run on all ranks with the names of the pairs in the batch of a step."""
-    names = [name for split in training for name in split.names]
-    names = ", ".join(sum(comm.gather([names[index] for index in indices]), []))
-    raise session.JobError(
-        f"step {step}: the loss or its gradient is no finite number, with the pairs {names}; the "
-        "checkpoints are of the steps before. Look at these pairs (prep/inspect.py), or take a "
-        "smaller learning_rate or a clip_norm"
-    )
-
-
-def check_weights(comm, step, weights) -> None:
+def check_weights(comm: Communicator, step: int, weights: Sequence[mindspore.Parameter]) -> None:
     """Raise JobError unless all ranks have bit for bit the same weights after a step.
 
-    Ranks that drift apart train different networks without anything to show for it.
+    Ranks that drift apart train different networks, which nothing else reveals.
     """
     digest = hashlib.blake2b()
     for weight in weights:
@@ -232,80 +361,10 @@ def check_weights(comm, step, weights) -> None:
     most, count = collections.Counter(digest for _, digest in by_rank).most_common(1)[0]
     if count == comm.size:
         return
-    different = [f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most]
-    if count <= comm.size / 2:  # no majority to be right
-        different = [f"{rank} on {host}" for rank, (host, _) in enumerate(by_rank)]
+    majority = count > comm.size / 2
+    different = [f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most or not majority]
     raise session.JobError(
         f"after step {step} the weights of ranks differ: rank {', rank '.join(different)}"
-        f"{'' if count <= comm.size / 2 else f' against {count} others'}; the last checkpoint is of a step at which "
-        "all were equal, and the same command resumes from it. If it happens again on that host, check its memory "
-        "and GPU"
+        f"{f' against {count} others' if majority else ''}; the last checkpoint is of a step at which all were equal, "
+        "and the same command resumes from it. If it happens again on that host, check its memory and GPU"
     )
-
-
-def is_validation_due(recipe, done, pairs):
-    """Whether to validate after this many steps: once an epoch, unless the recipe says when."""
-    if recipe.validate_every:
-        return done % recipe.validate_every == 0
-    return done * recipe.batch // pairs > (done - 1) * recipe.batch // pairs
-
-
-class Validator:
-    """Validates on each set, with the weights and, where there is one, with their average.
-
-    Attributes:
-        history: a dict of figures for each time; those of the first set and of the weights as
-            `evaluate.summarize` gives them, beside them `average_epe`, and `sets` of the others.
-    """
-
-    def __init__(self, recipe, validation, comm, network, step, checkpoints, monitor) -> None:
-        self.recipe = recipe
-        self.sets = validation
-        self.comm = comm
-        self.network = network
-        self.predictor = FlowPredictor(network)
-        self.step = step
-        self.checkpoints = checkpoints
-        self.monitor = monitor
-        self.history = []
-
-    def run(self, done) -> None:
-        """Validate after so many steps; add to the curves and keep the best weights."""
-        figures = self.evaluate_sets(done, "")
-        if self.recipe.average:
-            with self.step.averaged_weights():
-                figures["average_epe"] = self.evaluate_sets(done, "_average")["epe"]
-        self.history.append({"step": done, **figures})
-
-    def evaluate_sets(self, done, suffix):
-        """Figures with the weights that the network has now; `suffix` is added to the tags."""
-        figures = {}
-        for number, (name, split) in enumerate(self.sets):
-            shown = range(len(split))[: 0 if number or suffix else PICTURES]
-            result = evaluate(self.predictor, split, self.comm, batch=self.recipe.validation_batch, pictures=shown)
-            summary = summarize(result)
-            tag = f"validation/{name}/" if number else "validation/"
-            self.monitor.scalars(done, {f"{tag}epe{suffix}": summary["epe"]})
-            if not suffix:
-                self.monitor.scalars(done, {f"{tag}zero_flow_epe": summary["zero_epe"]})
-            self.monitor.say(
-                f"step {done}: validation EPE {summary['epe']:.3f} px"
-                f"{' with averaged weights' if suffix else ''}, of a flow of zero "
-                f"{summary['zero_epe']:.3f} px{f' ({name})' if len(self.sets) > 1 else ''}"
-            )
-            if number:
-                figures["sets"][name] = summary
-                continue
-            figures = {**summary, "sets": {}}
-            if shown:
-                self.draw(done, split, result)
-            self.checkpoints.save_if_best(done, self.network, summary["epe"])
-        return figures
-
-    def draw(self, done: int, split: reader.DatasetSplit, result: dict) -> None:
-        """Show the wanted pairs of a result of `evaluate`, whichever rank had them. All ranks call
-        this; what goes wrong with a picture does not end the run."""
-        strips = gather_strips(result, self.comm, survived)
-        if strips and self.comm.rank == 0:
-            with survived("drawing the validation pairs"):
-                self.monitor.picture(done, "validation/flow", draw_pairs(split, result, strips, sorted(strips)))

@@ -17,8 +17,8 @@ import material
 import numpy as np
 
 from prep import memory
-from train import recipe as recipes
-from train.augment import Augment
+from train.augment import Augment, Sample
+from train.recipe import Recipe
 
 CROP = (320, 448)
 GEOMETRY = {"flip": True, "vertical_flip": True, "scale": (1.0, 1.5), "affine": 1.0,
@@ -42,22 +42,24 @@ PARTS = {
 }  # fmt: skip
 
 
-def measure(pool, threads, view, sample, views):
-    """Seconds per view, of `views` on each of the pool's threads: by the clock, of a processor."""
+def measure(
+    pool: concurrent.futures.Executor, threads: int, view: Augment, sample: Sample, views: int
+) -> tuple[float, float]:
+    """Wall time and CPU time per view in seconds, of `views` views on each of the pool's threads."""
 
-    def work(seed) -> None:
+    def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(views):
             view(sample, rng)
 
-    start = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     list(pool.map(work, range(threads)))
-    end = time.perf_counter(), time.process_time()
-    return [(after - before) / views / threads for before, after in zip(start, end)]
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / views / threads, cpu / views / threads
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how fast pairs are augmented.")
     material.add_options(parser)
     parser.set_defaults(pairs=1)
     parser.add_argument("--consumes", type=float, default=100.0, metavar="PAIRS_PER_S",
@@ -77,7 +79,7 @@ def main() -> None:
 
     cases = [(name, Augment(CROP, **parts), dense) for name, parts in PARTS.items()]
     cases.append(("recipe chairs, flow 30 % known", Augment(CROP, **CHAIRS), sparse))
-    example = recipes.load("example")
+    example = Recipe.load("example")
     cases.append((f"recipe example (to {example.crop[0]}x{example.crop[1]})",
                   Augment.from_recipe(example), dense))  # fmt: skip
     print(f"{options.data} pair, threads: {options.threads}, model: {options.consumes:g} pairs/s\n")
@@ -90,7 +92,7 @@ def main() -> None:
                     times[name].append(seconds)
     rows = []
     for name, seconds in times.items():
-        clock, processor = (statistics.median(values) for values in zip(*seconds))
+        clock, processor = (statistics.median(values) for values in zip(*seconds, strict=True))
         fastest = min(seconds)[0]
         rows.append([name, *(f"{1e3 * value:.2f}" for value in (clock, fastest, processor)),
                      f"{1 / clock:.0f}", f"{options.consumes * processor:.2f}"])  # fmt: skip

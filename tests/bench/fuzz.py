@@ -421,7 +421,7 @@ def recipe_seeds() -> list[bytes]:
 def parse_recipe(path: str, data: bytes) -> None:
     from train import recipe
 
-    assert isinstance(recipe.load(path), recipe.Recipe)
+    assert isinstance(recipe.Recipe.load(path), recipe.Recipe)
 
 
 def checkpoint_seeds() -> list[bytes]:

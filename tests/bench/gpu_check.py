@@ -460,10 +460,10 @@ def converted_set(options):
 def batches(options, split, steps):
     """The recipe chairs' batches, at the size that is measured."""
     from prep import reader
-    from train import recipe
     from train.augment import Augment
+    from train.recipe import Recipe
 
-    chairs = recipe.load("chairs", [f"crop=[{options.size[0]},{options.size[1]}]"])
+    chairs = Recipe.load("chairs", [f"crop=[{options.size[0]},{options.size[1]}]"])
     return reader.training_batches(
         split, batch=options.batch, seed=1, steps=steps, transform=Augment.from_recipe(chairs)
     )

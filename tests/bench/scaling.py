@@ -36,30 +36,30 @@ bandwidth on eight A100 with NVSwitch, and four fifths of one 200 Gb/s InfiniBan
 seconds per step of the ring."""
 
 
-def job(ranks, options):
-    """What rank 0 of a job of so many ranks found, a dict of seconds."""
+def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
+    """Run scaling_child.py on some ranks; returns what rank 0 measured, in seconds."""
     child = [sys.executable, HERE / "scaling_child.py", options.batch, *options.size, options.steps, time.time()]
     words = [str(word) for word in child]
     if options.hosts:
         with tempfile.TemporaryDirectory() as folder, Hosts(folder, ranks, sorted(os.sched_getaffinity(0))) as hosts:
-            job = hosts.mpirun(*words)
-            output, errors = job.communicate()
+            process = hosts.mpirun(*words)
+            output, errors = process.communicate()
     else:
-        job = subprocess.Popen(
+        process = subprocess.Popen(
             ["mpirun", "--oversubscribe", "-n", str(ranks), *words],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        output, errors = job.communicate()
+        output, errors = process.communicate()
     lines = [line for line in output.splitlines() if line.startswith("{")]
-    if job.returncode or not lines:
-        sys.exit(f"{errors}error: the job of {ranks} rank(s) ended with status {job.returncode}")
+    if process.returncode or not lines:
+        sys.exit(f"{errors}error: the job of {ranks} rank(s) ended with status {process.returncode}")
     return json.loads(lines[0])
 
 
-def import_seconds(ranks):
-    """Seconds that importing MindSpore takes in so many processes at once, the slowest one."""
+def import_seconds(ranks: int) -> float:
+    """Seconds that importing MindSpore takes in so many processes at once, the slowest of them."""
     program = "import time; start = time.time(); import mindspore; print(time.time() - start)"
     done = subprocess.run(
         ["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", program],
@@ -71,13 +71,13 @@ def import_seconds(ranks):
     return max(float(line) for line in done.stdout.split())
 
 
-def ring(ranks, bytes_per_second):
+def ring(ranks: int, bytes_per_second: float) -> float:
     """Seconds of a ring all-reduce of the gradient: each link carries 2 (n - 1) / n of its bytes."""
     return 2 * (ranks - 1) * (BYTES / ranks / bytes_per_second + LATENCY)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how training scales over ranks.")
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--batch", type=int, default=2, help="pairs on each rank (default 2)")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 192), metavar=("H", "W"))
@@ -116,8 +116,12 @@ def main() -> None:
     base = options.ranks[0]
     for ranks, entry in median.items():
         rate = ranks * options.batch / entry["step"]
-        efficiency = statistics.median(one["step"] / many["step"] for one, many in zip(found[base], found[ranks]))
-        alone = statistics.median(one["step"] / many["step alone"] for one, many in zip(found[base], found[ranks]))
+        efficiency = statistics.median(
+            one["step"] / many["step"] for one, many in zip(found[base], found[ranks], strict=True)
+        )
+        alone = statistics.median(
+            one["step"] / many["step alone"] for one, many in zip(found[base], found[ranks], strict=True)
+        )
         sums = "- | -"
         if ranks > 1:
             sums = f"{1e3 * entry['sum in step']:.1f} | {entry['sum in step'] / entry[f'bare {WEIGHTS}']:.2f}"

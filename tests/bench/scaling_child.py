@@ -9,6 +9,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -23,7 +24,7 @@ REPEATS = 15
 
 
 def main() -> None:
-    batch, height, width, steps = map(int, sys.argv[1:5])
+    size, height, width, steps = map(int, sys.argv[1:5])
     started = float(sys.argv[5])
     with session.start(lambda: ({}, None)) as (comm, _):
         found = {}
@@ -34,7 +35,7 @@ def main() -> None:
         from model.pwcnet import PWCNet
         from train.step import StepOptions, TrainStep
 
-        def median(function):
+        def median(function: Callable[[], object]) -> float:
             times = []
             for _ in range(REPEATS):
                 comm.barrier()
@@ -56,15 +57,15 @@ def main() -> None:
         mindspore.set_seed(1)
         step = TrainStep(PWCNet(normalize_features=True), MultiScaleLoss(), StepOptions(clip_norm=1.0), comm)
         rng = np.random.default_rng(comm.rank)
-        images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
-        flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
-        batch = Batch(*images, flow, np.ones(flow.shape[:3], np.uint8))
+        images = rng.integers(0, 255, (2, size, height, width, 3)).astype(np.uint8)
+        flow = rng.normal(0, 5, (size, height, width, 2)).astype(np.float32)
+        batch = Batch(images[0], images[1], flow, np.ones(flow.shape[:3], np.uint8))
         step.compile(batch)
         comm.barrier()
         times, sums = [], []
         sum_over_ranks = step.sum_over_ranks
 
-        def timed_sum(*parameters) -> None:
+        def timed_sum(*parameters: mindspore.Parameter) -> None:
             comm.barrier()  # so that waiting for a slower rank is not counted
             start = time.perf_counter()
             sum_over_ranks(*parameters)
