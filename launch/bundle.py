@@ -4,8 +4,8 @@
 launch/bundle.sh [--python VERSION] [--gpu [ARCHITECTURE ...]] [--strip] [--split SIZE] --out DIR
 launch/bundle.sh --install DIR
 
-A bundle is a folder of wheels, which may be cut into pieces, and bundle.json with the SHA-256 of each. Installing needs
-only Python's standard library and pip.
+A bundle is a folder of wheels and, for GPUs, the project's own CUDA operators, all of which may be cut into pieces, and
+bundle.json with the SHA-256 of each piece. Installing needs only Python's standard library and pip.
 """
 
 import os
@@ -57,6 +57,10 @@ UNUSED = (
     "nvidia/*/include/*",
 )
 """Files that this project's use of MindSpore never opens."""
+NVCC = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"))
+"""Wheels with a complete nvcc. Those of CUDA 11 and 12 lack the compiler driver."""
+OPERATORS = "share/pwcnet-mindspore"
+"""Folder of the environment for the CUDA operators; model/native/build.py looks there."""
 
 
 def main() -> None:
@@ -127,7 +131,8 @@ def collect(options: argparse.Namespace) -> None:
         wheels = download(pathlib.Path(folder), options.python, extras)
         if options.strip:
             wheels = strip_all(wheels, architectures or ())
-        files = [store(wheel, out, options.split) for wheel in wheels]
+        operators = build_operators(pathlib.Path(folder)) if architectures else []
+        files = [store(file, out, options.split) for file in [*wheels, *operators]]
     contents = {
         "format_version": FORMAT_VERSION,
         "python": options.python,
@@ -164,6 +169,20 @@ def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathl
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no message"]
         raise UserError(f"pip could not download the packages: {lines[0].removeprefix('ERROR: ')}; is there a network?")
     return sorted(folder.glob("*.whl"))
+
+
+def build_operators(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Compile the project's CUDA operators, with nvcc from PyPI if this machine has none; returns the library."""
+    environment = dict(os.environ)
+    if not (os.environ.get("NVCC") or shutil.which("nvcc")):
+        toolkit = folder / "toolkit"
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
+        run([*pip, "--target", str(toolkit), *NVCC], "pip could not download nvcc")
+        root = toolkit / "nvidia" / "cu13"
+        (root / "lib64").symlink_to("lib")  # where nvcc looks for its libraries
+        environment["NVCC"] = str(root / "bin" / "nvcc")
+    build = [sys.executable, "-m", "model.native", "gpu", "--bundle", str(folder)]
+    return [pathlib.Path(run(build, "cannot compile the CUDA operators", env=environment, cwd=ROOT).splitlines()[-1])]
 
 
 def strip_all(wheels: list[pathlib.Path], architectures: tuple[int, ...]) -> list[pathlib.Path]:
@@ -219,18 +238,17 @@ def as_member(item: zipfile.ZipInfo) -> zipfile.ZipInfo:
     return member
 
 
-def store(wheel: pathlib.Path, out: pathlib.Path, limit: int | None) -> dict[str, Any]:
-    """Put a wheel into the bundle, cut into pieces of at most `limit` bytes; returns its entry in bundle.json."""
-    size = size_of(wheel)
-    whole, pieces = hashlib.sha256(), []
-    with wheel.open("rb") as file:
+def store(path: pathlib.Path, out: pathlib.Path, limit: int | None) -> dict[str, Any]:
+    """Put a file into the bundle, cut into pieces of at most `limit` bytes; returns its entry in bundle.json."""
+    size = size_of(path)
+    pieces = []
+    with path.open("rb") as file:
         while data := file.read(limit or size):
-            whole.update(data)
-            name = wheel.name if size <= (limit or size) else f"{wheel.name}.{len(pieces):03d}"
+            name = path.name if size <= (limit or size) else f"{path.name}.{len(pieces):03d}"
             (out / name).write_bytes(data)
             pieces.append({"name": name, "sha256": hashlib.sha256(data).hexdigest()})
-    wheel.unlink()
-    return {"name": wheel.name, "size": size, "sha256": whole.hexdigest(), "pieces": pieces}
+    path.unlink()
+    return {"name": path.name, "size": size, "pieces": pieces}
 
 
 def install(bundle: pathlib.Path) -> None:
@@ -245,12 +263,17 @@ def install(bundle: pathlib.Path) -> None:
         )
     # Beside the environment, which is large too: /tmp may be small.
     with tempfile.TemporaryDirectory(dir=environment.parent, prefix="bundle-") as folder:
-        wheels = [assemble(file, bundle, pathlib.Path(folder)) for file in contents["files"]]
-        print(f"all {len(wheels)} files are intact; installing into {environment}", flush=True)
+        files = [assemble(file, bundle, pathlib.Path(folder)) for file in contents["files"]]
+        print(f"all {len(files)} files are intact; installing into {environment}", flush=True)
         if not (environment / "bin" / "python").exists():
             run([python, "-m", "venv", str(environment)], f"cannot create the environment {environment}")
         pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile"]
-        run([*pip, "-q", "--disable-pip-version-check", *map(str, wheels)], f"pip could not install into {environment}")
+        wheels = [str(file) for file in files if file.suffix == ".whl"]
+        run([*pip, "-q", "--disable-pip-version-check", *wheels], f"pip could not install into {environment}")
+        (environment / OPERATORS).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            if file.suffix == ".so":
+                shutil.copy2(file, environment / OPERATORS)
     print(f"installed; next: . {environment}/bin/activate && launch/doctor.sh")
 
 
@@ -265,12 +288,13 @@ def find_interpreter(version: str, environment: pathlib.Path) -> str | None:
     return None
 
 
-def run(command: list[str], failure: str) -> None:
-    """Run a command; raises UserError with its last line if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command: list[str], failure: str, **options: Any) -> str:
+    """Run a command and return its output; raises UserError with its last line if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise UserError(f"{failure}: {(lines or ['no message'])[-1]}")
+    return done.stdout
 
 
 def read_bundle(bundle: pathlib.Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Compiles the native operators for this machine, keeps them in the user's cache folder, and loads them.
 
 A library's name is a hash of everything it depends on: sources, headers, compiler, flags, processor. A GPU machine
-without nvcc can use a library that `python -m model.native gpu` built elsewhere from the same checkout: the environment
-variable PWCNET_GPU_OPERATORS names it.
+without nvcc can use a library that `python -m model.native gpu` built elsewhere from the same sources: launch/bundle.sh
+installs one, and the environment variable PWCNET_GPU_OPERATORS names another.
 """
 
 import contextlib
@@ -27,6 +27,9 @@ from launch.gpus import driver_version
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
 """Environment variable with the path of a GPU library that was built on another machine."""
+GPU_SOURCES = [HERE / "cuda" / name for name in ("cost_volume.cu", "warp.cu")]
+BUNDLED = "share/pwcnet-mindspore"
+"""Folder of an environment where launch/bundle.sh puts a GPU library."""
 GPU_ARCHITECTURES = (70, 75, 80, 86, 89, 90)
 
 
@@ -54,7 +57,7 @@ class Target:
 def load_library(device: str) -> ctypes.CDLL | None:
     """The library for "CPU" or "GPU", built if necessary; None, with a note on stderr, if there can be none."""
     try:
-        path = os.environ.get(GPU_LIBRARY) if device == "GPU" else None
+        path = (os.environ.get(GPU_LIBRARY) or find_bundled()) if device == "GPU" else None
         if path and not os.path.isfile(path):
             raise BuildError(f"{GPU_LIBRARY} names {path}, which is not a file")
         if device not in TARGETS:
@@ -95,6 +98,20 @@ def find_installed(package: str, name: str) -> pathlib.Path | None:
     return None
 
 
+def find_bundled() -> str | None:
+    """The path of the GPU library that launch/bundle.sh installed for these sources, if it did."""
+    path = pathlib.Path(sys.prefix) / BUNDLED / bundled_name()
+    return str(path) if path.is_file() else None
+
+
+def bundled_name() -> str:
+    """The file name of a GPU library built elsewhere; another for other sources."""
+    digest = hashlib.sha256()
+    for file in Target("gpu", [], GPU_SOURCES).files():
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"gpu-{digest.hexdigest()[:32]}.so"
+
+
 def gpu_target() -> Target:
     """The library for GPUs, for every architecture that this nvcc knows."""
     compiler = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
@@ -108,7 +125,7 @@ def gpu_target() -> Target:
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
     newest = architectures[-1]  # also as PTX, which newer GPUs compile on loading
     command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
-    return Target("gpu", command, [HERE / "cuda" / name for name in ("cost_volume.cu", "warp.cu")])
+    return Target("gpu", command, GPU_SOURCES)
 
 
 TARGETS: dict[str, Callable[[], Target]] = {"CPU": cpu_target, "GPU": gpu_target}
