@@ -36,7 +36,6 @@ class HostSum(NoSum):
     def __init__(self, comm: Communicator, in_place: bool) -> None:
         self._comm = comm
         self._in_place = in_place
-        self._assign = Assign()
         if in_place:
             check_views()
 
@@ -47,14 +46,7 @@ class HostSum(NoSum):
                 continue
             array = parameter.asnumpy().copy()
             self._comm.sum(array)
-            self._assign(parameter, Tensor(array))
-
-
-class Assign(nn.Cell):
-    """Assigns a tensor to a Parameter in a graph: compiled graphs do not see the effect of `set_data`."""
-
-    def construct(self, parameter: Tensor, value: Tensor) -> Tensor:
-        return ops.assign(parameter, value)
+            ops.assign(parameter, Tensor(array))  # compiled graphs do not see the effect of `set_data`
 
 
 class Sum(nn.Cell):

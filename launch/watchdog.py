@@ -442,16 +442,21 @@ class Watchdog:
 
     def interrupt(self) -> None:
         """End because the user told mpirun to, which has told the other watchdogs itself."""
-        text = "interrupted; the same command resumes from the newest checkpoint, if there is one"
-        self.end_job(128 + signal.SIGTERM, text if self.rank.local_rank == 0 else None, tell_peers=False)
+        if self.verdict:
+            return
+        # Even if the rank has exited: the others would report a leader that ends before mpirun kills them.
+        self.verdict, self.deadline = Verdict(128 + signal.SIGTERM, False), time.monotonic() + GRACE
+        if self.rank.local_rank == 0:
+            text = "interrupted; the same command resumes from the newest checkpoint, if there is one"
+            print_on_mpirun(self.launcher, f"error: {text}")
 
-    def end_job(self, status: int, reason: str | None, cut_off: bool = False, tell_peers: bool = True) -> None:
+    def end_job(self, status: int, reason: str | None, cut_off: bool = False) -> None:
         """End the job, after a grace period for this watchdog's own rank, and print the reason, if any."""
         if self.verdict:
             return  # a consequence of the first failure
         self.verdict = Verdict(status, cut_off)
         self.deadline = time.monotonic() + (GRACE if self.exit_status is None else 0)
-        for peer in self.peers if self.server and tell_peers else []:  # now: mpirun may leave no time later
+        for peer in self.peers if self.server else []:  # now: mpirun may leave no time later
             peer.send(verdict=self.verdict)
         if reason and self.is_terminating:
             print_on_mpirun(self.launcher, f"error: {reason}")
