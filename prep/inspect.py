@@ -67,7 +67,6 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        prog="inspect.py",
         description="Show a converted dataset: numbers, sizes and displacements as text, and some pairs with their "
         "flow in colour as a web page or an image.",
     )
