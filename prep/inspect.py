@@ -155,7 +155,7 @@ def measure_pair(folder: Path, shard: Shard, index: int, *, draw: bool) -> PairS
     (record,) = shard.records(folder, [index])
     name, path = shard.names[index], folder / shard.file
     sample = decode_record(record.data, FIELDS, size=shard.pair_sizes()[index], pair=name, source=path)
-    known = (sample["valid"] & flow_format.known(sample["flow"])) != 0
+    known = (sample["valid"] & flow_format.find_known(sample["flow"])) != 0
     displacements = np.hypot(sample["flow"][..., 0], sample["flow"][..., 1])[known]
     panel = None
     if draw:

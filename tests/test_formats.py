@@ -111,7 +111,7 @@ def test_pfm_is_read_bit_for_bit_in_both_byte_orders(
     found, valid = flow_format.read_flow(path)
     # Swapping the bytes of a NaN may set its quiet bit.
     assert np.array_equal(found, flow, equal_nan=True) and found.flags.c_contiguous
-    assert np.array_equal(valid, flow_format.known(flow)) and flow_format.flow_size(path) == flow.shape[:2]
+    assert np.array_equal(valid, flow_format.find_known(flow)) and flow_format.flow_size(path) == flow.shape[:2]
 
 
 def test_kitti_png_is_what_the_development_kit_says(tmp_path: Path) -> None:
@@ -353,8 +353,8 @@ def test_unknown_flow_is_nan_or_from_1e9_on() -> None:
     flow = np.zeros((1, 7, 2), np.float32)
     flow[0, 1, 0], flow[0, 2, 1], flow[0, 3, 0], flow[0, 4, 1] = np.nan, 1e10, -np.inf, -1e9
     flow[0, 5] = below, -below
-    assert flow_format.known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
-    assert flow_format.known(flow[:, 5:]).tolist() == [[1, 1]]
+    assert flow_format.find_known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
+    assert flow_format.find_known(flow[:, 5:]).tolist() == [[1, 1]]
 
 
 @given(pictures)
