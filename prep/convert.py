@@ -100,7 +100,6 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        prog="convert.py",
         description="Convert an optical-flow dataset to MindRecord shards. Shards are written to OUT.partial, which "
         "becomes OUT when it is complete; run the same command again to resume an interrupted conversion. Under "
         "mpirun, the shards are distributed over the ranks. prep/README.md lists the expected folder layouts.",

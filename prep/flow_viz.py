@@ -72,7 +72,7 @@ def flow_to_color(flow: np.ndarray, max_flow: float | None = None) -> np.ndarray
     Args:
         max_flow: the magnitude in pixels with full saturation, beyond which colours get darker; None takes the maximum.
     """
-    known = flow_format.known(flow).astype(bool)
+    known = flow_format.find_known(flow).astype(bool)
     flow = np.where(known[..., None], flow, 0)
     length = np.hypot(flow[..., 0], flow[..., 1])
     longest = float(length.max(initial=0)) if max_flow is None else max_flow
@@ -104,10 +104,10 @@ def draw_prediction(image: np.ndarray, true_flow: np.ndarray, predicted_flow: np
     Both flows have the scale of the true one: full saturation at its 99th percentile, because with the maximum, one
     small fast object would leave everything else white. Panels are labelled where a label fits.
     """
-    known = flow_format.known(true_flow).astype(bool)
+    known = flow_format.find_known(true_flow).astype(bool)
     length = np.hypot(true_flow[..., 0], true_flow[..., 1])[known]
     longest = float(np.percentile(length, 99)) if length.size else 0.0
-    epe = np.where(flow_format.known(true_flow), np.linalg.norm(predicted_flow - true_flow, axis=2), np.nan)
+    epe = np.where(flow_format.find_known(true_flow), np.linalg.norm(predicted_flow - true_flow, axis=2), np.nan)
     mean = epe[known].mean() if known.any() else np.nan
     return np.concatenate(
         [

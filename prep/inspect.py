@@ -67,7 +67,6 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        prog="inspect.py",
         description="Show a converted dataset: numbers, sizes and displacements as text, and some pairs with their "
         "flow in colour as a web page or an image.",
     )
@@ -156,7 +155,7 @@ def measure_pair(folder: Path, shard: Shard, index: int, *, draw: bool) -> PairS
     (record,) = shard.records(folder, [index])
     name, path = shard.names[index], folder / shard.file
     sample = decode_record(record.data, FIELDS, size=shard.pair_sizes()[index], pair=name, source=path)
-    known = (sample["valid"] & flow_format.known(sample["flow"])) != 0
+    known = (sample["valid"] & flow_format.find_known(sample["flow"])) != 0
     displacements = np.hypot(sample["flow"][..., 0], sample["flow"][..., 1])[known]
     panel = None
     if draw:

@@ -301,8 +301,8 @@ def read_samples(
 ) -> Iterator[DecodedPair]:
     """Read pairs in the order of `positions`; the flow of a sample is 0 where it is unknown.
 
-    MindSpore's MindDataset reads records, and threads decode them (in C, without the GIL) up to `ahead` pairs in
-    advance. A pipeline of MindSpore around that would copy every batch once more, and wrap errors in its own report.
+    MindSpore's MindDataset reads records; threads decode them (in C, without the GIL) up to `ahead` pairs in advance.
+    A MindSpore pipeline around that would copy every batch once more, and bury errors in its own report.
 
     Args:
         augment: called in a thread for each sample.
@@ -385,7 +385,7 @@ def _read_split(split: DatasetSplit, indices: list[int]) -> Iterator[StoredPair]
 
 
 def _explain(split: DatasetSplit, error: Exception) -> UserError:
-    """The UserError for an error of MindSpore's: names the damaged shard, if there is one."""
+    """Turn a MindSpore error into a UserError that names the damaged shard, if one is found."""
     for shard in split.shards:
         try:
             shard.check_bytes(split.folder)

@@ -141,7 +141,7 @@ class Shard:
         self.locate(folder)
 
     def check_bytes(self, folder: Path) -> None:
-        """Raise UserError unless every byte of the shard and its index is as written. Reads them completely."""
+        """Raise UserError unless every byte of the shard and its index is as written. Reads both completely."""
         self.check_structure(folder)
         check_hash(folder / self.file, self.bytes, self.sha256)
 
@@ -402,7 +402,7 @@ def stored_bytes(shards: Iterable[Shard], folder: Path) -> int:
 
 
 def extract_reason(error: Exception) -> str:
-    """What an exception of MindSpore says, on one line, without the report around it."""
+    """The reason in a MindSpore exception, on one line, without the report around it."""
     lines = [line for line in str(error).splitlines() if line.startswith("[ERROR]")]
     return one_line(" ".join(lines) or error, 200)
 

@@ -465,7 +465,6 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        prog="synthesize.py",
         description="Make example data: image pairs of moving textured shapes with exact flow, in the layout of "
         "FlyingChairs. The same options always give the same bytes.",
     )

@@ -46,7 +46,6 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        prog="verify.py",
         description="Check a converted dataset: the manifest, and each shard's presence, size, header and index. "
         "Prints all problems; exits with status 1 if there are any.",
     )

@@ -1,4 +1,4 @@
-"""Payloads: every array comes back bit for bit, every flipped bit and every swap is found."""
+"""Payloads: every array comes back bit for bit, every flipped bit and every swap is detected."""
 
 import struct
 import tracemalloc
@@ -81,7 +81,7 @@ def test_another_pairs_or_fields_payload_is_found() -> None:
 
 
 def forged(number: int, kind: bytes, channels: int, height: int, width: int, body: bytes) -> bytes:
-    """A payload of any header whose checksum is right."""
+    """A payload with any header and a correct checksum."""
     rest = codec.HEADER.pack(0, number, kind, channels, height, width)[4:] + body
     seed = zlib.crc32("{pair}\0{field}".format(**NAMES).encode())
     return struct.pack("<I", zlib.crc32(rest, seed)) + rest
@@ -118,7 +118,7 @@ RGB = np.zeros((2, 3, 3), np.uint8)
 def test_a_right_checksum_over_wrong_contents_is_an_error(
     number: int, kind: bytes, channels: int, height: int, width: int, body: bytes, like: np.ndarray
 ) -> None:
-    """Anyone can compute it, so it must not lead to other exceptions, nor to large memory."""
+    """Anyone can compute a checksum, so it must not lead to other exceptions or large allocations."""
     payload = forged(number, kind, channels, height, width, body)
     tracemalloc.start()
     try:

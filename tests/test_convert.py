@@ -1,4 +1,4 @@
-"""Conversion as a user runs it: sets, splits, interruptions, bad input."""
+"""Conversion as a user runs it: its result, splits, interruptions, bad input."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stop(*arguments: Any) -> str:
-    """Run a conversion that must end with one line of error; returns that line."""
+    """Run a conversion that must fail with one line of error; returns that line."""
     done = tiny.run_convert(*arguments)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -47,7 +47,7 @@ def stop(*arguments: Any) -> str:
 
 
 def test_the_result_does_not_depend_on_workers_and_ranks(root: Path, tmp_path: Path) -> None:
-    """Content may not depend on how many processes made it: hashes in papers and bug reports."""
+    """Its hashes identify a dataset in papers and bug reports."""
     one = tiny.convert("flyingchairs", root, tmp_path / "1", "--shards", 5, "--workers", 3)
     ranks = tiny.mpirun(3, "prep/convert.py", "flyingchairs", "--root", root, "--out",
                         tmp_path / "2", "--shards", 5, "--workers", 1)  # fmt: skip
@@ -75,7 +75,7 @@ def test_the_manifest_says_what_is_there(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_dataset_may_be_all_for_validation(root: Path, tmp_path: Path) -> None:
-    """It has as many shards as are asked for, not one for each pair."""
+    """It then has the requested number of shards, not one per pair."""
     every = tiny.split_file(tmp_path / "all.txt", range(12))
     out = tiny.convert("flyingchairs", root, tmp_path / "o", "--shards", 2, "--split-file", every)
     assert sorted(Manifest.load(out).shards) == [f"val-0000{i}-of-00002.mindrecord" for i in (0, 1)]
@@ -130,7 +130,7 @@ def release(tmp_path: Path) -> Path:
 
 
 def test_sintel_passes_share_a_split_and_keep_masks_and_unknown_flow(release: Path, tmp_path: Path) -> None:
-    """Both passes under one split; masks and unknown flow travel with the pairs."""
+    """Unknown flow is stored bit for bit and invalid in batches."""
     path = release / "training/flow/alley_1/frame_0002.flo"
     data = bytearray(path.read_bytes())
     data[12:20] = np.array([1e10, np.nan], np.float32).tobytes()
@@ -158,7 +158,7 @@ def test_sintel_passes_share_a_split_and_keep_masks_and_unknown_flow(release: Pa
 
 
 def stored_pair(folder: Path, name: str, pair: str) -> datasets.Sample:
-    """The first record of a split as it is stored, through MindSpore's own reader."""
+    """The first record of a split, read by MindSpore's own reader."""
     from mindspore.mindrecord import FileReader
 
     file = str(folder / Manifest.load(folder).splits[name][0])
@@ -283,7 +283,7 @@ def test_a_second_conversion_to_the_same_folder_is_refused(tmp_path: Path) -> No
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)
     line = stop("flyingchairs", root, tmp_path / "out", "--shards", "4")
-    assert "out.partial: another conversion is writing it" in line and str(first.pid) in line
+    assert "out.partial: another conversion is writing" in line and str(first.pid) in line
     first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0
     assert len(Manifest.load(tmp_path / "out")) == 24
@@ -365,7 +365,7 @@ def test_a_damaged_input_file_is_named(root: Path, tmp_path: Path, file: str, ho
 def test_frames_become_rgb_or_are_refused_if_that_loses_anything(
     release: Path, tmp_path: Path, image: np.ndarray | Image.Image, message: str | None
 ) -> None:
-    """Grey and palette frames become RGB without loss; what would lose something is an error."""
+    """Greyscale and palette frames lose nothing; 16-bit and transparent ones would."""
     path = release / "training/clean/alley_1/frame_0002.png"
     image.save(path) if isinstance(image, Image.Image) else cv2.imwrite(str(path), image)
     if message:
@@ -399,7 +399,7 @@ def test_two_pairs_with_one_name() -> None:
 
 
 def test_names_that_are_not_text(root: Path, tmp_path: Path) -> None:
-    """Python shows bytes that are not UTF-8 as lone surrogates; JSON and MindSpore take none."""
+    """Python decodes bytes that are not UTF-8 as lone surrogates, which JSON and MindSpore refuse."""
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/strange\xff")
     assert "the path is not UTF-8" in stop("flyingchairs", root, strange)
     shutil.copytree(root, strange)
@@ -415,7 +415,7 @@ def test_names_that_are_not_text(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["/proc/nowhere/out", "/sys/out"])
 def test_a_target_that_takes_no_files(root: Path, out: str) -> None:
-    """Not by permissions, which do not hold for root."""
+    """Not because of permissions, which do not apply to root."""
     assert stop("flyingchairs", root, out).startswith(f"error: {os.path.dirname(out)}")
 
 
@@ -432,7 +432,7 @@ def test_a_bad_split_file_is_named_with_the_line(root: Path, tmp_path: Path, tex
 
 
 def test_a_full_disk_is_one_line_and_the_conversion_resumes(root: Path, tmp_path: Path) -> None:
-    """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
+    """Limiting files to 100 kB makes the same calls fail as a full disk."""
     command = f"ulimit -f 100; trap '' XFSZ; exec '{sys.executable}' prep/convert.py flyingchairs" \
         f" --root '{root}' --out '{tmp_path}/out' --shards 1"  # fmt: skip
     run = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, capture_output=True, text=True)
@@ -457,7 +457,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_every_command_names_the_file_when_a_disk_is_full(tmp_path: Path, small_disk: Path) -> None:
-    """Each command's last line names the file, and the space is what was left when it failed."""
+    """The last line also says how much space was left when it failed."""
     root = tiny.chairs(tmp_path / "data", 4, 1000, 1500)  # 12 MB each when converted
     line = stop("flyingchairs", root, small_disk / "out", "--shards", 2, "--workers", 2)
     found = re.search(r"/out.partial/.*.mindrecord: .*[(]([0-9.]+) MB were free there; ", line)
@@ -487,7 +487,7 @@ def test_every_command_names_the_file_when_a_disk_is_full(tmp_path: Path, small_
 
 
 def test_run_as_a_file_from_its_own_folder(root: Path, tmp_path: Path) -> None:
-    """prep/ as the first place to import from would hide the standard library's `inspect`."""
+    """With prep/ first on sys.path, prep/inspect.py would hide the standard library's module."""
     done = subprocess.run(
         [sys.executable, "convert.py", "flyingchairs", "--root", root, "--out", tmp_path / "o",
          "--codec", codec.CODECS[1]],

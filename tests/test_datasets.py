@@ -1,4 +1,4 @@
-"""The layouts of the data sets: which pairs each has, what they hold, what is said of gaps."""
+"""The layouts of the datasets: which pairs are listed, what they contain, what is reported when files are missing."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The pictures of flow and error: the published colour codes, scales, unknown flow, the layouts."""
+"""Visualisations of flow and errors: the published colour codes, scales, unknown flow, layouts."""
 
 import math
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_a_sheet_stacks_images_of_any_size_under_their_captions() -> None:
     assert (page[caption : caption + 10] == 1).all()
     assert (page[-20:, :100] == 2).all() and (page[-20:, 100:] == 255).all()
     assert page[:caption].min() < 128 < page[:caption].max()  # black on white
-    narrow = flow_viz.contact_sheet([np.zeros((4, 4, 3), np.uint8)], ["wider than the picture"])
+    narrow = flow_viz.contact_sheet([np.zeros((4, 4, 3), np.uint8)], ["wider than the image"])
     assert narrow.shape[1] > 100
 
 

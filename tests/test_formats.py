@@ -1,4 +1,4 @@
-"""Flow and image files: what is written comes back, and no bytes get more than their own error."""
+"""Flow and image files: what is written comes back, and damaged files are one clear error."""
 
 import contextlib
 import io
@@ -111,11 +111,11 @@ def test_pfm_is_read_bit_for_bit_in_both_byte_orders(
     found, valid = flow_format.read_flow(path)
     # Swapping the bytes of a NaN may set its quiet bit.
     assert np.array_equal(found, flow, equal_nan=True) and found.flags.c_contiguous
-    assert np.array_equal(valid, flow_format.known(flow)) and flow_format.flow_size(path) == flow.shape[:2]
+    assert np.array_equal(valid, flow_format.find_known(flow)) and flow_format.flow_size(path) == flow.shape[:2]
 
 
 def test_kitti_png_is_what_the_development_kit_says(tmp_path: Path) -> None:
-    """R and G are 64 times the flow after 2^15, B is whether it is valid."""
+    """R and G are 64 times the flow plus 2^15, B is the validity."""
     pixels = np.array([[[2**15 + 64, 2**15 - 32, 1], [2**15, 0, 1]], [[0, 0, 0], [65535, 1, 255]]], np.uint16)
     path = tmp_path / "a.png"
     path.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
@@ -162,7 +162,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path: Path, suffix: str) -> None:
-    """Files may not grow beyond 100 kB here, which fails in the same calls as a full disk does."""
+    """Limiting files to 100 kB makes the same calls fail as a full disk."""
     path, before = tmp_path / f"a{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -222,7 +222,7 @@ def test_a_damaged_flo5_file_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def chunk(kind: bytes, body: bytes, length: int | None = None) -> bytes:
-    """A chunk of a PNG file with the right checksum, of a wrong length if one is given."""
+    """A chunk of a PNG file with a correct checksum, and optionally a wrong length."""
     crc = zlib.crc32(kind + body)
     return struct.pack(">I", len(body) if length is None else length) + kind + body + struct.pack(">I", crc)
 
@@ -258,7 +258,7 @@ def test_a_flow_png_whose_chunks_are_wrong(data: bytes, message: str) -> None:
 
 
 def test_hostile_images_take_no_memory_and_print_nothing(tmp_path: Path) -> None:
-    """libpng would allocate what a chunk claims, and has an error output of its own."""
+    """libpng would allocate what a chunk claims, and prints its errors itself."""
     grey = encoded(np.zeros((4, 5), np.uint8), format="PNG")
     broad = struct.pack(">IIBBBBB", 10000, 10000, 8, 0, 0, 0, 0)
     wide = grey[:8] + chunk(b"IHDR", broad) + chunk(b"IDAT", bytes(10**6)) + END  # Pillow warns of it
@@ -288,7 +288,7 @@ def test_hostile_images_take_no_memory_and_print_nothing(tmp_path: Path) -> None
 @settings(deadline=None)
 @given(flows, st.integers(1, 9), st.integers(1, 400))
 def test_a_flow_png_in_many_parts_with_other_chunks_between(flow: np.ndarray, levels: int, size: int) -> None:
-    """Rows come back whatever the compression, the filters and the parts that IDAT is in."""
+    """The flow comes back whatever the compression, row filters and division into IDAT chunks."""
     flow = np.clip(np.nan_to_num(np.rint(64 * flow) / 64), -512, 511).astype(np.float32)
     pixels = tiny.kitti_pixels(flow, np.ones(flow.shape[:2]))[..., ::-1]
     whole = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, levels])[1].tobytes()
@@ -300,7 +300,7 @@ def test_a_flow_png_in_many_parts_with_other_chunks_between(flow: np.ndarray, le
 
 
 def test_a_flo5_file_reads_no_other_file(tmp_path: Path) -> None:
-    """HDF5 follows links and external storage into any file of the user's."""
+    """HDF5 follows links and external storage into any file that the user can read."""
     h5py = pytest.importorskip("h5py")
     (tmp_path / "secret").write_bytes(bytes(160))
     (tmp_path / "other.flo5").write_bytes(flo5(ZEROS))
@@ -326,7 +326,7 @@ def test_a_flo5_file_reads_no_other_file(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.sampled_from(["pfm", "png", "flo5"]))
 def test_any_bytes_are_a_flow_or_an_error_in_every_format(data: st.DataObject, kind: str) -> None:
-    """Damaged copies of each format: cut, or with some bytes overwritten."""
+    """Damaged copies of each format: truncated, or with some bytes overwritten."""
     parse, sound = {
         "pfm": (flow_format.parse_pfm, lambda: PFM),
         "png": (flow_format.parse_kitti_png, lambda: PNG),
@@ -353,8 +353,8 @@ def test_unknown_flow_is_nan_or_from_1e9_on() -> None:
     flow = np.zeros((1, 7, 2), np.float32)
     flow[0, 1, 0], flow[0, 2, 1], flow[0, 3, 0], flow[0, 4, 1] = np.nan, 1e10, -np.inf, -1e9
     flow[0, 5] = below, -below
-    assert flow_format.known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
-    assert flow_format.known(flow[:, 5:]).tolist() == [[1, 1]]
+    assert flow_format.find_known(flow).tolist() == [[1, 0, 0, 0, 0, 1, 1]]
+    assert flow_format.find_known(flow[:, 5:]).tolist() == [[1, 1]]
 
 
 @given(pictures)
@@ -381,7 +381,7 @@ def test_greyscale_and_palette_images_become_rgb() -> None:
 
 
 def sixteen_bit_rgb() -> bytes:
-    """A 16-bit RGB PNG, which Pillow can't write and shows as an 8-bit one."""
+    """A 16-bit RGB PNG, which Pillow cannot write and presents as 8-bit."""
     return cv2.imencode(".png", np.full((3, 4, 3), 1000, np.uint16))[1].tobytes()
 
 
@@ -420,7 +420,7 @@ SEEDS = [encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), format=f)
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_any_bytes_are_an_image_or_an_error(data: st.DataObject) -> None:
-    """Damaged copies of every format: cut, or with some bytes overwritten."""
+    """Damaged copies of every format: truncated, or with some bytes overwritten."""
     seed = bytearray(data.draw(st.sampled_from(SEEDS) | st.binary(max_size=80)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)))):
         if place < len(seed):

@@ -79,9 +79,9 @@ def test_the_page_holds_all_in_one_file(converted: Path, tmp_path: Path) -> None
     text = page.read_text(encoding="utf-8")
     assert "a &lt;set&gt; é" in text and "<set>" not in text
     assert not re.search(r'(src|href)="(?!data:)', text)
-    pictures = re.findall(r"data:image/png;base64,([^\"]+)", text)
-    assert len(pictures) == 9
-    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+    images = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    assert len(images) == 9
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in images)
 
 
 def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:

@@ -74,6 +74,8 @@ def test_each_epoch_is_the_readers_permutation_of_seed_and_epoch(converted: Path
     for epoch in range(2):
         order = [images.index(row["image1"].tobytes()) for row in rows_of(dataset)]
         assert order == reader.epoch_order(10, 5, epoch).tolist()
+    repeated = [images.index(row["image1"].tobytes()) for row in rows_of(prep.dataset(converted, seed=5).repeat(2))]
+    assert repeated == [*reader.epoch_order(10, 5, 0).tolist(), *reader.epoch_order(10, 5, 1).tolist()]
 
 
 @pytest.mark.parametrize("shuffle, number", [(True, 9), (False, 10)])

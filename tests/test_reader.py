@@ -1,4 +1,4 @@
-"""Reading a converted set: bytes, order over ranks and epochs, evaluation, mixtures, damage."""
+"""Reading a converted dataset: bytes, order over ranks and epochs, evaluation, mixtures, damage."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_an_epoch_is_a_permutation(pairs: int, seed: int, epoch: int) -> None:
 
 
 def test_epoch_order_never_changes() -> None:
-    """Another order after an update would break the resume of every run begun before it."""
+    """If an update changed it, runs that began before could not resume."""
     assert reader.epoch_order(8, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
 
 
@@ -67,7 +67,7 @@ def test_orders_differ_between_epochs_seeds_and_sources() -> None:
 def test_any_stretch_of_the_stream_is_the_same_as_that_of_the_whole(
     sources: list[tuple[int, float]], start: int, length: int
 ) -> None:
-    """The resume: positions drawn from the middle are those that a whole run would draw."""
+    """For resuming: positions drawn from the middle are those of an uninterrupted run."""
     counts, weights = [pairs for pairs, _ in sources], [weight for _, weight in sources]
     whole = reader.draw(np.arange(start + length), counts, weights, 7)
     part = reader.draw(np.arange(start, start + length), counts, weights, 7)
@@ -177,8 +177,7 @@ def test_evaluation_takes_each_pair_once_over_all_ranks(converted: Path, ranks: 
 
 
 def test_shards_of_pairs_of_different_sizes(tmp_path: Path) -> None:
-    """MindRecord reads shards together only if their pages and headers have the same sizes, so the largest
-    pair of the dataset decides for all of its shards."""
+    """MindRecord reads shards together only if their page and header sizes are equal: the largest pair decides."""
     release = tiny.kitti(tmp_path / "kitti", 12)
     out = tiny.convert(
         "kitti2015", release, tmp_path / "set", "--shards", 4, "--split-file", tiny.split_file(tmp_path / "split", [0])
@@ -215,7 +214,7 @@ def test_an_opened_split_lists_names_and_sizes(converted: Path) -> None:
     assert split.names == [f"{i + 1:05}" for i in VAL]
 
 
-# --- What is wrong with a set ---------------------------------------------------------------------
+# --- Damage ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -248,7 +247,7 @@ def test_an_incomplete_shard_is_named_at_once(copy: Path, how: str) -> None:
 
 
 def test_a_flipped_byte_is_found_with_its_file(copy: Path) -> None:
-    """In each part of a shard and its index: none may pass, and none may end the process."""
+    """Wherever it is in a shard or its index, it neither goes unnoticed nor ends the process."""
     path = shard_of(copy)
     shard = Manifest.load(copy).shards[path.name]
     record = shard.header_bytes + 8  # MindRecord's own length of a row comes first, and is not used

@@ -1,4 +1,4 @@
-"""The synthetic pairs: same bytes, exact flow, occlusion order, displacements, command line."""
+"""Synthetic pairs: reproducible bytes, exact flow, occlusions, displacements, command line."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def pull_back(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """`image` sampled where the flow leads, by cubic splines of another library than made it."""
+    """The image warped by the flow, with cubic splines of another library than the one that rendered it."""
     rows, columns = np.indices(flow.shape[:2])
     places = [rows + flow[..., 1], columns + flow[..., 0]]
     channels = [
@@ -38,7 +38,7 @@ def pull_back(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
 
 
 def square_layer(left: int, top: int, shift_x: int, grey: int) -> synthesize.Layer:
-    """An opaque 20 x 20 square at (left, top) that moves `shift_x` pixels to the right."""
+    """An opaque 20x20 square at (left, top) that moves `shift_x` pixels to the right."""
     patch = np.full((20, 20, 4), grey, np.uint8)
     patch[..., 3] = 255
     pose, motion = np.eye(3), np.eye(3)
@@ -130,12 +130,12 @@ def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(he
 
 
 def test_images_are_textured_bright_and_dark() -> None:
-    pictures = np.stack([synthesize.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
-    brightness = pictures.mean(axis=(1, 2, 3))
+    images = np.stack([synthesize.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
+    brightness = images.mean(axis=(1, 2, 3))
     assert brightness.std() > 20
     assert 60 < brightness.mean() < 160
-    assert (pictures.std(axis=(1, 2)).mean(-1) > 10).mean() > 0.9
-    assert np.ptp(pictures, axis=-1).mean() > 15  # in colour
+    assert (images.std(axis=(1, 2)).mean(-1) > 10).mean() > 0.9
+    assert np.ptp(images, axis=-1).mean() > 15  # in colour
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checking a converted set: whatever is wrong with it is found, all of it, and named."""
+"""Checking a converted dataset: all damage is found and named."""
 
 import contextlib
 import dataclasses
@@ -125,7 +125,7 @@ def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_of_other_pairs(copy: Path) -> None:
-    """Names and sizes are in the manifest too, and must be those of the records."""
+    """The manifest repeats names and sizes, which must be those of the records."""
     manifest = Manifest.load(copy)
     shard = manifest.shards[manifest.splits["train"][-1]]
     number, height, width = shard.sizes[0]
@@ -146,7 +146,7 @@ def test_a_manifest_that_is_of_other_pairs(copy: Path) -> None:
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a set's manifest by `change(fields)` and make its hash right again."""
+    """Change a manifest by `change(fields)` and correct its hash."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     del fields["sha256"]
@@ -155,7 +155,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def forge_file(folder: Path, suffix: str, change: Callable[[Path], None]) -> None:
-    """Change the first shard's file or index by `change(path)` and make its hashes right again."""
+    """Change the first shard's file or index by `change(path)` and correct its hashes."""
     shard = shards_of(folder)[0]
     path = folder / (shard.file + suffix)
     change(path)
@@ -167,7 +167,7 @@ def forge_file(folder: Path, suffix: str, change: Callable[[Path], None]) -> Non
 
 
 def put(*place: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of a manifest: the last of `place` becomes the value at the others."""
+    """A change of a manifest: its value at all but the last of `place` becomes the last one."""
     *keys, last, value = place
 
     def change(fields: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def test_a_manifest_of_wrong_types_is_one_line(
     copy: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     forge(copy, lambda fields: None)
-    assert problems(copy, deep=False) == [], "what is forged well is the same set"
+    assert problems(copy, deep=False) == [], "an unchanged manifest with a new hash is valid"
     forge(copy, change)
     with pytest.raises(UserError, match=f"manifest.json: damaged .*{message}") as raised:
         Manifest.load(copy)
@@ -233,7 +233,7 @@ def test_a_manifest_of_wrong_types_is_one_line(
 
 
 def test_a_shard_outside_the_folder_is_not_opened(copy: Path) -> None:
-    """Whoever sends a set could else have any file read, and know whether it is there."""
+    """Otherwise, whoever sends a dataset could have any file read, or learn whether it exists."""
     name = shards_of(copy)[0].file
     for suffix in ("", ".db"):
         (copy / (name + suffix)).rename(copy.parent / (name + suffix))
@@ -280,7 +280,7 @@ COMPUTED = (
     (COMPUTED, "its index is not a plain table"),
 ])  # fmt: skip
 def test_a_manipulated_index_is_an_error(copy: Path, commands: Sequence[str], message: str) -> None:
-    """Neither this toolkit nor MindSpore, which believes it, may follow it."""
+    """Neither this toolkit may follow it nor MindSpore, which trusts it."""
     forge_file(copy, ".db", change_index(*commands))
     (line,) = problems(copy, deep=True)
     assert message in line and shards_of(copy)[0].file in line

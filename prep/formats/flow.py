@@ -71,7 +71,7 @@ def read_flow(path: StrPath) -> tuple[np.ndarray, np.ndarray]:
     parse, _ = format_of(path)
     with open(path, "rb") as file:
         flow = parse(file.read(), path)
-    return flow, known(flow)
+    return flow, find_known(flow)
 
 
 def flow_size(path: StrPath) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def format_of(path: StrPath) -> tuple[Parser, SizeReader]:
     return FORMATS[suffix]
 
 
-def known(flow: np.ndarray) -> np.ndarray:
+def find_known(flow: np.ndarray) -> np.ndarray:
     """Mask of known flow, uint8 (H, W): 0 where a component is NaN or its magnitude is at least `UNKNOWN_FLOW`."""
     # Most flow is known everywhere, which its extremes tell in a tenth of the time.
     if flow.min() > -UNKNOWN_FLOW and flow.max() < UNKNOWN_FLOW:
@@ -300,7 +300,7 @@ def write_kitti_png(path: StrPath, flow: np.ndarray) -> None:
     The format rounds to 1/64 px and clips to -512 and 511.98 px.
     """
     check_array(flow)
-    valid = known(flow)
+    valid = find_known(flow)
     values = np.clip(np.rint(64 * np.where(valid[..., None], flow, 0)) + 2**15, 0, 2**16 - 1)
     # OpenCV orders channels as blue, green, red.
     pixels = np.dstack([valid, values[..., 1], values[..., 0]]) * valid[..., None]
