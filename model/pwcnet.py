@@ -39,8 +39,9 @@ class FeaturePyramid(nn.Cell):
         super().__init__()
         levels = []
         for channels_in, channels in itertools.pairwise(PYRAMID_CHANNELS):
-            others = [conv(channels, channels, backend) for _ in range(depth - 1)]
-            levels.append(nn.SequentialCell(conv(channels_in, channels, backend, stride=2), *others))
+            layers = [conv(channels_in, channels, backend, stride=2)]
+            layers += [conv(channels, channels, backend) for _ in range(depth - 1)]
+            levels.append(nn.SequentialCell(*layers))
         self.convs = nn.CellList(levels)
 
     def construct(self, image: Tensor) -> tuple[Tensor, ...]:

@@ -93,7 +93,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> No
         with pytest.raises(UserError, match=r"options .* are unknown to this version"):
             weights.load_network(path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"in.ckpt: damaged or no MindSpore checkpoint"):
+    with pytest.raises(UserError, match=r"in.ckpt: damaged or not a MindSpore checkpoint"):
         weights.load_network(path)
 
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path) -> N
         checkpoints.save(1, cell)
         checkpoints.wait()
         weights.write(tmp_path / "step-00000002.ckpt", cell, {"step": 2, "format": weights.FORMAT + 1})
-        with pytest.raises(UserError, match=rf"00002.ckpt: of format {weights.FORMAT + 1}, .*a newer one"):
+        with pytest.raises(UserError, match=rf"00002.ckpt: has format {weights.FORMAT + 1}, .*a newer one"):
             checkpoints.restore(cell)
     mindspore.save_checkpoint(cell, str(tmp_path / "old.ckpt"), append_dict={"step": 3}, crc_check=True)
     assert weights.read(tmp_path / "old.ckpt")["step"] == 3

@@ -50,13 +50,13 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
 }
 
 dnnl::engine& engine() {
-  static dnnl::engine the_engine(dnnl::engine::kind::cpu, 0);
-  return the_engine;
+  static dnnl::engine instance(dnnl::engine::kind::cpu, 0);
+  return instance;
 }
 
 dnnl::stream& stream() {
-  static dnnl::stream the_stream(engine());
-  return the_stream;
+  static dnnl::stream instance(engine());
+  return instance;
 }
 
 memory::desc plain(memory::dims dims) {
@@ -109,11 +109,11 @@ struct Convolution {
   }
 };
 
-// The most recently used convolutions; those of one network at one image size are about fifty.
+// Keeps the most recently used convolutions; a network has about fifty per image size.
 Convolution& find_convolution(const Geometry& geometry) {
   constexpr size_t kMaxConvolutions = 512;
   using Entry = std::pair<Geometry, Convolution>;
-  static std::list<Entry> recent;  // the last used comes first
+  static std::list<Entry> recent;  // the last used first
   static std::map<Geometry, std::list<Entry>::iterator> index;
   const auto found = index.find(geometry);
   if (found != index.end()) {
@@ -143,7 +143,7 @@ void convert(const memory& from, const memory& to, bool add = false) {
   dnnl::reorder(from, to, attributes).execute(stream(), const_cast<memory&>(from), const_cast<memory&>(to));
 }
 
-// The memory itself if its layout is the wanted one, else a copy in that layout.
+// The memory itself if it has the wanted layout, else a copy that has.
 memory in_layout(const memory& from, const memory::desc& wanted) {
   if (from.get_desc() == wanted) return from;
   memory to = allocate(wanted);
@@ -228,7 +228,7 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
           {{DNNL_ARG_DIFF_DST, in_layout(upstream, chosen.diff_dst_desc())},
            {DNNL_ARG_WEIGHTS, weights_there},
            {DNNL_ARG_DIFF_SRC, computed}});
-  if (g.concatenate)  // the input went on as it was, too
+  if (g.concatenate)  // the input is also part of the output
     copy_planes(gradient + g.out * plane, stride, x_gradient, g.in * plane, g.n, g.in * plane);
   if (!directly) convert(computed, result, g.concatenate);
 }

@@ -10,9 +10,8 @@
 namespace pwcnet {
 namespace {
 
-// Rows of an image with their channels side by side, (N, H, C, width), each row with `margin` zeros
-// before it and enough behind it that a vector may be read anywhere: what an inner loop over channels
-// or displacements reads lies close together.
+// An image as (N, H, C, width), so that inner loops over channels or displacements read adjacent memory. Each row has
+// `margin` zeros before it, and enough after it to read a vector anywhere.
 struct Rows {
   float* data;
   int64_t h, c, width;
@@ -89,7 +88,7 @@ void cost_volume_gradient(const float* features1, const float* features2, const 
           Vector sums1[kGroup] = {}, sums2[kGroup] = {};
           for (int dy = -kSearchRange; dy <= kSearchRange; ++dy) {
             if (y + dy >= 0 && y + dy < h) {
-              // Pixel (y, x) of image 1 met (y + dy, x + dx) of image 2.
+              // Pixel (y, x) of image 1 is paired with (y + dy, x + dx) of image 2.
               const float* weights = upstream.at(i, y, (dy + kSearchRange) * kSide) + x + kSearchRange;
               const float* other = rows2.at(i, y + dy, first) + x;
 #pragma GCC unroll 16
@@ -99,7 +98,7 @@ void cost_volume_gradient(const float* features1, const float* features2, const 
               }
             }
             if (y - dy >= 0 && y - dy < h) {
-              // Pixel (y, x) of image 2 was met by (y - dy, x - dx) of image 1.
+              // Pixel (y, x) of image 2 is paired with (y - dy, x - dx) of image 1.
               const float* weights = upstream.at(i, y - dy, (dy + kSearchRange) * kSide) + x + 2 * kSearchRange;
               const float* other = rows1.at(i, y - dy, first) + x + 2 * kSearchRange;
 #pragma GCC unroll 16

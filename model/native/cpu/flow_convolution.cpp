@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kTaps = 9;
 
-// A row with a zero before it, and zeros behind it up to `width`.
+// Copies a row with a zero before it and zeros after it, up to `width`.
 void pad_row(const float* row, int64_t w, float* padded, int64_t width) {
   padded[0] = 0;
   std::memcpy(padded + 1, row, w * sizeof(float));
@@ -36,7 +36,7 @@ void convolve_to_flow(const float* x, const float* weight, const float* bias, fl
       for (int o = 0; o < kFlowChannels; ++o) std::fill_n(sums.data() + o * width, width, bias[o]);
       for (int64_t k = 0; k < c; ++k) {
         for (int dy = 0; dy < 3; ++dy)
-          if (y + dy - 1 >= 0 && y + dy - 1 < h)  // else it has stayed zero
+          if (y + dy - 1 >= 0 && y + dy - 1 < h)  // else it is still zero
             pad_row(x + ((i * c + k) * h + y + dy - 1) * w, w, padded.data() + dy * width, width);
         const float* taps = weight + k * kTaps;
         for (int64_t at = 0; at < w; at += kLanes) {
@@ -81,7 +81,7 @@ void convolve_to_flow_gradient(const float* x, const float* weight, const float*
     Vector sums[kFlowChannels][kTaps] = {};
     for (int64_t i = 0; i < n; ++i)
       for (int64_t y = 0; y < h; ++y) {
-        // Pixel (y, x) of the input has met the outputs around it, by the taps opposite to them.
+        // Pixel (y, x) of the input contributes to the outputs around it, through the opposite taps.
         const float* value = x + ((i * c + k) * h + y) * w;
         float* result = x_gradient + ((i * c + k) * h + y) * w;
         std::memcpy(line.data(), value, w * sizeof(float));

@@ -12,9 +12,8 @@ namespace {
 // Threads along the channels in the warping kernels, whose blocks cover 32 successive pixels.
 constexpr int kChannelThreads = 8;
 
-// The four pixels around the place that a pixel's flow points to: where they are, their bilinear
-// weights, and the weights' derivatives by the place. All are 0 for a pixel that does not exist;
-// so every offset may be read.
+// The four pixels around the position that a pixel's flow points to: their offsets, bilinear weights, and the weights'
+// derivatives by the position. All are 0 for a pixel outside the image, so that every offset may be read.
 struct Taps {
   int at[4];
   float weight[4], by_x[4], by_y[4];
@@ -25,7 +24,7 @@ __device__ __forceinline__ Taps find_taps(const float* __restrict__ flow, int pi
   const int plane = height * width;
   const float x = pixel % width + flow[pixel];
   const float y = pixel / width + flow[static_cast<int64_t>(plane) + pixel];
-  // False for flow that is not a number, too.
+  // Also false for NaN.
   if (!(x >= 0 && x <= width - 1 && y >= 0 && y <= height - 1)) return taps;
   const int left = static_cast<int>(x), top = static_cast<int>(y);
   const float right_part = x - left, lower_part = y - top;
@@ -67,8 +66,8 @@ struct FlowSums {
   float x[kChannelThreads][kWarpSize], y[kChannelThreads][kWarpSize];
 };
 
-// `feature_gradient` must be zero before. Any number of pixels may point to one place, hence the
-// atomic additions; the sums for the flow are made in a fixed order.
+// `feature_gradient` must be zero before. Any number of pixels may point to one position, hence the atomic
+// additions; the sums for the flow have a fixed order.
 __global__ void __launch_bounds__(kWarpSize* kChannelThreads)
     warp_backward_kernel(const float* __restrict__ features, const float* __restrict__ flow,
                          const float* __restrict__ gradient, float* __restrict__ feature_gradient,
