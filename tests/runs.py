@@ -150,7 +150,7 @@ def read_curves(run: pathlib.Path, tag: str) -> dict[int, float]:
 
 def last_step(run: pathlib.Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
-    return max([int(path.stem[-8:]) for path in (run / "checkpoints").glob("step-*.ckpt")], default=0)
+    return max([int(path.stem[-8:]) for path in (run / "checkpoints").glob("step-????????.ckpt")], default=0)
 
 
 def wait_for_step(job: Job, run: pathlib.Path, step: int) -> None:
