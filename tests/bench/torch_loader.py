@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports] - of the interpreter that runs this
+import torch
 
 
 class Pairs(torch.utils.data.Dataset):
