@@ -30,6 +30,7 @@ PORTS = {"OMPI_MCA_btl_tcp_port_min_v4": "20000", "OMPI_MCA_btl_tcp_port_range_v
 LIMIT = 500
 
 Event = Callable[["Job"], None]
+HostEvent = Callable[["Job", hosts.Hosts], None]
 
 
 class Job:
@@ -63,9 +64,9 @@ class Job:
         self.processes(rank)[0 if watchdog else 1].send_signal(number)
 
     def wait_for(self, text: str) -> None:
-        while text not in (line := self.mpirun.stderr.readline()):
-            if not line:
-                raise RuntimeError("the job ended before it computed")
+        """Wait until a line of the job's stderr contains this text."""
+        if not any(text in line for line in self.mpirun.stderr or ()):
+            raise RuntimeError("the job ended before it computed")
 
 
 def firewall(network: hosts.Hosts, target: str) -> None:
@@ -108,13 +109,13 @@ ON_ONE: dict[str, tuple[dict[str, str], Event | None]] = {
     "mpirun gets Ctrl-C": ({}, lambda job: job.mpirun.send_signal(signal.SIGINT)),
 }
 """Name to what the ranks' environment holds and what happens."""
-ON_HOSTS: dict[str, Event] = {
-    "host1 is cut off": lambda job: job.network.cut_off(1),
-    "host2 is cut off": lambda job: job.network.cut_off(2),
-    "host3 is cut off": lambda job: job.network.cut_off(3),
-    "rank 2 on host3 is killed (-9)": lambda job: job.signal(2, signal.SIGKILL),
-    "rank 2's watchdog on host3 is killed": lambda job: job.signal(2, signal.SIGKILL, watchdog=True),
-    "a firewall drops Open MPI's messages": lambda job: firewall(job.network, "DROP"),
+ON_HOSTS: dict[str, HostEvent] = {
+    "host1 is cut off": lambda _, network: network.cut_off(1),
+    "host2 is cut off": lambda _, network: network.cut_off(2),
+    "host3 is cut off": lambda _, network: network.cut_off(3),
+    "rank 2 on host3 is killed (-9)": lambda job, _: job.signal(2, signal.SIGKILL),
+    "rank 2's watchdog on host3 is killed": lambda job, _: job.signal(2, signal.SIGKILL, watchdog=True),
+    "a firewall drops Open MPI's messages": lambda _, network: firewall(network, "DROP"),
 }
 """Name to what happens."""
 BEFORE = {
@@ -146,7 +147,7 @@ def finish(name: str, job: Job, began: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose names contain one of these texts")
     options = parser.parse_args()
 
@@ -177,7 +178,7 @@ def main() -> None:
                 if name in ON_HOSTS:
                     job.wait_for("sum 5 is 3")
                     began = time.monotonic()
-                    ON_HOSTS[name](job)
+                    ON_HOSTS[name](job, network)
                 finish(name, job, began)
 
 

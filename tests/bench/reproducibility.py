@@ -90,8 +90,6 @@ def busy_cores() -> Iterator[None]:
 
 def read_result(out: pathlib.Path, steps: int) -> Result:
     """Read what a run has left in its folder."""
-    from mindspore import Parameter
-
     from model import weights  # before TensorBoard, which brings a protobuf that MindSpore cannot follow
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # isort: skip
@@ -100,7 +98,7 @@ def read_result(out: pathlib.Path, steps: int) -> Result:
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     return Result(
-        {name: value.asnumpy().tobytes() for name, value in values.items() if isinstance(value, Parameter)},
+        {name: value.asnumpy().tobytes() for name, value in values.items() if not isinstance(value, str)},
         {point.step: point.value for point in events.Scalars("train/loss")},
         json.loads((out / "result.json").read_text())["epe"],
     )
