@@ -17,7 +17,7 @@ check() {
 shopt -s globstar nullglob
 check ruff check --quiet
 check ruff format --check --quiet
-check basedpyright --level error
+check basedpyright --level error --pythonpath "$environment/bin/python"
 check clang-format --dry-run --Werror model/native/**/*.{cpp,cu,h}
 if command -v shellcheck >/dev/null; then
     check shellcheck --external-sources --source-path=SCRIPTDIR --exclude=SC2119 launch/*.sh .ci/run
