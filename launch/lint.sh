@@ -15,8 +15,8 @@ check() {
 }
 
 shopt -s globstar nullglob
-check ruff check --quiet
-check ruff format --check --quiet
+check ruff check --quiet --output-format concise
+check ruff format --check
 check basedpyright --level error --pythonpath "$environment/bin/python"
 check clang-format --dry-run --Werror model/native/**/*.{cpp,cu,h}
 if command -v shellcheck >/dev/null; then

@@ -27,20 +27,6 @@ from train.run import RunConfig, RunPlan
 from train.run_folder import LOGS
 
 
-class RenamedOption(Once):
-    """An option under its former name, which works for one more release."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        print(f"note: {option_string} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
-        super().__call__(parser, namespace, values, option_string)
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(
@@ -93,9 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         help="micro-batches in which each rank computes its share of the batch, to need less memory; the result is "
         "the same up to rounding (default: 1)",
     )
-    parser.add_argument(
-        "--accumulate", dest="accumulation_steps", type=int, action=RenamedOption, help=argparse.SUPPRESS
-    )
+    parser.rename_option("--accumulate", "--accumulation-steps")
     session.add_options(parser)
     add_backend_option(parser)
     parser.add_argument(
