@@ -15,10 +15,9 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import pathlib
-from typing import Any
 
 from launch import session
-from launch.arguments import Once, Parser
+from launch.arguments import Parser
 from launch.errors import run
 from model.backend import add_backend_option
 from train import goodput
