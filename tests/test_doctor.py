@@ -204,6 +204,14 @@ def test_the_time_limit_is_kept_and_the_sections_left_out_are_named(tmp_path: pa
     assert "no time left of 1 s; run it alone with --only read" in done.stdout
 
 
+def test_the_interpreter_for_pytorch_needs_none_of_the_toolkits_packages(tmp_path: pathlib.Path) -> None:
+    result = tmp_path / "result.json"
+    program, *options = gpu_check_command(tmp_path, "--device", "cpu", "--section", "torch", "--result", str(result))
+    subprocess.run([program, "-S", "-E", *options], check=True, timeout=60)
+    section = json.loads(result.read_text())
+    assert section["status"] == "not run" and "has no PyTorch" in section["line"]
+
+
 def test_sections_come_after_what_they_need() -> None:
     """Each section comes after the one it needs, and has a time limit."""
     gpu_check = importlib.import_module("bench.gpu_check")

@@ -138,8 +138,8 @@ def describe_environment(options: Namespace) -> Result:
         for gpu in result["gpus"]
     )
     result["line"] = (
-        f"{names or 'nvidia-smi lists no GPU'}; {f'driver for CUDA {driver}' if driver else problem}; Python {result['python']}, "
-        f"MindSpore {installed['mindspore']}, {allowed} cores"
+        f"{names or 'nvidia-smi lists no GPU'}; {f'driver for CUDA {driver}' if driver else problem}; "
+        f"Python {result['python']}, MindSpore {installed['mindspore']}, {allowed} cores"
     )
     if problem and options.device == "gpu":
         return {**result, "status": doctor.FAIL, "line": problem}
