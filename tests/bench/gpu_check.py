@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check and measure every part of the toolkit on this machine's GPU.
 
-./launch/gpu_check.sh [--wheels FOLDER] [--out DIR] [--only SECTION ...] [--torch-python PATH]
+./launch/gpu_check.sh [--out DIR] [--only SECTION ...] [--torch-python PATH]
 
 Each section runs in its own process with a time limit, so one that fails, crashes or hangs is reported and the next one
 still runs. All results go to DIR/gpu_check.json, a summary table to DIR/gpu_check.md. The exit status is 1 if a section
