@@ -1,8 +1,3 @@
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
-# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
-# pyright: reportAssignmentType=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
-# From MindSpore's code, types are inferred that its graph mode does not have: Cell.construct never returns, the
-# functions of ops return None.
 """One data-parallel training step: gradients of this rank's pairs, their sum over ranks, update.
 
 There are two graphs, so that a batch can go through in micro-batches and MPI can sum between them. In the second,
