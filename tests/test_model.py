@@ -208,7 +208,7 @@ def test_sparse_loss_without_any_known_pixel() -> None:
 
 def test_each_loss_of_a_recipe_is_another_one() -> None:
     """Each loss that a recipe may name is another one; a wrong name is not taken for any."""
-    choices = {field.name: field.metadata for field in fields(Recipe)}["loss"]["choices"]
+    choices = {field.name: field.metadata for field in fields(Recipe)}["loss"]["limits"].choices
     arguments = [Tensor(array) for array in sparse_batch(64, 64)[1:]]
     flows = [Tensor(f) for f in sparse_batch(64, 64)[0]]
     totals = {float(make_loss(name)(flows, *arguments).sum()) for name in choices}
