@@ -30,6 +30,7 @@ import zipfile
 from typing import Any
 
 from launch import errors, fatbin
+from launch.arguments import Parser
 from launch.errors import UserError
 from launch.requirements import required
 
@@ -57,6 +58,8 @@ UNUSED = (
     "nvidia/*/include/*",
 )
 """Files that this project's use of MindSpore never opens."""
+UNUSED_ON_CPU = ("mindspore/lib/plugin/gpu*/*", "mindspore/lib/plugin/libmindspore_gpu.so.*")
+"""Files that only GPUs need."""
 NVCC = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"))
 """Wheels with a complete nvcc. Those of CUDA 11 and 12 lack the compiler driver."""
 OPERATORS = "share/pwcnet-mindspore"
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/bundle.sh", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=pathlib.Path, metavar="DIR", help="collect a bundle in this new or empty folder")
     target.add_argument("--install", type=pathlib.Path, metavar="DIR", help="install the bundle in this folder")
@@ -209,12 +212,13 @@ def size_of(path: pathlib.Path) -> int:
 def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
     """Write a wheel without unused files and GPU code, compressed by LZMA; returns its path."""
     target = wheel.with_suffix(".stripped")
+    unused = UNUSED if architectures else UNUSED + UNUSED_ON_CPU
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as stripped:
         records = {}
         for item in source.infolist():
             if item.is_dir() or item.filename.endswith(".dist-info/RECORD"):
                 continue
-            if any(fnmatch.fnmatchcase(item.filename, pattern) for pattern in UNUSED):
+            if any(fnmatch.fnmatchcase(item.filename, pattern) for pattern in unused):
                 continue
             data = bytearray(source.read(item))
             if ".so" in item.filename and architectures:

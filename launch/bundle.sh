@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked launch/bundle.py "$@"
 python=${VIRTUAL_ENV:-$root/.venv}/bin/python
 [ -x "$python" ] || python=$(find_python) || exit 1
-exec "$python" "$root/launch/bundle.py" "$@"
+PWCNET_COMMAND=$0 exec "$python" "$root/launch/bundle.py" "$@"
