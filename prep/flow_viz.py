@@ -112,7 +112,7 @@ def draw_prediction(image: np.ndarray, true_flow: np.ndarray, predicted_flow: np
     return np.concatenate(
         [
             draw_label(image, "image"),
-            draw_label(flow_to_color(true_flow, longest), f"true, to {longest:.1f} px"),
+            draw_label(flow_to_color(true_flow, longest), f"ground truth, max {longest:.1f} px"),
             draw_label(flow_to_color(predicted_flow, longest), "predicted"),
             draw_label(error_map(epe), f"error, mean {mean:.2f} px"),
         ],
