@@ -203,7 +203,7 @@ class Shard:
             f"PAGE_ID_{kind}, PAGE_OFFSET_{kind}, PAGE_OFFSET_{kind}_END" for kind in ("RAW", "BLOB")
         )
         uri = f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro&immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as index:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as index, contextlib.suppress(MemoryError):
             # A view or a computed column could take any amount of work.
             kinds = index.execute("SELECT type FROM sqlite_master WHERE name = 'INDEXES'").fetchall()
             hidden = [column[6] for column in index.execute("PRAGMA table_xinfo(INDEXES)")]
@@ -212,6 +212,8 @@ class Shard:
             index.set_progress_handler(lambda: 1, 10_000 + 100 * len(self.names))  # 1 aborts the query
             rows = index.execute(f"SELECT {columns} FROM INDEXES")
             return sorted(rows.fetchmany(len(self.names) + 1), key=lambda row: row[0])
+        # SQLite calls lengths above its limits a lack of memory, without trying to allocate it.
+        raise ValueError("its index contains impossible lengths")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A short run of the fuzzer: damaged and hostile files lead to nothing but errors."""
 
+import base64
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,25 @@ def test_no_parser_fails_on_2000_damaged_inputs(tmp_path: Path) -> None:
     for row in rows:
         assert row["inputs"] == "2,000" and row["failures"] == "0"
         assert int(row["accepted"]) > 0 and int(row["rejected"].replace(",", "")) > 1000
+
+
+ENDLESS_INDEX = (
+    "c-l)~fPiYHjMT)G)S~#}%&Jr+D+N<SBOL{$g2ePxn24FFsj(SQtT-dFC?!5IC8a2}xHz>KC=;zzQk0mPr)vNLy7_5fhM`_=W*$&Ya(+>YQf#fl"
+    "D4-fxKt;2H1AQ_}QWetji*gf76pR^|7#JBD9269QNrDNAVSo{cS<v`|026~=G9xcYF{2{`5Dh=j_#Xo58JqkgT!TrDfcl}9`bJX>r76aSkzHI`"
+    "8kk;65|eULJzasx#?#LQL@_xBxjKfpDug&X`M4@T1vP^F!{a?&fZPxrg#br)S0E=o$T1vAz~9X+*fj)65Y+~VIn=fTRWRPw4^6w1kG~V9Qrx026"
+    "Es1w&&+s*f$<CDQy?`603*XFpa}3Yb1-r;GIB66F=^N^oM6=9W#Zrj2{1B=XrwTl;9}(9;N$=jj3OzBbm~ZXI^`iHozgq4g6fT75V;BfCwCLn"
+)
+"""A shard and its index with lengths that SQLite reports as a lack of memory; the fuzzer found it (zlib, base85)."""
+
+
+def test_impossible_lengths_in_an_index_are_an_error(tmp_path: Path) -> None:
+    """And not a MemoryError, which would mean that this machine is too small."""
+    file = tmp_path / "input"
+    file.write_bytes(zlib.decompress(base64.b85decode(ENDLESS_INDEX)))
+    done = run_fuzz("--parser", "shard", "--file", file)
+    assert (
+        "UserError" in done.stderr and "not a shard of 3 pairs" in done.stderr and "impossible lengths" in done.stderr
+    )
 
 
 BROKEN = {
