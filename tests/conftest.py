@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from model.inference import FlowPredictor
     from model.pwcnet import PWCNet
 
-pytest_plugins = ["runs"]
+pytest_plugins = ["training_runs"]
 
 os.environ.setdefault("GLOG_v", "3")
 # Tests that a shell starts in the background ignore Ctrl-C, and the commands they start would inherit that.

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from runs import MIXED, finish, read_curves, read_events, train, words
+from training_runs import MIXED, finish, read_curves, read_events, train, words
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from runs import RECIPE, check_refused, finish, last_step, read_events, train, wait_for_step
+from training_runs import RECIPE, check_refused, finish, last_step, read_events, train, wait_for_step
 
 
 @pytest.mark.slow
