@@ -24,7 +24,7 @@ REPEATS = 15
 
 
 def main() -> None:
-    size, height, width, steps = map(int, sys.argv[1:5])
+    pairs, height, width, steps = map(int, sys.argv[1:5])
     started = float(sys.argv[5])
     with session.start(lambda: ({}, None)) as (comm, _):
         found = {}
@@ -57,8 +57,8 @@ def main() -> None:
         mindspore.set_seed(1)
         step = TrainStep(PWCNet(normalize_features=True), MultiScaleLoss(), StepOptions(clip_norm=1.0), comm)
         rng = np.random.default_rng(comm.rank)
-        images = rng.integers(0, 255, (2, size, height, width, 3)).astype(np.uint8)
-        flow = rng.normal(0, 5, (size, height, width, 2)).astype(np.float32)
+        images = rng.integers(0, 255, (2, pairs, height, width, 3)).astype(np.uint8)
+        flow = rng.normal(0, 5, (pairs, height, width, 2)).astype(np.float32)
         batch = Batch(images[0], images[1], flow, np.ones(flow.shape[:3], np.uint8))
         step.compile(batch)
         comm.barrier()
