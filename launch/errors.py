@@ -63,6 +63,11 @@ def one_line(text: object, limit: int | None = 100) -> str:
     return re.sub(r"[\x00-\x20\x7f-\x9f]+", " ", str(text)).strip()[:limit]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 pair" or "1,041 pairs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def describe_os_error(error: OSError) -> str:
     """An OSError as one line: the file, the problem and, for common ones, how to fix it."""
     hints = {

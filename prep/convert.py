@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from launch import files, progress, ranks
 from launch.arguments import Parser
-from launch.errors import UserError, drop_output, run
+from launch.errors import UserError, counted, drop_output, run
 from launch.lock import Lock
 from prep import codec, schema, shards
 from prep.datasets import (
@@ -228,10 +228,10 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
     """Print how the pairs are split, and whether the release is incomplete or a split is empty."""
     pairs = len(split.train) + len(split.val)
     title = f"{dataset.TITLE} {render_pass}".strip()
-    print(f"{title}: {pairs} pairs, {len(split.train)} for training and {len(split.val)} for validation")
+    print(f"{title}: {counted(pairs, 'pair')}, {len(split.train)} for training and {len(split.val)} for validation")
     if dataset.PAIRS not in (None, pairs) and not custom:
         print(
-            f"note: found {pairs} of the release's {dataset.PAIRS} pairs; applying its fixed split to them "
+            f"note: found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
             "(--split-file: use another)"
         )
     for name, chosen in (("training", split.train), ("validation", split.val)):
@@ -410,7 +410,8 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
         (out / name).unlink()
     raw = sum(path.stat().st_size for pair in plan.pairs for path in pair.files())
     print(
-        f"{out}: {len(manifest)} pairs in {len(finished)} shards, {shards.stored_bytes(finished, out) / 1e6:.1f} MB "
+        f"{out}: {counted(len(manifest), 'pair')} in {counted(len(finished), 'shard')}, "
+        f"{shards.stored_bytes(finished, out) / 1e6:.1f} MB "
         f"({raw / 1e6:.1f} MB before); {next_steps(out)}"
     )
 

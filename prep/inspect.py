@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from launch import files, progress
 from launch.arguments import Parser
-from launch.errors import UserError, run
+from launch.errors import UserError, counted, run
 from prep import flow_viz
 from prep.datasets import Sample
 from prep.formats import flow as flow_format
@@ -203,7 +203,7 @@ def describe(manifest: Manifest, folder: Path, statistics: Statistics) -> str:
         f"{rank:g} % below {value:.2f}" for rank, value in zip(PERCENTILES, statistics.percentiles, strict=True)
     )
     return "\n".join([
-        f"{folder}: {manifest.dataset}, {len(manifest):,} pairs in {len(shards)} shards",
+        f"{folder}: {manifest.dataset}, {counted(len(manifest), 'pair')} in {counted(len(shards), 'shard')}",
         f"on disk      {stored / 1e6:,.1f} MB, {stored / raw:.2f} of the uncompressed images and flow",
         f"splits       {splits}",
         f"validation   {manifest.validation['file'] or 'pairs held out by the dataset itself'}",

@@ -33,7 +33,7 @@ import numpy as np
 
 from launch import files, progress
 from launch.arguments import Parser
-from launch.errors import UserError, run
+from launch.errors import UserError, counted, run
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
 
@@ -498,8 +498,8 @@ def main() -> None:
     validation = len(validation_indices(recipe.pairs))
     out = shlex.quote(str(options.out))
     print(
-        f"{options.out}: {recipe.pairs} pairs of {height}x{width}, seed {recipe.seed}, {validation} for validation"
-        + ("" if written else "; already complete, nothing to do")
+        f"{options.out}: {counted(recipe.pairs, 'pair')} of {height}x{width}, seed {recipe.seed}, "
+        f"{validation} for validation" + ("" if written else "; already complete, nothing to do")
     )
     print(
         f"next: python prep/convert.py flyingchairs --root {out} --out {out}-mindrecord "

@@ -20,7 +20,7 @@ import tqdm
 
 from launch import progress
 from launch.arguments import Parser
-from launch.errors import UserError, run
+from launch.errors import UserError, counted, run
 from prep.shards import FIELDS, Manifest, Shard, decode_record
 
 
@@ -34,9 +34,9 @@ def main() -> None:
         print(f"note: {path}: not in the manifest; a renamed shard?")
     for problem in problems:
         print(problem)
-    title = f"{options.folder}: {len(manifest)} pairs in {len(manifest.shards)} shards"
+    title = f"{options.folder}: {counted(len(manifest), 'pair')} in {counted(len(manifest.shards), 'shard')}"
     if problems:
-        raise UserError(f"{title}, {len(problems)} problems (above)")
+        raise UserError(f"{title}, {counted(len(problems), 'problem')} (above)")
     folder = shlex.quote(str(options.folder))
     if options.deep:
         print(f"{title}, every byte and pair is correct; next: launch/train.sh --data {folder}")
