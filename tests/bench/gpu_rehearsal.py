@@ -27,6 +27,8 @@ LARGEST_PIECE = 60_000_000
 """Bytes that go with one command."""
 LONGEST_COMMAND = 600
 """Seconds that a command may take."""
+OFFLINE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+"""Runs a command in a network namespace with a loopback interface only."""
 CONVERT = "python prep/convert.py flyingchairs --root data/a --out data/b --split-file data/a/validation.txt --shards 2"
 TRAIN = (
     "device=cpu; launch/doctor.sh --driver >/dev/null 2>&1 && device=gpu; "
@@ -91,7 +93,7 @@ def run(step: Step, machine: pathlib.Path) -> float:
     for file in step.files:
         shutil.copy2(file, carried)
     inside = ["env", "-i", f"HOME={machine}", f"PATH={os.environ['PATH']}", "bash", "-c", step.command]
-    offline = ["unshare", "--net"] if os.geteuid() == 0 and shutil.which("unshare") else []
+    offline = OFFLINE if os.geteuid() == 0 and shutil.which("unshare") and shutil.which("ip") else []
     start = time.perf_counter()
     try:
         done = subprocess.run(
