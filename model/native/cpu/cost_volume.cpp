@@ -1,10 +1,11 @@
 // The cost volume with its LeakyReLU on the CPU, and its gradient; defined by `cost_volume` in model/operators.py.
 
+#include "../cost_volume.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "../abi.h"
 #include "runtime.h"
 
 namespace pwcnet {
@@ -115,13 +116,6 @@ void cost_volume_gradient(const float* features1, const float* features2, const 
           }
         }
 }
-
-constexpr TensorSpec kFeatures1{"features1", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFeatures2{"features2", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kCosts{"costs", "float32", 4, {kN, kDisplacements, kH, kW}};
-constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kDisplacements, kH, kW}};
-constexpr TensorSpec kGradient1{"gradient1", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kGradient2{"gradient2", "float32", 4, {kN, kC, kH, kW}};
 
 }  // namespace
 

@@ -1,9 +1,10 @@
 // Bilinear warping on the CPU, and its gradient; defined by `warp` in model/operators.py.
 
+#include "../warp.h"
+
 #include <algorithm>
 #include <cstdint>
 
-#include "../abi.h"
 #include "runtime.h"
 
 namespace pwcnet {
@@ -107,13 +108,6 @@ void warp_gradient(const float* features, const float* flow, const float* gradie
       }
     }
 }
-
-constexpr TensorSpec kFeatures{"features", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFlow{"flow", "float32", 4, {kN, 2, kH, kW}};
-constexpr TensorSpec kWarped{"warped", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFeatureGradient{"feature_gradient", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFlowGradient{"flow_gradient", "float32", 4, {kN, 2, kH, kW}};
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../abi.h"
+#include "../cost_volume.h"
 #include "launch.h"
 
 namespace pwcnet {
@@ -241,13 +241,6 @@ bool rows_are_quads(const Call& call, int64_t width) {
   }
   return aligned;
 }
-
-constexpr TensorSpec kFeatures1{"features1", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFeatures2{"features2", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kCosts{"costs", "float32", 4, {kN, kDisplacements, kH, kW}};
-constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kDisplacements, kH, kW}};
-constexpr TensorSpec kGradient1{"gradient1", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kGradient2{"gradient2", "float32", 4, {kN, kC, kH, kW}};
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../abi.h"
+#include "../warp.h"
 #include "launch.h"
 
 namespace pwcnet {
@@ -108,13 +108,6 @@ __global__ void __launch_bounds__(kWarpSize* kChannelThreads)
 }
 
 dim3 warp_grid(const Sizes& sizes) { return dim3(blocks_for(sizes[kH] * sizes[kW], kWarpSize), sizes[kN]); }
-
-constexpr TensorSpec kFeatures{"features", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFlow{"flow", "float32", 4, {kN, 2, kH, kW}};
-constexpr TensorSpec kWarped{"warped", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFeatureGradient{"feature_gradient", "float32", 4, {kN, kC, kH, kW}};
-constexpr TensorSpec kFlowGradient{"flow_gradient", "float32", 4, {kN, 2, kH, kW}};
 
 }  // namespace
 
