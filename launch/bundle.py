@@ -32,6 +32,7 @@ from typing import Any
 from launch import errors, fatbin
 from launch.arguments import Parser
 from launch.errors import UserError
+from launch.files import write_json
 from launch.requirements import required
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -145,9 +146,7 @@ def collect(options: argparse.Namespace) -> None:
         "files": files,
     }
     # Last, so that a bundle with a manifest is complete.
-    partial = out / "bundle.json.partial"
-    partial.write_text(json.dumps(contents, indent=1) + "\n")
-    partial.rename(out / "bundle.json")
+    write_json(out / "bundle.json", contents)
     print(f"\n{'MB':>8}  file")
     for file in sorted(files, key=lambda file: -file["size"]):
         print(

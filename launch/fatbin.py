@@ -93,7 +93,7 @@ def blank_unused(data: bytearray, architectures: Iterable[int]) -> int:
     """Overwrite the code that GPUs of these architectures never load by zeros; returns how many bytes that were."""
     architectures = tuple(architectures)
     blanked = 0
-    for entries in fat_binaries(bytes(data)):
+    for entries in fat_binaries(data):
         kept = needed(entries, architectures)
         for entry in entries:
             if (entry.kind, entry.architecture) not in kept:
