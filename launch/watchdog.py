@@ -10,7 +10,6 @@ the job's secret; nothing is parsed before that.
 import asyncio
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import enum
 import hashlib
@@ -28,6 +27,7 @@ import psutil
 from launch.errors import print_error
 from launch.launcher import end_launcher, print_on_mpirun
 from launch.logs import last_line
+from launch.processes import adopt_orphans, end_with_parent
 from launch.ranks import Rank
 
 HEARTBEAT, POLL = 2, 0.05
@@ -50,7 +50,6 @@ CONNECT_TIMEOUT, JOIN_TIMEOUT = 3, 20
 MAX_UNPROVEN = 256
 """Simultaneous connections that have not proved knowledge of the secret."""
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Phase(enum.Enum):
@@ -128,13 +127,11 @@ def watch(rank: Rank) -> Reporter:
         server = socket.create_server(("127.0.0.1" if rank.single_host else "", 0), backlog=MAX_UNPROVEN + rank.size)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the rank become the watchdog's children
+    adopt_orphans()  # those of the rank
     child = os.fork()
     if child == 0:
         ours.close()
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends with its watchdog
-        if os.getppid() != parent:
-            os._exit(1)
+        end_with_parent(parent)
         return Reporter(theirs, server.getsockname()[1] if server else None)
     theirs.close()
     status = 1
@@ -142,11 +139,6 @@ def watch(rank: Rank) -> Reporter:
         status = asyncio.new_event_loop().run_until_complete(Watchdog(rank, child, ours, server).run())
     finally:
         os._exit(status)
-
-
-def prctl(option: int, value: int) -> None:
-    """Call Linux's prctl(2) for this process."""
-    ctypes.CDLL(None).prctl(option, int(value), 0, 0, 0)
 
 
 @dataclasses.dataclass

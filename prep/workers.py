@@ -1,16 +1,14 @@
 """Worker processes: they inherit their work by fork, and end with their parent, however that ends."""
 
 import concurrent.futures
-import ctypes
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
+from launch.processes import end_with_parent
 from prep import memory
-
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 Task = Callable[[int], None]
 
@@ -62,9 +60,7 @@ def _start_worker(parent: int, task: Task) -> None:
     global _task
     _task = task
     memory.keep_freed_blocks()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _run_task(index: int) -> None:
