@@ -419,6 +419,11 @@ def hash_file(path: Path, length: int) -> str:
     return digest.hexdigest()
 
 
+def hash_manifest(folder: Path) -> str:
+    """SHA-256 of a dataset's manifest, in hexadecimal; it identifies the dataset."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
 def hash_fields(fields: dict[str, Any]) -> str:
     """SHA-256 of the content of a JSON file, whatever its layout, in hexadecimal."""
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

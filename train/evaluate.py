@@ -35,6 +35,7 @@ from launch.errors import UserError, run
 from launch.watchdog import Phase
 from model.backend import add_backend_option
 from prep import reader
+from prep.shards import hash_manifest
 from train import report
 from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
 from train.submission import Benchmark, list_test_pairs, write_submission
@@ -182,8 +183,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         files = "\n".join(pair.file for pair in benchmark.pairs)
         return {**settings, "test set": hashlib.sha256(files.encode()).hexdigest()}, benchmark
     split = reader.DatasetSplit.open(args.data, args.split)
-    manifest = (args.data / "manifest.json").read_bytes()
-    return {**settings, "data": hashlib.sha256(manifest).hexdigest()}, split
+    return {**settings, "data": hash_manifest(args.data)}, split
 
 
 def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, comm: Communicator) -> None:

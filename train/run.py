@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from launch import ranks, session, versions
 from launch.errors import UserError
 from model.backend import Backend
 from prep.reader import DatasetSplit
+from prep.shards import hash_manifest
 from train.recipe import Recipe
 from train.run_folder import LOGS, RunFolder
 
@@ -80,9 +80,7 @@ class RunConfig:
         folder.check(recipe)
         if init and rank.rank == 0 and not folder.recipe.exists() and not init.is_file():
             raise UserError(f"{init}: no such checkpoint file; give an existing --init")
-        manifests = {
-            str(path): hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() for path in [*data, *validate]
-        }
+        manifests = {str(path): hash_manifest(path) for path in [*data, *validate]}
         made_with = {
             **versions.software(),
             "revision": versions.git_revision(),
