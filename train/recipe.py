@@ -179,6 +179,11 @@ class Recipe:
             sources[key] = COMMAND_LINE
         return build(values, sources, path)
 
+    @property
+    def network_options(self) -> dict[str, typing.Any]:
+        """The arguments of `model.pwcnet.PWCNet`, by name."""
+        return {key: getattr(self, key) for key in NETWORK_OPTIONS}
+
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults included."""
         values = {key: plain(getattr(self, key)) for key in KEYS}

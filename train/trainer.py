@@ -26,7 +26,7 @@ from train.checkpoint import Checkpoints, load_initial_weights
 from train.evaluate import EvaluationOptions, evaluate
 from train.metrics import Evaluation, Metrics
 from train.monitor import Monitor, Stopwatch, resident_memory, survived
-from train.recipe import NETWORK_OPTIONS, Recipe
+from train.recipe import Recipe
 from train.report import draw_pairs, gather_strips
 from train.results import Results, Validation
 from train.run import RunPlan
@@ -70,7 +70,7 @@ class Trainer:
         self.predictor = FlowPredictor(self.network)
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
-            {key: getattr(self.recipe, key) for key in NETWORK_OPTIONS},
+            self.recipe.network_options,
             self.recipe.checkpoint_every,
             enabled=self.is_writer,
             validation=next(iter(plan.validation)),
@@ -101,13 +101,12 @@ class Trainer:
         """Build the network and its training step."""
         recipe = self.recipe
         mindspore.set_seed(recipe.seed)  # the same initial weights on every rank
-        options = {key: getattr(recipe, key) for key in NETWORK_OPTIONS}
-        self.network = PWCNet(**options, backend=self.plan.backend)
+        self.network = PWCNet(**recipe.network_options, backend=self.plan.backend)
         if recipe.start_from_coarser_flow:
             start_from_coarser_flow(self.network)
         if recipe.precision == "float16":
             use_float16(self.network)
-        step_options = StepOptions(
+        options = StepOptions(
             accumulation_steps=self.plan.accumulation_steps,
             clip_norm=recipe.clip_norm,
             loss_scaling=recipe.precision == "float16",
@@ -115,7 +114,7 @@ class Trainer:
             decoupled_decay=recipe.optimizer == "adamw",
             ema_decay=recipe.ema_decay,
         )
-        return TrainStep(self.network, make_loss(recipe.loss, self.network.align_corners), step_options, self.comm)
+        return TrainStep(self.network, make_loss(recipe.loss, self.network.align_corners), options, self.comm)
 
     def restore(self) -> int:
         """Load the newest checkpoint, or the initial weights of a new run; returns how many steps are done."""
