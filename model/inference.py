@@ -1,6 +1,7 @@
 """A trained network ready to use: NumPy images in, NumPy flow out."""
 
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -10,6 +11,11 @@ from model.backend import Backend
 from model.pwcnet import DIV_FLOW, round_up, to_network
 from model.resizing import resize
 from model.weights import load_network
+
+
+def choose_resize(network: nn.Cell) -> Callable[[Tensor, tuple[int, int], bool], Tensor]:
+    """The bilinear resizing of a network's backend."""
+    return exportable.resize if getattr(network, "backend", "") == "exportable" else resize
 
 
 class ImagePreparation(nn.Cell):
@@ -25,7 +31,7 @@ class ImagePreparation(nn.Cell):
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.align_corners = getattr(network, "align_corners", True)
-        self.resize = exportable.resize if getattr(network, "backend", "") == "exportable" else resize
+        self.resize = choose_resize(network)
 
     def construct(self, image: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 RGB to (N, 3, H', W') float32 in [0, 1]; H' and W' are multiples of 64."""
@@ -47,7 +53,7 @@ class FlowConversion(nn.Cell):
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.align_corners = getattr(network, "align_corners", True)
-        self.resize = exportable.resize if getattr(network, "backend", "") == "exportable" else resize
+        self.resize = choose_resize(network)
 
     def construct(self, flow: Tensor, height: int, width: int) -> Tensor:
         """(N, 2, H' / 4, W' / 4) float32 to (N, H, W, 2) float32 in pixels of images of (H, W)."""
