@@ -17,7 +17,9 @@ if typing.TYPE_CHECKING:
     from model.inference import FlowPredictor
 
 
-def load(weights: str | pathlib.Path, *, device: str = "cpu", backend: Backend = "native") -> FlowPredictor:
+def load(
+    weights: str | pathlib.Path, *, device: str = "cpu", backend: Backend = "native", precision: str = "float32"
+) -> FlowPredictor:
     """Load a trained network; starts MindSpore in graph mode on a device.
 
     Args:
@@ -25,6 +27,8 @@ def load(weights: str | pathlib.Path, *, device: str = "cpu", backend: Backend =
             as pwc_net.pth.tar, which needs PyTorch.
         device: "cpu" or "gpu".
         backend: the operators to compute with, see model/backend.py.
+        precision: number format of the convolutions: "float32", "float16", "bfloat16" or "auto", the fastest one on
+            this device; see model/precision.py.
 
     Raises:
         launch.errors.UserError: the file is damaged or holds another network's weights, or MindSpore cannot use the
@@ -35,4 +39,4 @@ def load(weights: str | pathlib.Path, *, device: str = "cpu", backend: Backend =
     session.start_mindspore(ranks.Rank(), device)
     from model.inference import load_predictor
 
-    return load_predictor(weights, backend)
+    return load_predictor(weights, backend, precision)

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from model import exportable
 from model.backend import Backend
+from model.precision import resolve_precision, set_precision
 from model.pwcnet import DIV_FLOW, round_up, to_network
 from model.resizing import resize
 from model.weights import load_network
@@ -123,16 +124,19 @@ class FlowPredictor:
         return self.convert(flows[-1], height, width).asnumpy()
 
 
-def load_predictor(path: str | pathlib.Path, backend: Backend = "native") -> FlowPredictor:
+def load_predictor(path: str | pathlib.Path, backend: Backend = "native", precision: str = "float32") -> FlowPredictor:
     """The network of a file of weights; MindSpore must be set up, as `launch.session.start` does.
 
     Args:
         path: a checkpoint of the trainer, a file of network weights, or a published network's file of PyTorch.
         backend: see `model.backend`.
+        precision: see `model.precision`.
 
     Raises:
-        UserError: the file is damaged, or its weights are those of another network.
+        UserError: the file is damaged, its weights are those of another network, or the device cannot compute in this
+            precision.
     """
     network = load_network(path, backend)
+    set_precision(network, resolve_precision(precision, network.backend))
     network.set_train(False)
     return FlowPredictor(network)

@@ -1,25 +1,27 @@
 """The layer that the network is made of: a 3x3 convolution with bias and LeakyReLU."""
 
+from typing import Any
+
 import numpy as np
 from mindspore import Tensor, float16, float32, nn, ops
 from mindspore.common.initializer import HeNormal
 
 from model import native
 from model.backend import Backend
+from model.precision import Precision
 
 
 class Convolution(nn.Conv2d):
     """A 3x3 convolution with bias that keeps the size (over stride), and LeakyReLU 0.1.
 
-    The native one, for the CPU and float32, is a single operator: oneDNN in the layouts that it is fastest in, which
-    also activates and concatenates. MindSpore's needs four, and multiplies a copy of each pixel's neighbourhood.
+    The native one, for the CPU, is a single operator: oneDNN in the layouts that it is fastest in, which also
+    activates. MindSpore's needs three, and multiplies a copy of each pixel's neighbourhood.
 
     Args:
         channels_in, channels_out: as the weights have them.
         backend: of the network; where there is no native convolution, MindSpore's takes its place.
         stride, dilation: in pixels.
         activation: whether LeakyReLU follows.
-        concatenate: whether the input's channels follow the output's (DenseNet).
     """
 
     def __init__(
@@ -31,7 +33,6 @@ class Convolution(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         activation: bool = True,
-        concatenate: bool = False,
     ) -> None:
         super().__init__(
             channels_in,
@@ -45,34 +46,35 @@ class Convolution(nn.Conv2d):
             weight_init=HeNormal(),
             bias_init="zeros",
         )
-        self.concatenate = concatenate
         self.activation = nn.LeakyReLU(0.1) if activation else None
-        self.settings = Tensor(np.array([stride, dilation, activation, concatenate], np.int32))
+        self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
         if self.is_native:
-            self.operator = native_convolution(stride, concatenate)
+            self.operator = native_convolution(stride)
+        self.set_precision("float32")
 
     def construct(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C_out or C_out + C, ceil(H / stride), ceil(W / stride))."""
+        """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride))."""
         if self.is_native:
             return self.operator(x, self.weight, self.bias, self.settings)
         y = super().construct(x)
         if self.activation is not None:
             y = self.activation(y)
-        return ops.concat((y, x), 1) if self.concatenate else y
+        return y
 
-    def use_float16(self) -> None:
-        """Compute in float16 from here on, with MindSpore's operators; the weights stay float32."""
-        self.is_native = False
-        self.to_float(float16)
+    def set_precision(self, precision: Precision) -> None:
+        """Compute in `precision` from here on; the weights stay float32."""
+        if precision == "float16":  # by MindSpore's operators
+            self.is_native = False
+            self.to_float(float16)
+        self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
 
 
-def native_convolution(stride: int, concatenate: bool) -> ops.Custom:
+def native_convolution(stride: int) -> ops.Custom:
     """The native convolution with its gradient: (x, weight, bias, settings) to y."""
 
     def infer_shape(x: list[int], weight: list[int], bias: list[int], settings: list[int]) -> list[int]:
-        channels = weight[0] + x[1] if concatenate else weight[0]
-        return [x[0], channels, (x[2] - 1) // stride + 1, (x[3] - 1) // stride + 1]
+        return [x[0], weight[0], (x[2] - 1) // stride + 1, (x[3] - 1) // stride + 1]
 
     gradients = native.operator(
         "Convolution3x3Gradient",
@@ -89,25 +91,43 @@ def native_convolution(stride: int, concatenate: bool) -> ops.Custom:
     return native.operator("Convolution3x3", infer_shape, lambda *_: float32, bprop)
 
 
-def conv(
-    channels_in: int,
-    channels_out: int,
-    backend: Backend,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    activation: bool = True,
-    concatenate: bool = False,
-) -> nn.SequentialCell:
+def native_dense_block() -> ops.Custom:
+    """The native dense block with its gradient: (x, five weights, five biases, settings) to y.
+
+    (N, C, H, W) to (N, C + the channels of the five, H, W), the last one's first and x last.
+    """
+
+    def infer_shape(x: list[int], *rest: list[int]) -> list[int]:
+        return [x[0], x[1] + sum(weight[0] for weight in rest[:5]), x[2], x[3]]
+
+    def infer_gradient_shapes(*shapes: list[int]) -> tuple[list[int], ...]:
+        weights, y = shapes[:5], shapes[5]
+        grown = sum(weight[0] for weight in weights)
+        return ([y[0], y[1] - grown, y[2], y[3]], *weights, *([weight[0]] for weight in weights))
+
+    gradients = native.operator("DenseBlockGradient", infer_gradient_shapes, lambda *_: (float32,) * 11)
+
+    def bprop(
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        w4: Tensor,
+        w5: Tensor,
+        b1: Tensor,
+        b2: Tensor,
+        b3: Tensor,
+        b4: Tensor,
+        b5: Tensor,
+        settings: Tensor,
+        y: Tensor,
+        dy: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return (*gradients(w1, w2, w3, w4, w5, y, dy, settings), ops.zeros_like(settings))
+
+    return native.operator("DenseBlock", infer_shape, lambda *_: float32, bprop)
+
+
+def conv(channels_in: int, channels_out: int, backend: Backend, **options: Any) -> nn.SequentialCell:
     """A `Convolution` with the name 0 that it has in published weights."""
-    return nn.SequentialCell(
-        Convolution(
-            channels_in,
-            channels_out,
-            backend,
-            stride=stride,
-            dilation=dilation,
-            activation=activation,
-            concatenate=concatenate,
-        )
-    )
+    return nn.SequentialCell(Convolution(channels_in, channels_out, backend, **options))

@@ -35,6 +35,7 @@ from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
 from model.backend import add_backend_option
+from model.precision import add_precision_option
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -358,6 +359,7 @@ def main() -> None:
         "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
     )
     add_backend_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args()
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
@@ -384,7 +386,7 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
     from launch import progress
     from model.inference import load_predictor
 
-    predictor = load_predictor(args.ckpt, args.backend)
+    predictor = load_predictor(args.ckpt, args.backend, args.precision)
     salt = hashlib.blake2b(args.ckpt.read_bytes()).digest() + repr(args.max_flow).encode()
     outputs = Outputs(args.out, overlay=args.overlay, warp=args.warp, max_flow=args.max_flow)
     # While a graph runs, MindSpore turns Ctrl-C into SIGTERM to this process; files being written must be finished.

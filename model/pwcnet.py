@@ -12,13 +12,14 @@ Cost Volume", CVPR 2018, in two variants whose published weights differ in layer
 import itertools
 
 import numpy as np
-from mindspore import Tensor, float32, nn, ops
+from mindspore import Tensor, float32, int32, nn, ops
 from mindspore.common.initializer import HeNormal
 
-from model import exportable
+from model import exportable, native
 from model.backend import Backend, resolve_backend
-from model.layers import conv
+from model.layers import conv, native_dense_block
 from model.operators import COST_CHANNELS, CostVolume, Warp, normalize_pair
+from model.precision import Precision
 from model.resizing import resize
 
 VARIANTS = ("irr", "nvlabs")
@@ -57,25 +58,46 @@ class FeaturePyramid(nn.Cell):
 class FlowEstimator(nn.Cell):
     """Five convolutions and a linear one that turn cost volume and features into flow.
 
-    Dense (as in DenseNet) each layer's output is concatenated in front of its input; plain, it
-    replaces it.
+    Dense (as in DenseNet) each layer's output is concatenated in front of its input; plain, it replaces it. The native
+    operator for the dense layers computes all five in one buffer.
     """
 
     def __init__(self, channels_in: int, dense: bool, backend: Backend) -> None:
         super().__init__()
         layers = []
         for channels in ESTIMATOR_CHANNELS:
-            layers.append(conv(channels_in, channels, backend, concatenate=dense))
+            layers.append(conv(channels_in, channels, backend))
             channels_in = channels_in + channels if dense else channels
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = layers
         self.conv_last = conv(channels_in, 2, backend, activation=False)
         self.channels_out = channels_in
+        self.dense = dense
+        self.can_fuse = dense and backend == "native" and native.has_operator("DenseBlock")
+        if self.can_fuse:
+            self.operator = native_dense_block()
+        self.set_precision("float32")
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) to the features before the last layer and the flow (N, 2, H, W)."""
-        for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
-            x = layer(x)
+        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
+        if self.is_fused:
+            x = self.operator(
+                x,
+                *[layer[0].weight for layer in layers],
+                *[layer[0].bias for layer in layers],
+                self.settings,
+            )
+        else:
+            for layer in layers:
+                y = layer(x)
+                x = ops.concat((y, x), 1) if self.dense else y
         return x, self.conv_last(x)
+
+    def set_precision(self, precision: Precision) -> None:
+        """Compute in `precision` from here on; the layers themselves are set apart from this."""
+        bfloat16 = precision == "bfloat16"
+        self.is_fused = self.can_fuse and precision != "float16" and native.has_dense_block(bfloat16)
+        self.settings = Tensor([bfloat16], int32)
 
 
 class BilinearUpsampling(nn.Cell):

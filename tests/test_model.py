@@ -9,13 +9,14 @@ from mindspore import Parameter, Tensor, float32, nn, ops
 
 from model.inference import FlowPredictor
 from model.losses import LEVEL_WEIGHTS, MultiScaleLoss, downsample_flow, make_loss
+from model.precision import set_precision
 from model.pwcnet import DIV_FLOW, PWCNet, start_from_coarser_flow
 from model.resizing import resize, upsample
 from prep.reader import Batch
 from prep.synthesize import make_pair
 from train.metrics import end_point_error
 from train.recipe import Recipe
-from train.step import StepOptions, TrainStep, use_float16
+from train.step import StepOptions, TrainStep
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -352,7 +353,7 @@ def test_float16_learns_and_survives_overflow(pair: Batch) -> None:
     """It learns in float16 too; a gradient that overflows changes no weight and halves the scale."""
     mindspore.set_seed(1)
     network = PWCNet(dense=False, normalize_features=True)
-    use_float16(network)
+    set_precision(network, "float16")
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=True))
     losses = learn(step, pair, 25)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])

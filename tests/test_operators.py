@@ -8,6 +8,7 @@ from model import native
 from model.backend import Backend
 from model.layers import Convolution
 from model.operators import CostVolume, Warp
+from model.pwcnet import FlowEstimator
 
 SHAPES = [(1, 3, 1, 1), (2, 5, 1, 7), (1, 4, 9, 1), (2, 3, 5, 12), (1, 16, 13, 11)]
 
@@ -168,13 +169,13 @@ def test_nearest_warp_takes_the_nearest_pixel(graph_mode: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "channels,stride,dilation,activation,concatenate",
+    "channels,stride,dilation,activation",
     [
-        ((3, 16), 2, 1, True, False),  # the first of the pyramid
-        ((19, 32), 1, 1, True, True),  # of a dense estimator, channels of no multiple of a vector
-        ((40, 2), 1, 1, False, False),  # a flow
-        ((17, 33), 1, 4, True, False),
-        ((32, 16), 1, 16, True, False),  # of the context network
+        ((3, 16), 2, 1, True),  # the first of the pyramid
+        ((19, 32), 1, 1, True),  # channels of no multiple of a vector
+        ((40, 2), 1, 1, False),  # a flow
+        ((17, 33), 1, 4, True),
+        ((32, 16), 1, 16, True),  # of the context network
     ],
 )
 @pytest.mark.parametrize("size", [(1, 9), (13, 22)])
@@ -184,26 +185,96 @@ def test_convolution_equals_its_definition(
     stride: int,
     dilation: int,
     activation: bool,
-    concatenate: bool,
     backend: Backend,
 ) -> None:
     """Values and gradients with every combination of settings that the network uses."""
     if size[0] == 1 and stride == 2:
         pytest.skip("levels of one row are not halved")
     rng = np.random.default_rng(3)
-    cell = Convolution(
-        *channels, backend, stride=stride, dilation=dilation, activation=activation, concatenate=concatenate
-    )
+    cell = Convolution(*channels, backend, stride=stride, dilation=dilation, activation=activation)
     x = rng.normal(size=(2, channels[0], *size))
     weight, bias = rng.normal(size=cell.weight.shape) / 10, rng.normal(size=channels[1])
     cell.weight.set_data(Tensor(weight.astype(np.float32)))
     cell.bias.set_data(Tensor(bias.astype(np.float32)))
-    total = channels[1] + (channels[0] if concatenate else 0)
-    gradient = rng.normal(size=(2, total, *(-(-side // stride) for side in size)))
-    y, to_x, to_weight, to_bias = convolution_numpy(
-        x, weight, bias, stride, dilation, activation, gradient[:, : channels[1]]
-    )
-    if concatenate:
-        y, to_x = np.concatenate([y, x], 1), to_x + gradient[:, channels[1] :]
-    for found, expected in zip(run_with_gradients(cell, gradient, x), (y, to_x, to_weight, to_bias), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    gradient = rng.normal(size=(2, channels[1], *(-(-side // stride) for side in size)))
+    expected = convolution_numpy(x, weight, bias, stride, dilation, activation, gradient)
+    for found, value in zip(run_with_gradients(cell, gradient, x), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def bfloat16(graph_mode: None) -> None:
+    """Skips where the processor does not multiply bfloat16 numbers."""
+    if not (native.available() and native.has_bfloat16()):
+        pytest.skip("this processor has no bfloat16")
+
+
+@pytest.mark.parametrize("channels,stride,dilation,activation", [((19, 32), 2, 1, True), ((32, 48), 1, 8, False)])
+def test_bfloat16_rounds_only_what_it_multiplies(
+    channels: tuple[int, int], stride: int, dilation: int, activation: bool, bfloat16: None
+) -> None:
+    """With factors that bfloat16 has, only the upstream gradient is rounded: sums, biases and results are float32."""
+    rng = np.random.default_rng(4)
+    cell = Convolution(*channels, "native", stride=stride, dilation=dilation, activation=activation)
+    cell.set_precision("bfloat16")
+    x, weight = rng.integers(-128, 129, (2, channels[0], 24, 30)) / 64, rng.integers(-64, 65, cell.weight.shape) / 256
+    bias = rng.normal(size=channels[1])
+    cell.weight.set_data(Tensor(weight.astype(np.float32)))
+    cell.bias.set_data(Tensor(bias.astype(np.float32)))
+    gradient = rng.normal(size=(2, channels[1], *(-(-side // stride) for side in x.shape[2:])))
+    expected = convolution_numpy(x, weight, bias, stride, dilation, activation, gradient)
+    found = run_with_gradients(cell, gradient, x)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    for array, value in zip(found[1:], expected[1:], strict=True):
+        error = np.sqrt(np.mean((array - value) ** 2) / np.mean(value**2))
+        assert 1e-4 < error < 2**-8, error  # half of bfloat16's spacing is at most 2 ** -9 of a number
+
+
+class Layers(nn.Cell):
+    """The dense layers of a flow estimator alone."""
+
+    def __init__(self, channels: int, fused: bool) -> None:
+        super().__init__()
+        self.estimator = FlowEstimator(channels, True, "native")
+        assert self.estimator.is_fused
+        self.estimator.is_fused = fused
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.estimator(x)[0]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 81, 6, 7), (3, 115, 5, 9), (2, 117, 1, 1), (2, 16, 3, 20)],
+    ids=["one image", "no multiple of a block", "a single pixel", "whole blocks"],
+)
+def test_dense_block_equals_its_layers(shape: tuple[int, ...], graph_mode: None) -> None:
+    """The block and its gradients are those of five convolutions with concatenation; images do not mix."""
+    if not (native.available() and native.has_dense_block(False)):
+        pytest.skip("no dense block here")
+    rng = np.random.default_rng(5)
+    x, gradient = rng.normal(size=shape), rng.normal(size=(shape[0], shape[1] + 448, *shape[2:]))
+    cells = [Layers(shape[1], fused) for fused in (True, False)]
+    for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
+        fused.set_data(single)
+    results = [run_with_gradients(cell, gradient, x) for cell in cells]
+    for fused, single in zip(*results, strict=True):
+        scale = np.sqrt(np.mean(single**2)) + 1e-30  # of the flow's weights, which have no gradient here
+        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=2e-5)
+
+
+def test_dense_block_in_bfloat16_is_close_to_float32(bfloat16: None) -> None:
+    """Values are within bfloat16's rounding, gradients within what a changed sign before an activation makes of it."""
+    if not native.has_dense_block(True):
+        pytest.skip("no dense block here")
+    rng = np.random.default_rng(6)
+    x, gradient = rng.normal(size=(2, 83, 12, 14)), rng.normal(size=(2, 83 + 448, 12, 14))
+    cells = [Layers(83, fused=True) for _ in range(2)]
+    for half, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
+        half.set_data(single)
+    cells[0].estimator.set_precision("bfloat16")
+    results = [run_with_gradients(cell, gradient, x) for cell in cells]
+    for index, (half, single) in enumerate(zip(*results, strict=True)):
+        if single.any():
+            error = np.sqrt(np.mean((half - single) ** 2) / np.mean(single**2))
+            assert 1e-4 < error < (0.01 if index == 0 else 0.1), error

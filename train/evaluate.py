@@ -34,6 +34,7 @@ from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, run
 from launch.watchdog import Phase
 from model.backend import add_backend_option
+from model.precision import add_precision_option
 from prep import reader
 from prep.shards import hash_manifest
 from train import report
@@ -147,13 +148,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs per batch and rank (default: 1)")
     session.add_options(parser)
     add_backend_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args()
 
     with session.start(lambda: prepare(args), args.device, args.collective) as (comm, source):
         if isinstance(source, Benchmark):
             from model.inference import load_predictor
 
-            write_submission(source, args.submission, load_predictor(args.ckpt, args.backend), args.batch, comm)
+            write_submission(
+                source, args.submission, load_predictor(args.ckpt, args.backend, args.precision), args.batch, comm
+            )
         else:
             evaluate_checkpoint(args, source, comm)
 
@@ -191,7 +195,7 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     from model.inference import load_predictor
     from prep.flow_viz import save_png
 
-    predictor = load_predictor(args.ckpt, args.backend)
+    predictor = load_predictor(args.ckpt, args.backend, args.precision)
     out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     if comm.rank == 0:
         out.mkdir(parents=True, exist_ok=True)

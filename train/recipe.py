@@ -90,7 +90,7 @@ class Recipe:
     warp_mode: str = bounded("bilinear", choices=("bilinear", "nearest"))
     start_from_coarser_flow: bool = False
     loss: str = bounded("multiscale", choices=("multiscale", "robust", "sparse"))
-    precision: str = bounded("float32", choices=("float32", "float16"))
+    precision: str = bounded("float32", choices=("float32", "float16", "bfloat16", "auto"))
     # optimisation
     steps: int = bounded(low=1)
     learning_rate: float = bounded(above=0)

@@ -127,7 +127,7 @@ class RunFolder:
         starts = self.read_starts()
         last = starts[-1] if starts else made_with
         changes += [
-            f"{key} {value} (was {last.get(key)})" for key, value in made_with.items() if value != last.get(key)
+            f"{key} {value} (was {last.get(key)})" for key, value in made_with.items() if value != last.get(key, value)
         ]
         write_json(self.starts, [*starts, {"after_step": steps_done, "format": FORMAT, **made_with}])
         return changes

@@ -17,7 +17,6 @@ from mindspore.ops.auto_generate import SplitWithSize
 
 from launch import collective
 from launch.communicator import ALONE, Communicator
-from model.layers import Convolution
 from model.pwcnet import to_network
 from model.reductions import ordered_sum
 from prep.reader import Batch
@@ -29,17 +28,6 @@ LOSS_SCALE_STEPS = 1000
 """Steps without overflow after which the loss scale grows."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """Of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
-
-
-def use_float16(network: nn.Cell) -> None:
-    """Make a network's convolutions compute in float16, and leave the rest in float32.
-
-    The convolutions take nearly all of the time. Flow, warping, cost volume, loss and weight updates are sums of many
-    numbers or differences of close ones, which float16 would spoil.
-    """
-    for _, cell in network.cells_and_names():
-        if isinstance(cell, Convolution):
-            cell.use_float16()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from launch.files import write_json
 from launch.watchdog import Phase
 from model.inference import FlowPredictor
 from model.losses import make_loss
+from model.precision import resolve_precision, set_precision
 from model.pwcnet import PWCNet, start_from_coarser_flow
 from prep import reader
 from train import goodput
@@ -31,7 +32,7 @@ from train.report import draw_pairs, gather_strips
 from train.results import Results, Validation
 from train.run import RunPlan
 from train.schedule import learning_rate
-from train.step import StepOptions, StepResult, TrainStep, use_float16
+from train.step import StepOptions, StepResult, TrainStep
 from train.stop import StopRequest
 
 LEVELS = ("level6", "level5", "level4", "level3", "level2")
@@ -104,12 +105,14 @@ class Trainer:
         self.network = PWCNet(**recipe.network_options, backend=self.plan.backend)
         if recipe.start_from_coarser_flow:
             start_from_coarser_flow(self.network)
-        if recipe.precision == "float16":
-            use_float16(self.network)
+        # One for all ranks, although their processors may differ.
+        by_rank = self.comm.gather(resolve_precision(recipe.precision, self.network.backend))
+        self.precision = by_rank[0] if len(set(by_rank)) == 1 else "float32"
+        set_precision(self.network, self.precision)
         options = StepOptions(
             accumulation_steps=self.plan.accumulation_steps,
             clip_norm=recipe.clip_norm,
-            loss_scaling=recipe.precision == "float16",
+            loss_scaling=self.precision == "float16",
             weight_decay=recipe.weight_decay,
             decoupled_decay=recipe.optimizer == "adamw",
             ema_decay=recipe.ema_decay,
@@ -132,7 +135,8 @@ class Trainer:
         """Write to the folder what this start is made with; returns what has changed since the last one."""
         if not self.is_writer:
             return []
-        return self.folder.record_start(self.recipe, self.plan.made_with, self.first_step)
+        made_with = {**self.plan.made_with, "precision": self.precision}
+        return self.folder.record_start(self.recipe, made_with, self.first_step)
 
     def batches(self) -> Iterable[reader.Batch]:
         """This rank's share of the batches of all remaining steps."""
@@ -205,7 +209,7 @@ class Trainer:
         result = self.step(batch, rate)
         self.steps_done += 1
         # In float16 the next step has a smaller loss scale, until that is 1.
-        if not bool(result.finite) and not (self.recipe.precision == "float16" and self.step.loss_scale > 1):
+        if not bool(result.finite) and not (self.precision == "float16" and self.step.loss_scale > 1):
             self.fail_diverged(batch)
         if self.steps_done % self.recipe.log_every == 0:
             self.log(result, rate)

@@ -19,6 +19,21 @@ def has_operator(name: str) -> bool:
     return hasattr(build.load_library(_device()), name)
 
 
+def has_bfloat16() -> bool:
+    """Whether the native convolutions can compute in bfloat16 on this processor, and not slower than in float32."""
+    return bool(_ask("has_bfloat16"))
+
+
+def has_dense_block(bfloat16: bool) -> bool:
+    """Whether there is an operator for the dense flow estimators: oneDNN must use blocked layouts on this processor."""
+    return bool(_ask("has_dense_block", int(bfloat16)))
+
+
+def _ask(name: str, *arguments: int) -> int:
+    function = getattr(build.load_library(_device()), name, None)
+    return function(*arguments) if function else 0
+
+
 def operator(name: str, infer_shape: Callable, infer_dtype: Callable, bprop: Callable | None = None) -> Any:
     """One of the operators, for use in a graph.
 

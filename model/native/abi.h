@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "constants.h"
 
@@ -104,7 +104,7 @@ inline Status check_tensor(const Call& call, int i, const TensorSpec& spec, Size
 }
 
 // Checks number, dtypes, ranks and shapes of a call's tensors; `sizes` then has the value of each Symbol in the specs.
-inline Status check(const Call& call, std::initializer_list<TensorSpec> specs, Sizes* sizes) {
+inline Status check(const Call& call, const std::vector<TensorSpec>& specs, Sizes* sizes) {
   if (call.count != static_cast<int>(specs.size())) {
     std::fprintf(stderr, "%s: %d tensors, expected %d\n", call.name, call.count, static_cast<int>(specs.size()));
     return kTensorCount;

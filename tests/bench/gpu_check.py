@@ -298,7 +298,7 @@ def check_operators(options: Namespace) -> Result:
         for float16 in (False, True):
             cell = Convolution(*channels, backend, stride=stride, dilation=dilation)
             if float16:
-                cell.use_float16()
+                cell.set_precision("float16")
             cell.weight.set_data(Tensor(weight.astype(np.float32)))
             cell.bias.set_data(Tensor(bias.astype(np.float32)))
             actual = reference.run_with_gradients(cell, gradient, x)
@@ -335,13 +335,14 @@ def make_train_step(float16: bool = False, backend: Backend = "native") -> Train
     import mindspore
 
     from model.losses import MultiScaleLoss
+    from model.precision import set_precision
     from model.pwcnet import PWCNet
-    from train.step import StepOptions, TrainStep, use_float16
+    from train.step import StepOptions, TrainStep
 
     mindspore.set_seed(1)
     network = PWCNet(backend=backend)
     if float16:
-        use_float16(network)
+        set_precision(network, "float16")
     return TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=float16))
 
 

@@ -1,6 +1,6 @@
 """One process of model.py: builds a network and answers each line of stdin with a number.
 
-python tests/bench/model_child.py native|mindspore|floor|torch BATCH HEIGHT WIDTH
+python tests/bench/model_child.py LIBRARY[+WAY...] BATCH HEIGHT WIDTH, as in model.py
 """
 
 import os
@@ -15,8 +15,6 @@ import numpy as np
 if TYPE_CHECKING:
     from mindspore import Tensor
 
-    from model.backend import Backend
-
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 RATE = 1e-4
 """Learning rate."""
@@ -29,8 +27,11 @@ class Actions(NamedTuple):
     train: Callable[[], None]
 
 
-def in_mindspore(images: np.ndarray, flow: np.ndarray, floor: bool, backend: "Backend") -> Actions:
-    """Functions that infer and train once; with `floor`, without cost volume and warping."""
+def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actions:
+    """Functions that infer and train once; `ways` names what is switched on: floor, mindspore, bfloat16.
+
+    The floor is a network without cost volume and warping.
+    """
     sys.path.insert(0, ROOT)
     from launch import session
     from launch.ranks import Rank
@@ -43,6 +44,7 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, floor: bool, backend: "Ba
 
     from model.inference import FlowPredictor
     from model.losses import MultiScaleLoss
+    from model.precision import set_precision
     from model.pwcnet import PWCNet
     from prep.reader import Batch
     from train.step import StepOptions, TrainStep
@@ -55,8 +57,10 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, floor: bool, backend: "Ba
         def construct(self, features: "Tensor", flow: np.ndarray) -> "Tensor":
             return features + flow[:, :1]
 
-    network = PWCNet(backend=backend)
-    if floor:
+    network = PWCNet(backend="mindspore" if "mindspore" in ways else "native")
+    if "bfloat16" in ways:
+        set_precision(network, "bfloat16")
+    if "floor" in ways:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0))
     valid = np.ones(flow.shape[:3], np.uint8)
@@ -73,22 +77,29 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, floor: bool, backend: "Ba
     return Actions(infer, train)
 
 
-def in_torch(images: np.ndarray, flow: np.ndarray) -> Actions:
-    """The same with PyTorch's layers."""
+def in_torch(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actions:
+    """The same with PyTorch's layers; `ways` names what is switched on: channels_last, bfloat16, compile."""
     sys.path.insert(0, os.path.join(ROOT, "tests"))
     import torch
     from torch.nn import functional
     from torch_pwcnet import IRR
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    network = IRR()
+    memory_format = torch.channels_last if "channels_last" in ways else torch.contiguous_format
+    network: Any = IRR().to(memory_format=memory_format)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     inputs = [torch.from_numpy(image).permute(0, 3, 1, 2) for image in images]
     truth = torch.from_numpy(flow).permute(0, 3, 1, 2)
     size = truth.shape[2:]
 
+    if "compile" in ways:
+        network = torch.compile(network)
+
     def forward() -> list[Any]:
-        return network(*(image.float() / 255 for image in inputs))
+        pair = [(image.float() / 255).to(memory_format=memory_format) for image in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in ways):
+            flows = network(*pair)
+        return [flow.float() for flow in flows]
 
     def infer() -> None:
         with torch.no_grad():
@@ -113,10 +124,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (2, batch, height, width, 3)).astype(np.uint8)
     flow = rng.normal(0, 5, (batch, height, width, 2)).astype(np.float32)
-    if kind == "torch":
-        actions = in_torch(images, flow)
+    library, *ways = kind.split("+")
+    if library == "torch":
+        actions = in_torch(images, flow, ways)
     else:
-        actions = in_mindspore(images, flow, kind == "floor", "mindspore" if kind == "mindspore" else "native")
+        actions = in_mindspore(images, flow, ways)
     for line in sys.stdin:
         what = line.strip()
         start = time.perf_counter()

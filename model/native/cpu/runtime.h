@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <initializer_list>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -38,38 +37,58 @@ inline void store_part(float* at, Vector value, int64_t count) {
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of scratch memory, taken in the same order by each operator and never freed: the system takes longer to hand
-// out fresh pages than most operators take to run.
+// Scratch memory, which is never given back: the system takes longer to hand out fresh pages than most operators take
+// to run. It is one chunk, as large as any operator has needed so far; an operator that needs more gets further chunks.
 class Scratch {
  public:
-  void restart() { next_ = 0; }
+  struct Mark {
+    size_t chunk, used;
+  };
+
+  // Frees everything.
+  void restart() {
+    if (chunks_.size() > 1) {
+      size_t total = 0;
+      for (const Chunk& chunk : chunks_) total += chunk.size;
+      for (const Chunk& chunk : chunks_) std::free(chunk.data);
+      chunks_.clear();
+      append(total);
+    }
+    next_ = {0, 0};
+  }
 
   void* take(size_t bytes) {
-    if (next_ == blocks_.size()) blocks_.push_back({nullptr, 0});
-    Block& block = blocks_[next_++];
-    if (block.size < bytes) {
-      std::free(block.data);
-      constexpr size_t kHugePage = size_t(1) << 21;
-      block.size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-      block.data = std::aligned_alloc(kHugePage, block.size);
-      if (block.data == nullptr) {
-        block.size = 0;
-        throw std::bad_alloc();
-      }
-      madvise(block.data, block.size, MADV_HUGEPAGE);
-    }
-    return block.data;
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    while (next_.chunk < chunks_.size() && next_.used + bytes > chunks_[next_.chunk].size) next_ = {next_.chunk + 1, 0};
+    if (next_.chunk == chunks_.size()) append(bytes);
+    void* data = static_cast<char*>(chunks_[next_.chunk].data) + next_.used;
+    next_.used += bytes;
+    return data;
   }
 
   float* floats(size_t count) { return static_cast<float*>(take(count * sizeof(float))); }
 
+  // What is taken after a mark is free again when it is released.
+  Mark mark() const { return next_; }
+  void release(Mark mark) { next_ = mark; }
+
  private:
-  struct Block {
+  struct Chunk {
     void* data;
     size_t size;
   };
-  std::vector<Block> blocks_;
-  size_t next_ = 0;
+  static constexpr size_t kAlignment = 4096, kHugePage = size_t(1) << 21;
+
+  void append(size_t bytes) {
+    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* data = std::aligned_alloc(kHugePage, size);
+    if (data == nullptr) throw std::bad_alloc();
+    madvise(data, size, MADV_HUGEPAGE);
+    chunks_.push_back({data, size});
+  }
+
+  std::vector<Chunk> chunks_;
+  Mark next_ = {0, 0};
 };
 
 inline Scratch scratch;
@@ -78,7 +97,7 @@ inline std::mutex operator_mutex;
 // Checks a call and runs an operator, `Status function(const Sizes&)`, alone: each uses all of OpenMP's threads and the
 // scratch memory. An exception becomes a line on stderr and a status.
 template <class Function>
-int run(const Call& call, std::initializer_list<TensorSpec> specs, Function function) {
+int run(const Call& call, const std::vector<TensorSpec>& specs, Function function) {
   Sizes sizes;
   if (const Status status = check(call, specs, &sizes)) return status;
   std::lock_guard<std::mutex> lock(operator_mutex);

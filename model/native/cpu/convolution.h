@@ -1,0 +1,126 @@
+// The oneDNN primitives of a 3x3 convolution with bias and LeakyReLU, made when they are first needed and then kept.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "onednn.h"
+
+namespace pwcnet {
+
+// What happens to the sums of a convolution.
+enum After : int64_t {
+  kNothing,  // they get a bias
+  kLeaky,    // they get a bias and LeakyReLU
+  kAdd,      // they are added, without a bias, to what is at their place, in float32
+};
+
+struct Geometry {
+  int64_t n, in, out, h, w, stride, dilation;
+  After after;
+  // Whether images, weights and upstream gradients are rounded to bfloat16. Products are summed in float32.
+  int64_t bfloat16;
+  // The layout of images: blocks of so many channels, or whatever is fastest if it is 0.
+  int64_t block;
+
+  int64_t out_h() const { return (h - 1) / stride + 1; }
+  int64_t out_w() const { return (w - 1) / stride + 1; }
+  bool operator<(const Geometry& o) const {
+    return std::tie(n, in, out, h, w, stride, dilation, after, bfloat16, block) <
+           std::tie(o.n, o.in, o.out, o.h, o.w, o.stride, o.dilation, o.after, o.bfloat16, o.block);
+  }
+};
+
+class Convolution {
+ public:
+  template <class Description>
+  struct Step {
+    Description chosen;  // the layouts
+    dnnl::primitive run;
+  };
+  using Forward = Step<dnnl::convolution_forward::primitive_desc>;
+  using InputGradient = Step<dnnl::convolution_backward_data::primitive_desc>;
+  using WeightGradient = Step<dnnl::convolution_backward_weights::primitive_desc>;
+
+  explicit Convolution(const Geometry& g)
+      : x_{g.n, g.in, g.h, g.w},
+        weight_{g.out, g.in, 3, 3},
+        y_{g.n, g.out, g.out_h(), g.out_w()},
+        stride_{g.stride, g.stride},
+        dilation_{g.dilation - 1, g.dilation - 1},
+        pad_{g.dilation, g.dilation},
+        after_(g.after),
+        type_(g.bfloat16 ? memory::data_type::bf16 : memory::data_type::f32),
+        // A blocked result is the next layer's input; any other becomes float32 in any case.
+        result_type_(g.block && g.after != kAdd ? type_ : memory::data_type::f32),
+        tag_(g.block == 16  ? memory::format_tag::aBcd16b
+             : g.block == 8 ? memory::format_tag::aBcd8b
+                            : memory::format_tag::any) {}
+
+  const Forward& forward() {
+    if (!forward_) {
+      const auto chosen = describe_forward();
+      forward_ = Forward{chosen, dnnl::convolution_forward(chosen)};
+    }
+    return *forward_;
+  }
+
+  const InputGradient& input_gradient() {
+    if (!input_gradient_) {
+      const dnnl::convolution_backward_data::primitive_desc chosen(
+          engine(), kDirect, images(x_, memory::data_type::f32), weights(type_), images(y_, type_), stride_, dilation_,
+          pad_, pad_, describe_forward(), attributes(kNothing));
+      input_gradient_ = InputGradient{chosen, dnnl::convolution_backward_data(chosen)};
+    }
+    return *input_gradient_;
+  }
+
+  const WeightGradient& weight_gradient() {
+    if (!weight_gradient_) {
+      const dnnl::convolution_backward_weights::primitive_desc chosen(
+          engine(), kDirect, images(x_, type_), weights(memory::data_type::f32), plain({weight_[0]}), images(y_, type_),
+          stride_, dilation_, pad_, pad_, describe_forward(), attributes(kNothing));
+      weight_gradient_ = WeightGradient{chosen, dnnl::convolution_backward_weights(chosen)};
+    }
+    return *weight_gradient_;
+  }
+
+ private:
+  static constexpr auto kDirect = dnnl::algorithm::convolution_direct;
+
+  memory::desc images(const memory::dims& dims, memory::data_type type) const { return {dims, type, tag_}; }
+  memory::desc weights(memory::data_type type) const { return {weight_, type, memory::format_tag::any}; }
+
+  static dnnl::primitive_attr attributes(After after) {
+    dnnl::primitive_attr attributes;
+    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    dnnl::post_ops operations;
+    if (after == kLeaky) operations.append_eltwise(dnnl::algorithm::eltwise_relu, kLeakySlope, 0.f);
+    if (after == kAdd) operations.append_sum(1.f);
+    attributes.set_post_ops(operations);
+    return attributes;
+  }
+
+  dnnl::convolution_forward::primitive_desc describe_forward() const {
+    const auto training = dnnl::prop_kind::forward_training;
+    const auto bias = after_ == kAdd ? memory::desc() : plain({weight_[0]});
+    return {engine(),  training, kDirect, images(x_, type_), weights(type_), bias, images(y_, result_type_), stride_,
+            dilation_, pad_,     pad_,    attributes(after_)};
+  }
+
+  memory::dims x_, weight_, y_, stride_, dilation_, pad_;
+  After after_;
+  memory::data_type type_, result_type_;
+  memory::format_tag tag_;
+  std::optional<Forward> forward_;
+  std::optional<InputGradient> input_gradient_;
+  std::optional<WeightGradient> weight_gradient_;
+};
+
+inline Convolution& find_convolution(const Geometry& geometry) {
+  static Cache<Geometry, Convolution> cache;
+  return cache.find(geometry);
+}
+
+}  // namespace pwcnet

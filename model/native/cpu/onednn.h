@@ -1,0 +1,103 @@
+// What the operators that use oneDNN share: its engine, memory in scratch blocks, and convolutions that are kept.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <dnnl.hpp>
+#include <list>
+#include <map>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+#include "runtime.h"
+
+namespace pwcnet {
+
+using dnnl::memory;
+
+inline dnnl::engine& engine() {
+  static dnnl::engine instance(dnnl::engine::kind::cpu, 0);
+  return instance;
+}
+
+inline dnnl::stream& stream() {
+  static dnnl::stream instance(engine());
+  return instance;
+}
+
+inline memory::desc plain(memory::dims dims) {
+  const auto tag = dims.size() == 4 ? memory::format_tag::abcd : memory::format_tag::a;
+  return memory::desc(dims, memory::data_type::f32, tag);
+}
+
+// NCHW images that are some of the channels of images with `channels` of them.
+inline memory::desc part(memory::dims dims, int64_t channels) {
+  const int64_t plane = dims[2] * dims[3];
+  return memory::desc(dims, memory::data_type::f32, memory::dims{channels * plane, plane, dims[3], 1});
+}
+
+inline memory wrap(const memory::desc& desc, const void* data) {
+  return memory(desc, engine(), const_cast<void*>(data));
+}
+
+inline memory allocate(const memory::desc& desc) { return wrap(desc, scratch.take(desc.get_size())); }
+
+inline void convert(const memory& from, const memory& to) {
+  dnnl::reorder(from, to).execute(stream(), const_cast<memory&>(from), const_cast<memory&>(to));
+}
+
+// The memory itself if it has the wanted layout, else a copy that has.
+inline memory in_layout(const memory& from, const memory::desc& wanted) {
+  if (from.get_desc() == wanted) return from;
+  memory to = allocate(wanted);
+  convert(from, to);
+  return to;
+}
+
+inline void execute(const dnnl::primitive& primitive, const memory::desc& scratchpad,
+                    std::unordered_map<int, memory> arguments) {
+  arguments.insert({DNNL_ARG_SCRATCHPAD, allocate(scratchpad)});
+  primitive.execute(stream(), arguments);
+  stream().wait();
+}
+
+// Copies `count` floats of each of `n` images.
+inline void copy_planes(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t n,
+                        int64_t count) {
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t part = 0; part < 64; ++part) {
+      const int64_t begin = count * part / 64, end = count * (part + 1) / 64;
+      std::memcpy(to + i * to_stride + begin, from + i * from_stride + begin, (end - begin) * sizeof(float));
+    }
+}
+
+// Keeps the most recently used of what is expensive to make.
+template <class Key, class Value>
+class Cache {
+ public:
+  Value& find(const Key& key) {
+    const auto found = index_.find(key);
+    if (found != index_.end()) {
+      recent_.splice(recent_.begin(), recent_, found->second);
+    } else {
+      recent_.emplace_front(key, Value(key));
+      index_.emplace(key, recent_.begin());
+      if (recent_.size() > kMaxEntries) {
+        index_.erase(recent_.back().first);
+        recent_.pop_back();
+      }
+    }
+    return recent_.front().second;
+  }
+
+ private:
+  static constexpr size_t kMaxEntries = 512;  // a network has about fifty convolutions per image size
+  using Entry = std::pair<Key, Value>;
+  std::list<Entry> recent_;  // the last used first
+  std::map<Key, typename std::list<Entry>::iterator> index_;
+};
+
+}  // namespace pwcnet

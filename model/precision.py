@@ -1,0 +1,79 @@
+"""The number format that a network's convolutions compute in."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+from launch import ranks
+from launch.errors import UserError
+from model import native
+
+if TYPE_CHECKING:
+    from mindspore import nn
+
+Precision = Literal["float32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+CHOICES = ("auto", *PRECISIONS)
+
+
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--precision`, whose value `resolve_precision` takes."""
+    parser.add_argument(
+        "--precision",
+        choices=CHOICES,
+        default="float32",
+        help="number format of the convolutions; auto: the fastest one on this device (default: float32)",
+    )
+
+
+def resolve_precision(precision: str, backend: str) -> Precision:
+    """The number format to compute in on MindSpore's current device.
+
+    "auto" is float16 on a GPU, and on a CPU bfloat16 if it can multiply that, else float32. Where bfloat16 would be
+    slower than float32, which takes its place, a note says so.
+
+    Args:
+        precision: one of `CHOICES`.
+        backend: of the network, as `model.backend.resolve_backend` returns it.
+
+    Raises:
+        ValueError: there is no such choice.
+        UserError: bfloat16 on a GPU.
+    """
+    import mindspore
+
+    if precision not in CHOICES:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(CHOICES)}")
+    device = mindspore.get_context("device_target")
+    if device != "CPU":
+        if precision == "bfloat16":
+            raise UserError(
+                f"precision bfloat16: MindSpore's convolutions on {device} do not have it; use float16 or auto"
+            )
+        return "float16" if precision == "auto" else cast("Precision", precision)
+    if precision not in ("auto", "bfloat16"):
+        return cast("Precision", precision)
+    reason = ""
+    if backend != "native" or not native.has_operator("Convolution3x3"):
+        reason = f"the convolutions of the backend {backend} do not have it"
+    elif not native.has_bfloat16():
+        reason = "this processor has neither AVX512-BF16 nor AMX"
+    if not reason:
+        return "bfloat16"
+    if precision == "bfloat16" and ranks.current().local_rank == 0:
+        print(f"note: float32 instead of bfloat16: {reason}", file=sys.stderr, flush=True)
+    return "float32"
+
+
+def set_precision(network: "nn.Cell", precision: Precision) -> None:
+    """Make a network's convolutions compute in a number format, and leave the rest in float32.
+
+    The convolutions take nearly all of the time. Flow, warping, cost volume, loss and weight updates are sums of many
+    numbers or differences of close ones, which 16 bits would spoil. With bfloat16, the convolutions that end in a flow
+    compute in float32, too.
+
+    Call it before the network's first use: compiled graphs keep the precision that they were compiled with.
+    """
+    for _, cell in network.cells_and_names():
+        if hasattr(cell, "set_precision"):
+            cell.set_precision(precision)
