@@ -1,7 +1,6 @@
 """A trained network ready to use: NumPy images in, NumPy flow out."""
 
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -9,32 +8,33 @@ from mindspore import Tensor, nn, ops
 from model import exportable
 from model.backend import Backend
 from model.precision import resolve_precision, set_precision
-from model.pwcnet import DIV_FLOW, round_up, to_network
-from model.resizing import resize
+from model.pwcnet import DIV_FLOW, PWCNet, round_up, to_network
+from model.resizing import resize, resize_array
 from model.weights import load_network
 
 
-def choose_resize(network: nn.Cell) -> Callable[[Tensor, tuple[int, int], bool], Tensor]:
-    """The bilinear resizing of a network's backend."""
-    return exportable.resize if getattr(network, "backend", "") == "exportable" else resize
-
-
-class ImagePreparation(nn.Cell):
-    """An image of any size as the network's input.
-
-    Sides that are not multiples of 64 are resized, not padded: padding adds an edge that moves with neither image, and
-    published results of this network were made by resizing, with corners aligned ("irr") or not ("nvlabs").
+class PredictionGraph(nn.Cell):
+    """All that `FlowPredictor` computes as one graph, for export; it is compiled for each image size.
 
     Args:
-        network: a `PWCNet`, or any Cell from two images to flows; one without `align_corners` aligns them.
+        network: a `model.pwcnet.PWCNet`.
     """
 
-    def __init__(self, network: nn.Cell) -> None:
+    def __init__(self, network: PWCNet) -> None:
         super().__init__(auto_prefix=False)
-        self.align_corners = getattr(network, "align_corners", True)
-        self.resize = choose_resize(network)
+        self.network = network
+        self.align_corners = network.align_corners
+        self.resize = exportable.resize if network.backend == "exportable" else resize
 
-    def construct(self, image: Tensor) -> Tensor:
+    def construct(self, image1: Tensor, image2: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 RGB images to flow (N, H, W, 2) float32 in pixels."""
+        _, height, width, _ = image1.shape
+        flow = self.network(self.prepare(image1), self.prepare(image2))[-1]
+        flow = self.resize(flow, (height, width), self.align_corners) / DIV_FLOW
+        u, v = flow[:, 0] * (width / round_up(width)), flow[:, 1] * (height / round_up(height))
+        return ops.stack((u, v), 3)
+
+    def prepare(self, image: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 RGB to (N, 3, H', W') float32 in [0, 1]; H' and W' are multiples of 64."""
         _, height, width, _ = image.shape
         padded = (round_up(height), round_up(width))
@@ -44,59 +44,22 @@ class ImagePreparation(nn.Cell):
         return image
 
 
-class FlowConversion(nn.Cell):
-    """The network's finest flow as pixels of the original images.
-
-    Args:
-        network: as of `ImagePreparation`.
-    """
-
-    def __init__(self, network: nn.Cell) -> None:
-        super().__init__(auto_prefix=False)
-        self.align_corners = getattr(network, "align_corners", True)
-        self.resize = choose_resize(network)
-
-    def construct(self, flow: Tensor, height: int, width: int) -> Tensor:
-        """(N, 2, H' / 4, W' / 4) float32 to (N, H, W, 2) float32 in pixels of images of (H, W)."""
-        flow = self.resize(flow, (height, width), self.align_corners) / DIV_FLOW
-        u, v = flow[:, 0] * (width / round_up(width)), flow[:, 1] * (height / round_up(height))
-        return ops.stack((u, v), 3)
-
-
-class PredictionGraph(nn.Cell):
-    """All that `FlowPredictor` computes as one graph, for export; it is compiled for each image size.
-
-    Args:
-        network: as of `ImagePreparation`.
-    """
-
-    def __init__(self, network: nn.Cell) -> None:
-        super().__init__(auto_prefix=False)
-        self.network = network
-        self.prepare = ImagePreparation(network)
-        self.convert = FlowConversion(network)
-
-    def construct(self, image1: Tensor, image2: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 RGB images to flow (N, H, W, 2) float32 in pixels."""
-        _, height, width, _ = image1.shape
-        flow = self.network(self.prepare(image1), self.prepare(image2))[-1]
-        return self.convert(flow, height, width)
-
-
 class FlowPredictor:
     """Computes the flow of image pairs of any size.
 
-    MindSpore compiles the network once for each batch and size in multiples of 64 pixels, not for each image size: what
-    depends on the image size are two small graphs around it. The first call at a size takes seconds, others do not.
+    Sides that are not multiples of 64 are resized, not padded: padding adds an edge that moves with neither image, and
+    published results of this network were made by resizing, with corners aligned ("irr") or not ("nvlabs").
+
+    MindSpore compiles the network for each batch and each size in multiples of 64 pixels, which takes seconds. The
+    resizing is not part of the graph, so that all image sizes that become the same one share it.
 
     Args:
-        network: a `model.pwcnet.PWCNet`, or any Cell from two images to flows.
+        network: a `model.pwcnet.PWCNet`, or any Cell from two images to flows; one without `align_corners` aligns them.
     """
 
     def __init__(self, network: nn.Cell) -> None:
         self.network = network
-        self.prepare = ImagePreparation(network)
-        self.convert = FlowConversion(network)
+        self.align_corners = getattr(network, "align_corners", True)
 
     def flow(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
         """The flow from image 1 to image 2.
@@ -119,9 +82,17 @@ class FlowPredictor:
                 raise ValueError(f"images are {images.dtype} {images.shape[1:]}, expected uint8 (H, W, 3)")
         if images1.shape != images2.shape:
             raise ValueError(f"image 1 is {images1.shape[1:]} and image 2 {images2.shape[1:]}; expected one size")
+        flow = self.network(Tensor(self.prepare(images1)), Tensor(self.prepare(images2)))[-1].asnumpy()
         _, height, width, _ = images1.shape
-        flows = self.network(self.prepare(Tensor(images1)), self.prepare(Tensor(images2)))
-        return self.convert(flows[-1], height, width).asnumpy()
+        scale = np.array([width / round_up(width), height / round_up(height)], np.float32) / np.float32(DIV_FLOW)
+        flow = np.ascontiguousarray(flow.transpose(0, 2, 3, 1)) * scale
+        return resize_array(flow, (height, width), self.align_corners)
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 RGB to the network's (N, 3, H', W') float32 in [0, 1]."""
+        _, height, width, _ = images.shape
+        resized = resize_array(images.astype(np.float32), (round_up(height), round_up(width)), self.align_corners)
+        return np.ascontiguousarray(resized.transpose(0, 3, 1, 2)) / np.float32(255)
 
 
 def load_predictor(path: str | pathlib.Path, backend: Backend = "native", precision: str = "float32") -> FlowPredictor:

@@ -1,4 +1,4 @@
-"""Bilinear resizing: MindSpore's own, and by products with interpolation matrices."""
+"""Bilinear resizing: MindSpore's own, by products with interpolation matrices, and of NumPy arrays."""
 
 import numpy as np
 from mindspore import Tensor, float32, ops
@@ -27,9 +27,30 @@ def upsample(flow: Tensor, height: int, width: int, align_corners: bool) -> Tens
 @ops.constexpr
 def interpolation_matrix(before: int, after: int, align_corners: bool) -> Tensor:
     """The float32 (after, before) matrix of a linear interpolation along one side, from `before` to `after` pixels."""
+    positions = sample_positions(before, after, align_corners)
+    return Tensor(np.maximum(1 - np.abs(positions[:, None] - np.arange(before)), 0), float32)
+
+
+def resize_array(images: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
+    """`resize` of a NumPy array, (N, H, W, C) float32 to (N, *size, C), outside of a graph."""
+    for axis in (1, 2):
+        before, after = images.shape[axis], size[axis - 1]
+        if before != after:
+            positions = sample_positions(before, after, align_corners)
+            lower = np.minimum(positions.astype(int), max(before - 2, 0))
+            upper = np.minimum(lower + 1, before - 1)
+            share = (positions - lower).astype(np.float32).reshape(-1, *[1] * (3 - axis))
+            resized = images.take(lower, axis)
+            images = images.take(upper, axis)
+            images -= resized
+            images *= share
+            images += resized
+    return images
+
+
+def sample_positions(before: int, after: int, align_corners: bool) -> np.ndarray:
+    """Where the pixels of a side of `after` lie on one of `before`, in pixels of that; (after,) float64."""
     pixels = np.arange(after)
     if align_corners:
-        positions = pixels * ((before - 1) / max(after - 1, 1))
-    else:
-        positions = np.clip((pixels + 0.5) * (before / after) - 0.5, 0, before - 1)
-    return Tensor(np.maximum(1 - np.abs(positions[:, None] - np.arange(before)), 0), float32)
+        return pixels * ((before - 1) / max(after - 1, 1))
+    return np.clip((pixels + 0.5) * (before / after) - 0.5, 0, before - 1)

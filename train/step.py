@@ -232,7 +232,7 @@ class Update(nn.Cell):
         finite = ops.isfinite(norm)
         if self.clip_norm > 0:
             factor = factor * ops.minimum(self.clip_norm / (norm + 1e-6), 1.0)
-        ops.assign(self.change, ops.zeros_like(self.change))
+        ops.assign_sub(self.change, self.change)
         if finite:
             gradient = gradient * factor
             if self.decay > 0:

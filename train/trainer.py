@@ -1,6 +1,7 @@
 """The trainer: sets up a run, trains step by step, validates, saves. Every rank has one; rank 0 writes and shows."""
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import socket
@@ -15,6 +16,7 @@ from launch import session
 from launch.communicator import ALONE, Communicator
 from launch.files import write_json
 from launch.watchdog import Phase
+from model import graph_cache
 from model.inference import FlowPredictor
 from model.losses import make_loss
 from model.precision import resolve_precision, set_precision
@@ -199,7 +201,8 @@ class Trainer:
         """Do one step on this rank's share of the global batch."""
         if self.steps_done == self.first_step:
             with self.goodput.spending("compilation"):
-                self.step.compile(batch)
+                with self.graph_cache(batch):
+                    self.step.compile(batch)
                 self.comm.barrier()
             self.goodput.record(self.first_step)
             self.stopwatch.restart(self.first_step)
@@ -214,6 +217,11 @@ class Trainer:
         if self.steps_done % self.recipe.log_every == 0:
             self.log(result, rate)
         return result
+
+    def graph_cache(self, batch: reader.Batch) -> contextlib.AbstractContextManager[None]:
+        """The cache for the graphs of the step on batches of this one's shape."""
+        options = self.recipe.network_options, self.recipe.loss, self.network.backend, self.precision
+        return graph_cache.cached(*options, self.step.options, self.comm.size, batch.image1.shape)
 
     def finish_step(self, stop_request: StopRequest) -> None:
         """Validate and save if that is due after a step, and stop if that was requested."""
