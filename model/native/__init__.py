@@ -3,6 +3,7 @@
 `cpu/` is C++ (the convolution with oneDNN), `cuda/` is CUDA for NVIDIA GPUs; `build.py` compiles and loads them.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,15 @@ def has_bfloat16() -> bool:
 def has_dense_block(bfloat16: bool) -> bool:
     """Whether there is an operator for the dense flow estimators: oneDNN must use blocked layouts on this processor."""
     return bool(_ask("has_dense_block", int(bfloat16)))
+
+
+def measure_peak(bfloat16: bool) -> float | None:
+    """Floating-point operations in a second of a convolution that suits the processor; None without a native one."""
+    function = getattr(build.load_library(_device()), "measure_peak", None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_double
+    return function(int(bfloat16))
 
 
 def _ask(name: str, *arguments: int) -> int:

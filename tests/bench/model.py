@@ -1,9 +1,10 @@
-"""How fast the network is compared with PyTorch: inference, training step, start-up and memory.
+"""How fast the network is compared with PyTorch and with the processor: inference, training step, start-up and memory.
 
-python tests/bench/model.py [--torch-python PY] [--size H W] [--batch N] [--repeats N] [--stock]
+python tests/bench/model.py [--torch-python PY] [--size H W] [--batch N] [--repeats N] [--compile] [--floor] [--stock]
 
 Each row is a process of its own; they are asked in turn. Those that wait are stopped, as idle threads of some of these
-libraries spin.
+libraries spin. "of PyTorch" compares with PyTorch's fastest row of the same precision. "of peak" is the time that the
+convolutions alone would take at the speed that one of them reaches where it is fastest, divided by the time measured.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import sys
 import material
 
 KINDS = {
-    "this toolkit": "native",
-    "the same without cost volume and warp": "floor",
-    "the same with MindSpore's operators": "mindspore",
-    "PyTorch, stock layers": "torch",
+    "this toolkit": "here",
+    "this toolkit, bfloat16": "here+bfloat16",
+    "without cost volume and warp": "here+floor",
+    "with MindSpore's operators": "here+mindspore",
+    "PyTorch": "torch",
+    "PyTorch, channels last": "torch+channels_last",
+    "PyTorch, channels last, bfloat16": "torch+channels_last+bfloat16",
+    "PyTorch, compiled": "torch+compile",
 }
-FLOOR, PEER = list(KINDS)[1], list(KINDS)[3]
+WHAT = ("inference", "step")
 
 
 class Child:
@@ -38,7 +43,7 @@ class Child:
         )
 
     def ask(self, what: str) -> float:
-        """Seconds for one "inference" or "step"; bytes for "memory"."""
+        """Seconds for one "inference" or "step"; "memory" in bytes, "flops" of inference, "peak" in FLOP/s."""
         assert self.process.stdin and self.process.stdout
         os.kill(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(what + "\n")
@@ -67,68 +72,77 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="pairs at a time (default: 4)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="calls that are timed (default: 5)")
-    parser.add_argument(
-        "--stock", action="store_true", help="also measure MindSpore's own operators, which need 10 GB (default: off)"
-    )
+    for option, meaning in (
+        ("compile", "also measure torch.compile, which takes minutes"),
+        ("floor", "also measure the network without cost volume and warping"),
+        ("stock", "also measure MindSpore's own operators, which need 10 GB"),
+    ):
+        parser.add_argument(f"--{option}", action="store_true", help=f"{meaning} (default: off)")
     options = parser.parse_args()
-    kinds = dict(KINDS)
-    if not options.stock:
-        kinds.pop("the same with MindSpore's operators")
-    found = subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True)
-    if found.returncode:
+    left_out = {"torch+compile": options.compile, "here+floor": options.floor, "here+mindspore": options.stock}
+    kinds = {name: kind for name, kind in KINDS.items() if left_out.get(kind, True)}
+    if subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True).returncode:
         print(f"note: {options.torch_python} has no PyTorch, which is skipped; see --torch-python")
-        kinds.pop(PEER)
+        kinds = {name: kind for name, kind in kinds.items() if not kind.startswith("torch")}
     children, rows = {}, {}
     for name, kind in kinds.items():
-        python = options.torch_python if kind == "torch" else sys.executable
+        python = options.torch_python if kind.startswith("torch") else sys.executable
         children[name] = Child(python, kind, options)
         # One after the other, as the first call of each compiles its graph.
+        rows[name] = {"step": [], "inference": [], "first": children[name].ask("step")}
         children[name].ask("inference")
-        rows[name] = {"first": children[name].ask("step"), "inference": [], "step": []}
     for _ in range(options.repeats):
-        for what in ("inference", "step"):
+        for what in WHAT:
             for name, child in children.items():
                 rows[name][what].append(child.ask(what))
+    flops, peaks = children["this toolkit"].ask("flops"), {}
+    for precision, name in (("float32", "this toolkit"), ("bfloat16", "this toolkit, bfloat16")):
+        peaks[precision] = children[name].ask("peak")
+        bounds = [flops * factor / peaks[precision] for factor in (1, 3)]
+        print(
+            f"{precision}: {peaks[precision] / 1e9:.0f} GFLOP/s at best, with which the convolutions of inference take "
+            f"{bounds[0]:.2f} s and those of a step {bounds[1]:.2f} s"
+        )
     for name, child in children.items():
         rows[name]["memory"] = child.ask("memory")
         child.end()
     print(
-        f"batch {options.batch}, {options.size[0]}x{options.size[1]}, float32, "
-        f"{len(os.sched_getaffinity(0))} cores, {options.repeats} repeats, medians of seconds\n"
+        f"batch {options.batch}, {options.size[0]}x{options.size[1]}, {len(os.sched_getaffinity(0))} cores, "
+        f"{options.repeats} repeats, medians of seconds\n"
     )
 
-    def share(name: str, what: str, base: str) -> str:
-        if base not in rows:
-            return "-"
-        pairs = zip(rows[name][what], rows[base][what], strict=True)
-        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+    def precision_of(name: str) -> str:
+        return "bfloat16" if "bfloat16" in kinds[name] else "float32"
 
-    header = [
-        "",
-        "inference",
-        "of floor",
-        "of PyTorch",
-        "step",
-        "of floor",
-        "of PyTorch",
-        "compile + first step",
-        "peak GB",
-    ]
-    table = [
-        [
-            name,
-            f"{statistics.median(row['inference']):.2f}",
-            share(name, "inference", FLOOR),
-            share(name, "inference", PEER),
-            f"{statistics.median(row['step']):.2f}",
-            share(name, "step", FLOOR),
-            share(name, "step", PEER),
-            f"{row['first']:.1f}",
-            f"{row['memory'] / 1e9:.1f}",
+    def of_torch(name: str, what: str) -> str:
+        peers = [
+            rows[peer][what]
+            for peer, kind in kinds.items()
+            if kind.startswith("torch") and precision_of(peer) == precision_of(name)
         ]
-        for name, row in rows.items()
-    ]
-    material.print_table(header, table)
+        if not peers or kinds[name].startswith("torch"):
+            return "-"
+        best = min(peers, key=statistics.median)
+        return f"{statistics.median(a / b for a, b in zip(rows[name][what], best, strict=True)):.2f}"
+
+    def of_peak(name: str, what: str) -> str:
+        bound = flops * (1 if what == "inference" else 3) / peaks[precision_of(name)]
+        return f"{bound / statistics.median(rows[name][what]):.2f}"
+
+    header = [""]
+    for what in WHAT:
+        header += [what, "of PyTorch", "of peak"]
+    table = []
+    for name, row in rows.items():
+        cells = [name]
+        for what in WHAT:
+            cells += [f"{statistics.median(row[what]):.2f}", of_torch(name, what), of_peak(name, what)]
+        table.append([*cells, f"{row['first']:.1f}", f"{row['memory'] / 1e9:.1f}"])
+    material.print_table([*header, "first step", "peak GB"], table)
+    half, single = (rows[name] for name in ("this toolkit, bfloat16", "this toolkit"))
+    for what in WHAT:
+        ratio = statistics.median(a / b for a, b in zip(half[what], single[what], strict=True))
+        print(f"{what}: bfloat16 takes {ratio:.2f} of float32's time")
 
 
 if __name__ == "__main__":

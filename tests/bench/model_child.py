@@ -25,6 +25,10 @@ class Actions(NamedTuple):
 
     infer: Callable[[], None]
     train: Callable[[], None]
+    flops: Callable[[], float] = lambda: 0
+    """Of inference."""
+    peak: Callable[[], float] = lambda: 0
+    """Operations in a second."""
 
 
 def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actions:
@@ -42,6 +46,7 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actio
     session.start_mindspore(Rank(), "cpu")
     from mindspore import nn, ops
 
+    from model.flops import count_flops, measure_peak
     from model.inference import FlowPredictor
     from model.losses import MultiScaleLoss
     from model.precision import set_precision
@@ -74,7 +79,13 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actio
         network.set_train()
         step(Batch(images[0], images[1], flow, valid), RATE).losses.asnumpy()
 
-    return Actions(infer, train)
+    pairs, height, width, _ = flow.shape
+    return Actions(
+        infer,
+        train,
+        lambda: pairs * count_flops(network, height, width),
+        lambda: measure_peak("bfloat16" if "bfloat16" in ways else "float32") or 0,
+    )
 
 
 def in_torch(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actions:
@@ -131,10 +142,12 @@ def main() -> None:
         actions = in_mindspore(images, flow, ways)
     for line in sys.stdin:
         what = line.strip()
-        start = time.perf_counter()
         if what == "memory":
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        elif what in ("flops", "peak"):
+            answer = getattr(actions, what)()
         else:
+            start = time.perf_counter()
             {"inference": actions.infer, "step": actions.train}[what]()
             answer = time.perf_counter() - start
         print(answer, flush=True)

@@ -5,8 +5,12 @@
 #include "convolution.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
 
 #include "../abi.h"
 #include "flow_convolution.h"
@@ -106,6 +110,31 @@ constexpr TensorSpec kBiasGradient{"bias_gradient", "float32", 1, {kOut}};
 extern "C" int has_bfloat16() {
   const auto wanted = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
   return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
+}
+
+// Floating-point operations in a second of a convolution that is large, has many channels, and fits into the caches.
+extern "C" double measure_peak(int bfloat16) {
+  std::lock_guard<std::mutex> lock(operator_mutex);
+  scratch.restart();
+  const Geometry g{4, 256, 256, 48, 56, 1, 1, kNothing, bfloat16, 0};
+  const auto& [chosen, primitive] = find_convolution(g).forward();
+  const auto zeros = [](const memory::desc& desc) {
+    const memory found = allocate(desc);
+    std::memset(found.get_data_handle(), 0, desc.get_size());
+    return found;
+  };
+  const std::unordered_map<int, memory> arguments = {{DNNL_ARG_SRC, zeros(chosen.src_desc())},
+                                                     {DNNL_ARG_WEIGHTS, zeros(chosen.weights_desc())},
+                                                     {DNNL_ARG_BIAS, zeros(plain({g.out}))},
+                                                     {DNNL_ARG_DST, zeros(chosen.dst_desc())}};
+  double fastest = 1e9;
+  for (int repeat = 0; repeat < 8; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    execute(primitive, chosen.scratchpad_desc(), arguments);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    fastest = std::min(fastest, taken.count());
+  }
+  return 2.0 * g.n * g.h * g.w * g.in * g.out * 9 / fastest;
 }
 
 // x, weight, bias, settings (stride, dilation, LeakyReLU, bfloat16) -> y
