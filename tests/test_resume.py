@@ -133,6 +133,7 @@ def test_a_run_leaves_curves_pictures_and_metrics(
         "train/loss_scale",
         "train/gradient_norm",
         "speed/pairs_per_second",
+        "speed/teraflops",
         "data_wait/rank-1",
         "memory_gb/rank-0",
         "validation/epe",

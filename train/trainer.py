@@ -17,6 +17,7 @@ from launch.communicator import ALONE, Communicator
 from launch.files import write_json
 from launch.watchdog import Phase
 from model import graph_cache
+from model.flops import TRAINING_FACTOR, count_flops, measure_peak
 from model.inference import FlowPredictor
 from model.losses import make_loss
 from model.precision import resolve_precision, set_precision
@@ -85,6 +86,8 @@ class Trainer:
         )
         self.stopwatch = Stopwatch(self.first_step)
         self.speeds: list[float] = []
+        self.flops_per_pair = count_flops(self.network, *self.recipe.crop)
+        self.peak: float | None = None
         self.validations: list[Validation] = []
         self.monitor = Monitor(None, self.first_step, self.recipe.steps)
 
@@ -204,6 +207,7 @@ class Trainer:
                 with self.graph_cache(batch):
                     self.step.compile(batch)
                 self.comm.barrier()
+                self.peak = measure_peak(self.precision)  # while all ranks do the same
             self.goodput.record(self.first_step)
             self.stopwatch.restart(self.first_step)
         else:
@@ -274,6 +278,7 @@ class Trainer:
                 "train/loss_scale": self.step.loss_scale,
                 "train/overflows": self.step.overflows,
                 "speed/pairs_per_second": speed,
+                **self.utilization(speed),
                 **{
                     f"{name}/rank-{rank}": value
                     for rank, values in enumerate(by_rank)
@@ -284,6 +289,11 @@ class Trainer:
         self.monitor.advance(self.steps_done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
         self.speeds.append(speed)
         self.goodput.record(self.steps_done, at_once=False)
+
+    def utilization(self, speed: float) -> dict[str, float]:
+        """Teraflops that a rank's convolutions reach at a speed in pairs per second, and their share of its peak."""
+        flops = speed / self.comm.size * TRAINING_FACTOR * self.flops_per_pair
+        return {"speed/teraflops": flops / 1e12} | ({"speed/mfu": flops / self.peak} if self.peak else {})
 
     def fail_diverged(self, batch: reader.Batch) -> NoReturn:
         """End the run on all ranks with the names of the pairs in the batch."""
