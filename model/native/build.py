@@ -64,7 +64,10 @@ def load_library(device: str) -> ctypes.CDLL | None:
             raise BuildError(f"there are no operators for {device}")
         path = os.path.abspath(path or build_library(TARGETS[device]()))
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
-        return ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        if device == "CPU" and not hasattr(library, "Convolution3x3"):
+            note("there is no oneDNN package for this platform; convolutions are MindSpore's, which are slower")
+        return library
     except (BuildError, OSError) as reason:
         if ranks.current().local_rank == 0:
             print(
