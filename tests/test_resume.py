@@ -69,9 +69,9 @@ def test_a_killed_run_resumes_to_the_same_weights(
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / "step-00000009.partial-1.tmp").touch()  # killed while it wrote
 
-    status, out, err = finish(start())
+    status, _, err = finish(start())
     assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
-    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in out
+    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in err
     for disk in disks[1:]:
         assert [path.name for path in (disk / "broken").iterdir()] == ["logs"]
     assert not list(newest.parent.glob("*.partial-*"))
