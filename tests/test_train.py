@@ -253,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(data: pathlib.Path, tm
         ({"crop": "[64,96]"}, ["multiples of 64"]),
         ({"precision": "float8"}, ["float16"]),
         ({"steps": -1}, ["steps", "at least 1"]),
-        ({"mixture": "[1,2]"}, ["2 shares", "1 training dataset(s)"]),
+        ({"mixture": "[1,2]"}, ["2 shares", "1 training dataset;"]),
         ({"accumulation_steps": 3}, ["batch is 4", "3 accumulation steps", "batch=6"]),
     ],
 )
