@@ -140,11 +140,9 @@ def agreement(comm: Communicator) -> Iterator[dict[str, str]]:
 
 def find_disagreement(outcomes: list[Outcome]) -> str | None:
     """The first rank's error, else the first setting that differs from rank 0's, as one line; None if there is none."""
-    errors = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.error]
-    if len(errors) == len(outcomes):
-        return outcomes[0].error
-    for rank, outcome in errors:
-        return f"rank {rank} on {outcome.host}: {outcome.error}"
+    if failed := [rank for rank, outcome in enumerate(outcomes) if outcome.error]:
+        host, _, error = outcomes[failed[0]]
+        return error if len(failed) == len(outcomes) else f"rank {failed[0]} on {host}: {error}"
     expected = outcomes[0].settings
     for rank, (host, settings, _) in enumerate(outcomes):
         for key, value in settings.items():

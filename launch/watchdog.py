@@ -369,12 +369,11 @@ class Watchdog:
             self.interrupt()
             return
         reason = self.reason
-        if status < 0:
-            reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
-        elif status and reason is None:  # not by `session`: Open MPI has aborted, for example
-            reason = f"ended with status {status}"
-        if reason and reason != self.reason and status != -signal.SIGKILL and (line := last_line(self.log)):
-            reason += f"; last log line: {line}"
+        if status < 0 or (status and reason is None):  # not by `session`: Open MPI has aborted, for example
+            signalled = f"killed by signal {-status} ({signal.strsignal(-status)})"
+            reason = signalled if status < 0 else f"ended with status {status}"
+            if status != -signal.SIGKILL and (line := last_line(self.log)):
+                reason += f"; last log line: {line}"
         self.report_end(status if status >= 0 else 128 - status, reason)
 
     def report_end(self, status: int, reason: str | None, cut_off: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Training runs for the tests: how they are started, their data, and what they left."""
 
 import importlib
-import os
 import pathlib
 import subprocess
 import sys
@@ -99,9 +98,9 @@ def train(
 ) -> Job:
     """Start a training run on one converted dataset or several; in a network, with a rank on each host."""
     command = [*program, *words(data, out, **options)]
-    if network:  # each host has all of this machine's cores, but two ranks on one host have half of them each
-        threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        return network.mpirun("env", f"OMP_NUM_THREADS={threads}", *command, hostfile=True, cwd=tiny.ROOT)
+    if network:
+        settings = [f"{name}={value}" for name, value in tiny.ENVIRONMENT.items()]
+        return network.mpirun("env", *settings, *command, hostfile=True, cwd=tiny.ROOT)
     return tiny.mpirun(ranks, *command)
 
 
