@@ -50,21 +50,18 @@ def start(
     collective: str = "auto",
     log_folder: pathlib.Path | None = None,
 ) -> Iterator[tuple[Communicator, Plan]]:
-    """Check everything on all ranks, then start MindSpore on each.
-
-    Use it before anything imports MindSpore:
+    """Check everything on all ranks, then start MindSpore on each. Use it before anything imports MindSpore:
 
         with session.start(prepare) as (comm, plan):
 
-    In a job of several ranks, the code that follows runs in a child of the process that mpirun started, which
-    becomes its watchdog. An error in the body ends all ranks; the user sees the error of the rank that failed first.
+    In a job of several ranks, the body runs in a child of the process that mpirun started, which becomes its watchdog.
+    An error in it ends all ranks; the user sees the error of the rank that failed first.
 
     Args:
         prepare: called once on every rank, before MindSpore starts.
         device: "cpu" or "gpu"; each rank uses the GPU of its local rank.
         collective: "auto", "nccl" or "mpi"; see `add_options`.
-        log_folder: folder for a log file per rank, on that rank's host, created after all checks have passed; None
-            for no logs.
+        log_folder: for a log file per rank, on its host, created after all checks have passed; None for no logs.
 
     Yields:
         The communicator of all ranks, and the plan.
