@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from launch import ranks
+from launch.logs import print_note
 
 COMMAND = "PWCNET_COMMAND"
 """Environment variable with the name that usage shows, for commands started by a script."""
@@ -76,6 +76,5 @@ class Parser(argparse.ArgumentParser):
             name, *value = word.split("=", 1)
             if name in self._renamed:
                 words[index] = "=".join([self._renamed[name], *value])
-                if ranks.current().rank == 0:
-                    print(f"note: {name} is now called {self._renamed[name]}", file=sys.stderr)
+                print_note(f"{name} is now called {self._renamed[name]}")
         return super().parse_known_args(words, namespace)

@@ -27,19 +27,14 @@ class Communicator:
 
     library = "none"
     """Name and version of the MPI library."""
+    nccl = False
+    """Whether MindSpore sums gradients by NCCL inside its graphs."""
 
-    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None) -> None:
-        self.rank = rank.rank
-        self.size = rank.size
-        self.threads = rank.threads
-        self.nccl = False
-        """Whether MindSpore sums gradients by NCCL inside its graphs."""
-        self._report = report
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.size, self.threads = rank.rank, rank.size, rank.threads
 
     def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
         """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step, if new."""
-        if self._report:
-            self._report.progress(phase, step)
 
     def barrier(self) -> None:
         """Wait for all ranks, without a time limit and without keeping a core busy."""
@@ -83,8 +78,9 @@ ALONE = Communicator(Rank())
 class MPICommunicator(Communicator):
     """The ranks of a job started by Open MPI's mpirun, or by Slurm's srun with PMIx."""
 
-    def __init__(self, rank: Rank, report: watchdog.Reporter | None = None) -> None:
-        super().__init__(rank, report)
+    def __init__(self, rank: Rank, reporter: watchdog.Reporter) -> None:
+        super().__init__(rank)
+        self._reporter = reporter
         configure_open_mpi()
         import mpi4py
 
@@ -102,6 +98,9 @@ class MPICommunicator(Communicator):
                 f"rank {self._world.rank} of {self._world.size}: mpirun and library do not match; use the mpirun of "
                 "this environment, or set MPI4PY_LIBMPI to the path of mpirun's libmpi.so.40"
             )
+
+    def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
+        self._reporter.progress(phase, step)
 
     def barrier(self) -> None:
         with self._together():
@@ -122,15 +121,13 @@ class MPICommunicator(Communicator):
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         """Wait for all ranks; the body calls a collective, if any."""
-        if self._report:
-            self._report.waiting(True)
+        self._reporter.waiting(True)
         request, pause = self._world.Ibarrier(), 1e-5
         while not request.Test():  # MPI would wait by spinning, on a core that another rank may need
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
         yield
-        if self._report:
-            self._report.waiting(False)
+        self._reporter.waiting(False)
 
     def leave(self) -> None:
         self.barrier()

@@ -55,7 +55,17 @@ def fail(message: str) -> NoReturn:
 
 def print_error(message: str) -> None:
     """Print `error: message` as one line on stderr."""
-    print("error: " + one_line(message, None), file=sys.stderr, flush=True)
+    print_line(f"error: {message}")
+
+
+def print_warning(message: str) -> None:
+    """Print `warning: message` as one line on stderr."""
+    print_line(f"warning: {message}")
+
+
+def print_line(text: str) -> None:
+    """Print a text as one line on stderr."""
+    print(one_line(text, None), file=sys.stderr, flush=True)
 
 
 def one_line(text: object, limit: int | None = 100) -> str:

@@ -3,7 +3,7 @@
 import ctypes
 import socket
 
-from launch.errors import UserError
+from launch.errors import UserError, counted
 from launch.ranks import Rank
 
 
@@ -16,8 +16,9 @@ def check_device(rank: Rank, device: str) -> None:
         raise UserError(f"{socket.gethostname()} has no NVIDIA driver (libcuda.so.1): install it, or use --device cpu")
     if count < rank.local_size:
         raise UserError(
-            f"{socket.gethostname()} has {count} GPU(s), expected one for each of its {rank.local_size} rank(s): start "
-            "as many ranks per host as it has GPUs (mpirun -n, --host NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some"
+            f"{socket.gethostname()} has {counted(count, 'GPU')}, expected one for each of its "
+            f"{counted(rank.local_size, 'rank')}: start as many ranks per host as it has GPUs (mpirun -n, --host "
+            "NAME:GPUS); CUDA_VISIBLE_DEVICES may hide some"
         )
 
 

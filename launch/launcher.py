@@ -1,7 +1,6 @@
 """The process that started the ranks of this host: mpirun, or its daemon."""
 
 import contextlib
-import itertools
 import os
 import socket
 
@@ -62,6 +61,6 @@ def end_launcher(delay: float) -> None:
 
 def addresses() -> list[str]:
     """This host's IPv4 addresses, loopback last."""
-    entries = itertools.chain.from_iterable(psutil.net_if_addrs().values())
-    found = [entry.address for entry in entries if entry.family == socket.AF_INET]
+    interfaces = psutil.net_if_addrs().values()
+    found = [entry.address for entries in interfaces for entry in entries if entry.family == socket.AF_INET]
     return sorted(found, key=lambda address: address.startswith("127."))

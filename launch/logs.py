@@ -17,8 +17,17 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
+from launch import ranks
+from launch.errors import print_line
+
 CRASH = "Fatal Python error: "
 """How faulthandler's report begins."""
+
+
+def print_note(message: str) -> None:
+    """Print `note: message` as one line on rank 0's stderr."""
+    if ranks.current().rank == 0:
+        print_line(f"note: {message}")
 
 
 class Tee(io.TextIOBase):
@@ -45,41 +54,33 @@ def open_lines(file: pathlib.Path | int) -> TextIO:
 
 
 @contextlib.contextmanager
-def log_to(path: pathlib.Path, rank: int) -> Iterator[None]:
-    """Append this process's output to a log file in an existing folder; rank 0 also shows it."""
+def log_to(path: pathlib.Path | None, rank: int) -> Iterator[None]:
+    """Append this process's output to a log file, if given; rank 0 also shows what Python prints."""
+    # Without a log file, MindSpore's warnings would reach the terminal.
+    os.environ.setdefault("GLOG_v", "2" if path else "3")
+    if not path:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    before, kept = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    kept = os.dup(1), os.dup(2)
     with contextlib.ExitStack() as stack:
         log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
         log.write(f"== {time.strftime('%F %T')}, rank {rank} on {socket.gethostname()}: {command}\n")
-        for number in (1, 2):
+        for number, before in zip((1, 2), kept, strict=True):
             os.dup2(log.fileno(), number)
-        sys.stdout, sys.stderr = Tee(log, None if rank else out), Tee(log, None if rank else err)
+            stack.callback(os.dup2, before, number)
+        stack.enter_context(contextlib.redirect_stdout(Tee(log, None if rank else out)))
+        stack.enter_context(contextlib.redirect_stderr(Tee(log, None if rank else err)))
         faulthandler.enable(log)
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
-                    warnings.formatwarning(message, category, filename, lineno, line), end="", file=log
-                )
-                yield
-        finally:
-            faulthandler.disable()
-            sys.stdout, sys.stderr = before
-            os.dup2(kept[0], 1)
-            os.dup2(kept[1], 2)
-
-
-@contextlib.contextmanager
-def only_logged() -> Iterator[None]:
-    """Print to the log alone, if there is one: MindSpore's messages keep the stream that they find on import."""
-    before = sys.stderr
-    sys.stderr = getattr(before, "log", before)
-    try:
+        stack.callback(faulthandler.disable)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
+            warnings.formatwarning(message, category, filename, lineno, line), end="", file=log
+        )
         yield
-    finally:
-        sys.stderr = before
 
 
 def last_line(path: str | None) -> str:

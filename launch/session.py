@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from launch import gpus, launcher, logs, ranks, versions, watchdog
 from launch.communicator import Communicator, MPICommunicator
-from launch.errors import UserError, describe_os_error, print_error
+from launch.errors import UserError, describe_os_error, print_error, print_line
 
 Plan = TypeVar("Plan")
 Prepare = Callable[[], tuple[dict[str, str], Plan]]
@@ -50,21 +50,18 @@ def start(
     collective: str = "auto",
     log_folder: pathlib.Path | None = None,
 ) -> Iterator[tuple[Communicator, Plan]]:
-    """Check everything on all ranks, then start MindSpore on each.
-
-    Use it before anything imports MindSpore:
+    """Check everything on all ranks, then start MindSpore on each. Use it before anything imports MindSpore:
 
         with session.start(prepare) as (comm, plan):
 
-    In a job of several ranks, the code that follows runs in a child of the process that mpirun started, which
-    becomes its watchdog. An error in the body ends all ranks; the user sees the error of the rank that failed first.
+    In a job of several ranks, the body runs in a child of the process that mpirun started, which becomes its watchdog.
+    An error in it ends all ranks; the user sees the error of the rank that failed first.
 
     Args:
         prepare: called once on every rank, before MindSpore starts.
         device: "cpu" or "gpu"; each rank uses the GPU of its local rank.
         collective: "auto", "nccl" or "mpi"; see `add_options`.
-        log_folder: folder for a log file per rank, on that rank's host, created after all checks have passed; None
-            for no logs.
+        log_folder: for a log file per rank, on its host, created after all checks have passed; None for no logs.
 
     Yields:
         The communicator of all ranks, and the plan.
@@ -79,18 +76,22 @@ def start(
     if rank.size == 1:
         _, plan = prepare()
         gpus.check_device(rank, device)
-        with logged(log, rank.rank):
+        with logs.log_to(log, rank.rank):
             start_mindspore(rank, device)
             yield Communicator(rank), plan
         return
     reporter = watchdog.watch(rank)
-    comm = Communicator(rank, reporter)
+    comm = Communicator(rank)  # until MPI has started
     with contextlib.ExitStack() as stack:
         try:
             comm = MPICommunicator(rank, reporter)
-            plan = prepare_together(comm, rank, prepare, device)
-            connect_watchdogs(comm, rank, reporter, log)
-            stack.enter_context(logged(log, rank.rank))
+            with agreement(comm) as settings:
+                own, plan = prepare()
+                gpus.check_device(rank, device)
+                settings.update({"MPI": comm.library, **versions.software(), **own})
+            with agreement(comm):
+                connect_watchdogs(comm, rank, reporter, log)
+                stack.enter_context(logs.log_to(log, rank.rank))
             if device == "cpu" or collective == "mpi":
                 hide_launcher()
             start_mindspore(rank, device)
@@ -109,22 +110,6 @@ def start(
     atexit.register(leave, 0)
 
 
-def prepare_together(comm: Communicator, rank: ranks.Rank, prepare: Prepare[Plan], device: str) -> Plan:
-    """Prepare on all ranks; returns this rank's plan.
-
-    Raises:
-        JobError: a rank cannot prepare, or its settings, code or package versions differ from rank 0's.
-    """
-    try:
-        settings, plan = prepare()
-        gpus.check_device(rank, device)
-    except (UserError, OSError) as error:
-        check_outcomes(comm, {}, describe(error))
-        raise
-    check_outcomes(comm, {"MPI": comm.library, **versions.software(), **settings})
-    return plan
-
-
 class Outcome(NamedTuple):
     """How a step of the start went on one rank."""
 
@@ -133,8 +118,18 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-def check_outcomes(comm: Communicator, settings: dict[str, str], error: str | None = None) -> None:
-    """Raise JobError on all ranks if one reports an error, or settings that differ from rank 0's."""
+@contextlib.contextmanager
+def agreement(comm: Communicator) -> Iterator[dict[str, str]]:
+    """Run a step of the start on all ranks; the body may add settings that must be the same on all of them.
+
+    Raises:
+        JobError: the body raised a UserError or OSError on a rank, or settings differ; all ranks raise it.
+    """
+    settings, error = {}, None
+    try:
+        yield settings
+    except (UserError, OSError) as failure:
+        error = describe(failure)
     outcomes = comm.gather(Outcome(socket.gethostname(), settings, error))
     if problem := find_disagreement([Outcome(*outcome) for outcome in outcomes]):
         raise JobError(problem)
@@ -142,11 +137,9 @@ def check_outcomes(comm: Communicator, settings: dict[str, str], error: str | No
 
 def find_disagreement(outcomes: list[Outcome]) -> str | None:
     """The first rank's error, else the first setting that differs from rank 0's, as one line; None if there is none."""
-    errors = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.error]
-    if len(errors) == len(outcomes):
-        return outcomes[0].error
-    for rank, outcome in errors:
-        return f"rank {rank} on {outcome.host}: {outcome.error}"
+    if failed := [rank for rank, outcome in enumerate(outcomes) if outcome.error]:
+        host, _, error = outcomes[failed[0]]
+        return error if len(failed) == len(outcomes) else f"rank {failed[0]} on {host}: {error}"
     expected = outcomes[0].settings
     for rank, (host, settings, _) in enumerate(outcomes):
         for key, value in settings.items():
@@ -161,22 +154,14 @@ def find_disagreement(outcomes: list[Outcome]) -> str | None:
 def connect_watchdogs(
     comm: Communicator, rank: ranks.Rank, reporter: watchdog.Reporter, log: pathlib.Path | None
 ) -> None:
-    """Connect the watchdogs to rank 0's and create the log files; raises JobError if a rank cannot."""
+    """Connect this rank's watchdog to rank 0's; raises UserError if it cannot."""
     own = ["127.0.0.1"] if rank.single_host else launcher.addresses()
     addresses, port, secret, host = comm.broadcast([own, reporter.port, secrets.token_hex(16), socket.gethostname()])
-    error = None
     if not reporter.join(addresses, port, secret, log and str(log)):
-        error = (
+        raise UserError(
             f"cannot reach rank 0's host {host} at {' or '.join(addresses)}, port {port}: open the TCP ports "
             "from 1024 on between the hosts"
         )
-    elif log:
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch()
-        except OSError as failure:
-            error = describe(failure)
-    check_outcomes(comm, {}, error)
 
 
 def hide_launcher() -> None:
@@ -197,7 +182,8 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
             f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start its own cluster: "
             "unset MS_ROLE, and start several ranks with mpirun"
         )
-    with logs.only_logged():
+    # MindSpore's messages keep the stream that they find on import: the log, if there is one.
+    with contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
         import mindspore
     try:
         # MindSpore's threads wait by spinning: with a thread per core of the host, a step of two ranks on two
@@ -208,22 +194,12 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
         raise UserError(f"MindSpore cannot use the {device.upper()} here: {reason}") from None
 
 
-def logged(log: pathlib.Path | None, rank: int) -> contextlib.AbstractContextManager[None]:
-    """A context in which this rank's output goes to its log file, if it has one."""
-    # Without a log file, MindSpore's warnings would reach the terminal.
-    os.environ.setdefault("GLOG_v", "2" if log else "3")
-    if not log:
-        return contextlib.nullcontext()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return logs.log_to(log, rank)
-
-
 def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporter) -> NoReturn:
     """End this rank because of an error, which its watchdog reports to the user."""
     status, reason = 130 if isinstance(error, KeyboardInterrupt) else 1, ""
     if isinstance(error, (JobError, JobInterrupt)):
         if comm.rank == 0:  # before the first exit makes mpirun end the other ranks
-            print_error(str(error)) if status == 1 else print(error, file=sys.stderr, flush=True)
+            print_error(str(error)) if status == 1 else print_line(str(error))
     elif isinstance(error, SystemExit):  # the user has been told
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:

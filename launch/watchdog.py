@@ -3,8 +3,7 @@
 The process that mpirun started becomes the watchdog and the rank its child, so that a process survives to
 report a killed rank, or to kill one that hangs in C++. The watchdogs connect to rank 0's, the leader, and exchange
 heartbeats with it. The leader prints the first failure, sends its verdict to the others, and exits after a grace
-period; the others exit when it does. A connection must begin with a fixed number of bytes that prove knowledge of
-the job's secret; nothing is parsed before that.
+period; the others exit when it does. A connection must begin with the job's secret; nothing is parsed before that.
 """
 
 import asyncio
@@ -12,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import enum
-import hashlib
 import hmac
 import json
 import math
@@ -46,9 +44,9 @@ MPIRUN_GRACE = 0.2
 """Seconds for news of a failure to arrive after SIGTERM from mpirun, which kills the watchdogs after a third of
 a second. Without such news, the user interrupted the job."""
 CONNECT_TIMEOUT, JOIN_TIMEOUT = 3, 20
-"""Seconds to connect to one address and prove knowledge of the secret; seconds to try all addresses."""
-MAX_UNPROVEN = 256
-"""Simultaneous connections that have not proved knowledge of the secret."""
+"""Seconds to connect to one address and send the secret; seconds to try all addresses."""
+MAX_STRANGERS = 256
+"""Simultaneous connections that have not sent the secret."""
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 
 
@@ -124,7 +122,7 @@ def watch(rank: Rank) -> Reporter:
     """
     server = None
     if rank.rank == 0:
-        server = socket.create_server(("127.0.0.1" if rank.single_host else "", 0), backlog=MAX_UNPROVEN + rank.size)
+        server = socket.create_server(("127.0.0.1" if rank.single_host else "", 0), backlog=MAX_STRANGERS + rank.size)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     adopt_orphans()  # those of the rank
@@ -212,7 +210,7 @@ class Watchdog:
         self.launcher = os.getppid()
         self.log: str | None = None
         self.secret: bytes | None = None
-        self.unproven = 0
+        self.strangers = 0
         self.peers: list[Peer] = []
         """On the leader, all connected watchdogs; elsewhere the leader, once connected."""
         self.state = RankState()
@@ -291,13 +289,13 @@ class Watchdog:
 
     async def join(self, join: list[str], port: int, secret: str, log: str | None) -> None:
         """Connect to the leader at the first address that answers, tell the rank whether any did, and listen."""
-        self.secret, self.log = hashlib.sha256(secret.encode()).digest(), log
+        self.secret, self.log = secret.encode(), log
         deadline = time.monotonic() + JOIN_TIMEOUT
         addresses = collections.deque(join)
         while not self.server and time.monotonic() < deadline:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 reader, writer = await asyncio.wait_for(asyncio.open_connection(addresses[0], port), CONNECT_TIMEOUT)
-                writer.write(self.secret + json.dumps(self.name).encode() + b"\n")
+                writer.write(self.secret + self.name.encode() + b"\n")
                 if await asyncio.wait_for(reader.readline(), CONNECT_TIMEOUT):
                     self.connection.send(b"1")
                     await self.listen(reader, Peer("rank 0", writer))
@@ -307,25 +305,19 @@ class Watchdog:
         self.connection.send(b"1" if self.server else b"0")
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """On the leader, accept a connection that proves knowledge of the secret, and listen."""
-        name = None
-        if self.secret and self.unproven < MAX_UNPROVEN:
-            self.unproven += 1
-            with contextlib.suppress(OSError, ValueError, EOFError, asyncio.TimeoutError):
-                name = await asyncio.wait_for(self.read_name(reader, self.secret), CONNECT_TIMEOUT)
-            self.unproven -= 1
-        if name is None:
+        """On the leader, accept a connection whose first line is the secret and a name, and listen."""
+        line, secret = b"", self.secret or b""
+        if secret and self.strangers < MAX_STRANGERS:
+            self.strangers += 1
+            with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):  # ValueError: the line is too long
+                line = await asyncio.wait_for(reader.readline(), CONNECT_TIMEOUT)
+            self.strangers -= 1
+        if not line or not hmac.compare_digest(line[: len(secret)], secret):
             writer.transport.abort()
             return
-        peer = Peer(name, writer)
+        peer = Peer(line[len(secret) :].decode().strip(), writer)
         peer.send()  # accepted
         await self.listen(reader, peer)
-
-    async def read_name(self, reader: asyncio.StreamReader, secret: bytes) -> str | None:
-        """Read the proof, then the peer's name; None if the proof is wrong."""
-        if not hmac.compare_digest(await reader.readexactly(len(secret)), secret):
-            return None
-        return json.loads(await reader.readline())
 
     async def listen(self, reader: asyncio.StreamReader, peer: Peer) -> None:
         """Read a peer's messages until its connection ends."""
@@ -377,12 +369,11 @@ class Watchdog:
             self.interrupt()
             return
         reason = self.reason
-        if status < 0:
-            reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
-        elif status and reason is None:  # not by `session`: Open MPI has aborted, for example
-            reason = f"ended with status {status}"
-        if reason and reason != self.reason and status != -signal.SIGKILL and (line := last_line(self.log)):
-            reason += f"; last log line: {line}"
+        if status < 0 or (status and reason is None):  # not by `session`: Open MPI has aborted, for example
+            signalled = f"killed by signal {-status} ({signal.strsignal(-status)})"
+            reason = signalled if status < 0 else f"ended with status {status}"
+            if status != -signal.SIGKILL and (line := last_line(self.log)):
+                reason += f"; last log line: {line}"
         self.report_end(status if status >= 0 else 128 - status, reason)
 
     def report_end(self, status: int, reason: str | None, cut_off: bool = False) -> None:

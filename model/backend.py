@@ -3,10 +3,9 @@
 import argparse
 import functools
 import os
-import sys
 from typing import Literal, get_args
 
-from launch import ranks
+from launch.logs import print_note
 from model import native
 
 Backend = Literal["native", "mindspore", "exportable"]
@@ -46,10 +45,5 @@ def disabled_by_environment() -> bool:
     """Whether NATIVE_VARIABLE forbids the native operators; says once that the variable is deprecated."""
     if os.environ.get(NATIVE_VARIABLE) != "0":
         return False
-    if ranks.current().local_rank == 0:
-        print(
-            f"note: {NATIVE_VARIABLE}=0 works in this release only; use --backend mindspore",
-            file=sys.stderr,
-            flush=True,
-        )
+    print_note(f"{NATIVE_VARIABLE}=0 works in this release only; use --backend mindspore")
     return True

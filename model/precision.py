@@ -1,11 +1,10 @@
 """The number format that a network's convolutions compute in."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from launch import ranks
 from launch.errors import UserError
+from launch.logs import print_note
 from model import native
 
 if TYPE_CHECKING:
@@ -60,8 +59,8 @@ def resolve_precision(precision: str, backend: str) -> Precision:
         reason = "this processor has neither AVX512-BF16 nor AMX"
     if not reason:
         return "bfloat16"
-    if precision == "bfloat16" and ranks.current().local_rank == 0:
-        print(f"note: float32 instead of bfloat16: {reason}", file=sys.stderr, flush=True)
+    if precision == "bfloat16":
+        print_note(f"float32 instead of bfloat16: {reason}")
     return "float32"
 
 

@@ -20,6 +20,11 @@ os.environ.setdefault("GLOG_v", "3")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than there are cores, because many tests wait for processes or for a time limit."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, to balance the load."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))

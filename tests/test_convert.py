@@ -186,10 +186,17 @@ def test_what_is_missing_from_sintel_is_named(release: Path, tmp_path: Path, mis
 # --- Interruptions --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release whose conversion takes long enough to be interrupted; `whole` beside it is its result, in 12 shards."""
+    root = tiny.chairs(tmp_path_factory.mktemp("large") / "data", 36, 256, 320)
+    tiny.convert("flyingchairs", root, root.with_name("whole"), "--shards", 12)
+    return root
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_resumes_after_its_complete_shards(tmp_path: Path, how: signal.Signals) -> None:
-    root = tiny.chairs(tmp_path / "data", 60, 256, 320)
-    whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
+def test_an_interrupted_run_resumes_after_its_complete_shards(large: Path, tmp_path: Path, how: signal.Signals) -> None:
+    root, whole = large, large.with_name("whole")
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
                "--out", out, "--shards", "12", "--workers", "2"]  # fmt: skip
@@ -219,9 +226,8 @@ def test_an_interrupted_run_resumes_after_its_complete_shards(tmp_path: Path, ho
     assert all((out / path.name).stat().st_ino == inode for path, inode in before.items())
 
 
-def test_a_lost_rank_ends_the_others_and_any_number_goes_on(tmp_path: Path) -> None:
-    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
-    whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 12)
+def test_a_lost_rank_ends_the_others_and_any_number_goes_on(large: Path, tmp_path: Path) -> None:
+    root, whole = large, large.with_name("whole")
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     ranks = tiny.mpirun(2, "prep/convert.py", "flyingchairs", "--root", root, "--out", out,
                         "--shards", 12, "--workers", 1, start_new_session=True)  # fmt: skip
@@ -261,9 +267,8 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def test_a_killed_worker_ends_the_run_and_names_its_shard(tmp_path: Path) -> None:
-    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
-    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
+def test_a_killed_worker_ends_the_run_and_names_its_shard(large: Path, tmp_path: Path) -> None:
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", large,
                "--out", tmp_path / "out", "--shards", "4", "--workers", "2"]  # fmt: skip
     run = subprocess.Popen([*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (begun := list((tmp_path / "out.partial").glob("*.mindrecord.partial-*"))) and run.poll() is None:
@@ -275,19 +280,18 @@ def test_a_killed_worker_ends_the_run_and_names_its_shard(tmp_path: Path) -> Non
     assert begun[0].name.partition(".partial-")[0] in stderr.splitlines()[-1]
 
 
-def test_a_second_conversion_to_the_same_folder_is_refused(tmp_path: Path) -> None:
-    root = tiny.chairs(tmp_path / "data", 24, 256, 320)
-    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", root,
+def test_a_second_conversion_to_the_same_folder_is_refused(large: Path, tmp_path: Path) -> None:
+    command = [sys.executable, tiny.ROOT / "prep/convert.py", "flyingchairs", "--root", large,
                "--out", tmp_path / "out", "--shards", "4", "--workers", "1"]  # fmt: skip
     first = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list((tmp_path / "out.partial").glob("*.mindrecord.partial-*")) and first.poll() is None:
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)
-    line = stop("flyingchairs", root, tmp_path / "out", "--shards", "4")
+    line = stop("flyingchairs", large, tmp_path / "out", "--shards", "4")
     assert "out.partial: another conversion is writing" in line and str(first.pid) in line
     first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0
-    assert len(Manifest.load(tmp_path / "out")) == 24
+    assert len(Manifest.load(tmp_path / "out")) == 36
 
 
 def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(root: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_two_ranks_get_the_metrics_of_one(
     split, alone = result
     alone_json = report.make_report(split, alone).to_json()
     out = tmp_path / "out"
-    status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3, "--batch", 2)
+    status, text, err = command(2, "--data", sintel, "--ckpt", ckpt, "--out", out, "--pictures", 3, "--batch", 5)
     assert status == 0 and "5/5" in err, err
     found = json.loads((out / "evaluation.json").read_text())
     assert [pair["pair"] for pair in found["by_pair"]] == split.names
@@ -322,7 +322,7 @@ def files_in(folder: pathlib.Path) -> list[str]:
 def test_a_sintel_submission_is_complete(predictor: FlowPredictor, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Two ranks write every pair of both passes as the network predicts it."""
     root, out = sintel_test(tmp_path / "sintel", {"cave_3": 3, "tiger": 2}), tmp_path / "out"
-    status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 2)
+    status, text, err = command(2, "--submission", out, "--root", root, "--ckpt", ckpt, "--batch", 3)
     assert status == 0 and "6 pairs for Sintel" in text and "1104" in err, err
     names = ["cave_3/frame0001", "cave_3/frame0002", "tiger/frame0001"]
     assert files_in(out) == [f"{kind}/{name}.flo" for kind in ("clean", "final") for name in names]

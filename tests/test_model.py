@@ -294,10 +294,8 @@ def test_steps_follow_the_equations_of_adam_and_adamw(graph_mode: None) -> None:
     """Weights and their average follow the papers' equations, computed here in float64."""
     for options in (
         StepOptions(),
-        StepOptions(weight_decay=0.3),
-        StepOptions(weight_decay=0.3, decoupled_decay=True),
-        StepOptions(clip_norm=0.5),
-        StepOptions(ema_decay=0.75),
+        StepOptions(weight_decay=0.3, clip_norm=0.5),
+        StepOptions(weight_decay=0.3, decoupled_decay=True, ema_decay=0.75),
     ):
         network = Line()
         step = TrainStep(network, Square(), options)

@@ -18,23 +18,20 @@ from training_runs import MIXED, finish, read_curves, read_events, train, words
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_the_doubled_batch(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Both ranks have equal weights after several steps, also if gradients are summed in copies, as on GPUs without
-    NCCL; the gradient is that of one rank with the whole batch, at once or in micro-batches."""
+    NCCL; the gradient is that of one rank with the whole batch."""
     program = [sys.executable, tiny.ROOT / "tests" / "two_ranks.py"]
-    for ranks, *parts in ((2, 1), (2, 1, "copy"), (1, 1), (1, 4)):
-        status, _, err = finish(tiny.mpirun(ranks, *program, data, tmp_path, 2, *parts))
+    for ranks in (2, 1):
+        status, _, err = finish(tiny.mpirun(ranks, *program, data, tmp_path, 2))
         assert status == 0, err
-    first, second, copied, alone, slowly = (
-        dict(np.load(tmp_path / f"rank-{name}.npz"))
-        for name in ("0-of-2-1", "1-of-2-1", "0-of-2-copy", "0-of-1-1", "0-of-1-4")
+    first, second, copied, alone = (
+        dict(np.load(tmp_path / f"rank-{name}.npz")) for name in ("0-of-2", "1-of-2", "0-of-2-copied", "0-of-1")
     )
     for name, weights in first.items():
         np.testing.assert_array_equal(weights, second[name], err_msg=name)
         np.testing.assert_array_equal(weights, copied[name], err_msg=name)
     # Not the weights: Adam divides gradients that are rounding errors by themselves.
-    for other in (alone, slowly):
-        np.testing.assert_allclose(
-            first["gradient"], other["gradient"], rtol=1e-3, atol=1e-4 * np.abs(first["gradient"]).max()
-        )
+    limit = 1e-4 * np.abs(first["gradient"]).max()
+    np.testing.assert_allclose(first["gradient"], alone["gradient"], rtol=1e-3, atol=limit)
 
 
 @pytest.mark.slow
@@ -69,9 +66,9 @@ def test_a_killed_run_resumes_to_the_same_weights(
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / "step-00000009.partial-1.tmp").touch()  # killed while it wrote
 
-    status, out, err = finish(start())
+    status, _, err = finish(start())
     assert status == 0 and f"{int(newest.stem[-8:]) - 1}, with 2 rank(s)" in err, err
-    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in out
+    assert f"warning: {seen / newest.relative_to(disks[0])}: damaged" in err
     for disk in disks[1:]:
         assert [path.name for path in (disk / "broken").iterdir()] == ["logs"]
     assert not list(newest.parent.glob("*.partial-*"))
@@ -84,23 +81,6 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert first["best"] == second["best"]
     assert read_curves(broken, "train/loss") == read_curves(whole, "train/loss")
     assert read_curves(broken, "validation/epe") == read_curves(whole, "validation/epe")
-
-
-@pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_ranks(
-    data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """One rank resumes a run of two, with the same pairs in each step, and says what changed."""
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for number in (3, 4):
-        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
-    status, _, err = finish(train([data, other], run, accumulation_steps=2, **MIXED))
-    assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
-    assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
-    losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
-    assert losses.keys() == before.keys()
-    assert losses == pytest.approx(before, rel=1e-2)
 
 
 @pytest.mark.slow
@@ -120,10 +100,8 @@ def test_a_run_resumes_under_another_launcher(
 
 
 @pytest.mark.slow
-def test_a_run_leaves_curves_pictures_and_metrics(
-    whole: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """And what it was made with; the evaluation agrees with its metrics."""
+def test_a_run_leaves_curves_pictures_and_metrics(whole: pathlib.Path) -> None:
+    """And what it was made with; a script prints the metrics once, under mpirun, too."""
     events = read_events(whole)
     tags = {
         "train/loss",
@@ -138,7 +116,7 @@ def test_a_run_leaves_curves_pictures_and_metrics(
         "memory_gb/rank-0",
         "validation/epe",
         "validation/epe_average",
-        "validation/set-72/epe",
+        "validation/set-96/epe",
     }
     assert tags <= set(events.Tags()["scalars"])
     for tag in tags:
@@ -146,46 +124,42 @@ def test_a_run_leaves_curves_pictures_and_metrics(
         assert list(read_curves(whole, tag)) == steps
     assert [image.step for image in events.Images("validation/flow")] == [2, 4]
     assert "mixture" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
-    check_result(whole)
-    check_evaluation(data, whole, tmp_path / "evaluation")
-
-
-def check_result(run: pathlib.Path) -> None:
-    """result.json has the metrics of the last validation, and what the run was made with."""
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((whole / "result.json").read_text())
+    assert whole.with_name("printed").read_text() == f"validation EPE {result['epe']:.3f} px\n"
     assert result["pairs"] == 3 and result["ranks"] == 2
     assert result["step"] == 4 and 0 < result["epe"] < 1000
-    assert 0 < result["average_epe"] < 1000 and result["sets"]["set-72"]["pairs"] == 2
+    assert 0 < result["average_epe"] < 1000 and result["sets"]["set-96"]["pairs"] == 2
     assert result["best_epe"] == min(entry[key] for entry in result["validations"] for key in ("epe", "average_epe"))
     assert result["made_with"]["mindspore"] and len(result["made_with"]["data"]) == 2
 
 
-def check_evaluation(data: pathlib.Path, run: pathlib.Path, out: pathlib.Path) -> None:
-    """train/evaluate.py finds the EPE that the two ranks found, and leaves a table, JSON and a picture."""
-    ckpt = run / "checkpoints" / "step-00000004.ckpt"
-    status, text, err = finish(
-        tiny.mpirun(1, "train/evaluate.py", "--data", data, "--split", "val", "--ckpt", ckpt, "--out", out)
-    )
-    assert status == 0, err
-    metrics = json.loads((out / "evaluation.json").read_text())
-    seen = json.loads((run / "result.json").read_text())
-    assert metrics["epe"] == pytest.approx(seen["epe"], rel=1e-4)
-    assert metrics["zero_epe"] == pytest.approx(seen["zero_epe"], rel=1e-6)
-    assert f"{metrics['epe']:.3f}" in text and "zero-flow EPE" in text
-    assert [pair["pair"] for pair in metrics["by_pair"]] == ["00003", "00006", "00010"]
-    assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.slow
-def test_a_run_of_the_first_version_resumes(
+def test_a_run_of_the_first_version_resumes_with_another_number_of_ranks(
     data: pathlib.Path, other: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Its files lack what was added since (formats, the dataset that decides what is best, goodput), and its recipe has
-    the former names of keys."""
-    import mindspore
-
+    """One rank resumes a run of two, with the same pairs in each step, and says what changed. The run's files lack what
+    was added since (formats, the dataset that decides what is best, goodput), and its recipe has the former names of
+    keys."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    make_first_version(run)
+    for number in (3, 4):
+        (run / "checkpoints" / f"step-{number:08}.ckpt").unlink()
+    status, _, err = finish(train([data, other], run, accumulation_steps=2, **MIXED))
+    assert status == 0 and "after step 2" in err and "ranks 1 (was 2)" in err, err
+    assert [start["ranks"] for start in json.loads((run / "starts.json").read_text())] == [2, 1]
+    losses, before = read_curves(run, "train/loss"), read_curves(whole, "train/loss")
+    assert losses.keys() == before.keys()
+    assert losses == pytest.approx(before, rel=1e-2)
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
+    earlier = first["validations"][0]
+    assert second["step"] == 4 and second["best_epe"] <= min(earlier["epe"], earlier["average_epe"])
+
+
+def make_first_version(run: pathlib.Path) -> None:
+    """Turn the folder of a run into one that the first version wrote."""
+    import mindspore
+
     (run / "goodput.json").unlink()
     (run / "lock").unlink()
     recipe = (run / "recipe.yaml").read_text()
@@ -211,7 +185,3 @@ def test_a_run_of_the_first_version_resumes(
             append_dict=extra,
             crc_check=True,
         )
-    status, _, err = finish(train([data, other], run, steps=5, **MIXED))
-    assert status == 0 and "resuming after step 4" in err, err
-    before, after = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
-    assert after["step"] == 5 and after["best_epe"] <= before["best_epe"]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -46,37 +47,12 @@ def test_a_diverging_run_names_the_pairs(data: pathlib.Path, tmp_path: pathlib.P
     check_refused(job, "is not finite", "pairs: 000", "learning_rate")
 
 
-@pytest.mark.slow
-def test_a_run_starts_from_given_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """--init loads the weights of a file on every rank, and refuses a file that does not fit."""
-    from model import weights
-    from model.pwcnet import PWCNet
-
-    options: dict[str, Any] = {"dense": False, "normalize_features": True}
-    network = PWCNet(**options)
-    weights.save_network(tmp_path / "first.ckpt", network, options)
-    status, _, err = finish(
-        train(data, tmp_path / "run", 2, init=tmp_path / "first.ckpt", steps=1, learning_rate=1e-12)
-    )
-    assert status == 0, err
-    kept = weights.read(tmp_path / "run" / "checkpoints" / "best.ckpt")
-    for parameter in network.get_parameters():
-        np.testing.assert_allclose(np.array(kept[parameter.name]), parameter.asnumpy(), atol=1e-7)
-
-    check_refused(
-        train(data, tmp_path / "other", init=tmp_path / "first.ckpt", variant="nvlabs"),
-        "variant is nvlabs, but ",
-        "first.ckpt is of a network with variant irr",
-    )
-    check_refused(train(data, tmp_path / "third", init=tmp_path / "none.ckpt"), "none.ckpt")
-
-
 @pytest.fixture(scope="module")
 def kitti(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
-    """Two converted datasets of pairs of five widths: six for training and four for validation; all ten for
+    """Two converted datasets of five pairs, each of another width: three for training and two for validation; all for
     validation."""
     folder = tmp_path_factory.mktemp("kitti")
-    release = tiny.kitti(folder / "release", 10, height=72, width=72)
+    release = tiny.kitti(folder / "release", 5, height=72, width=72)
     return [
         tiny.convert(
             "kitti2015",
@@ -87,20 +63,20 @@ def kitti(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
             "--split-file",
             tiny.split_file(folder / f"{name}.txt", positions),
         )
-        for name, positions in (("mixed", [0, 3, 5, 8]), ("unseen", range(10)))
+        for name, positions in (("mixed", [0, 3]), ("unseen", range(5)))
     ]
 
 
 @pytest.mark.slow
 def test_pairs_may_differ_in_size(kitti: list[pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """In training, in validation, on a dataset of validation pairs only and in the evaluation, each with two ranks
-    and a picture of pairs of both."""
+    """In training, in validation on two datasets, one of validation pairs only, with two ranks, and in the evaluation
+    with one, which finds the same metrics; both draw pairs of several sizes."""
     mixed, unseen = kitti
     run = tmp_path / "run"
     status, _, err = finish(train(mixed, run, 2, validate=[unseen], batch=2, steps=2))
     assert status == 0 and "warning: " not in err, err
     result = json.loads((run / "result.json").read_text())
-    assert result["pairs"] == 10 and result["sets"]["mixed"]["pairs"] == 4
+    assert result["pairs"] == 5 and result["sets"]["mixed"]["pairs"] == 2
     assert result["best_epe"] == result["epe"] and result["epe"] != result["sets"]["mixed"]["epe"]
     events = read_events(run)
     assert {"validation/epe", "validation/mixed/epe"} <= set(events.Tags()["scalars"])
@@ -109,12 +85,15 @@ def test_pairs_may_differ_in_size(kitti: list[pathlib.Path], tmp_path: pathlib.P
 
     best = run / "checkpoints" / "best.ckpt"
     status, text, err = finish(
-        tiny.mpirun(2, sys.executable, "train/evaluate.py", "--data", unseen, "--ckpt", best, "--out", tmp_path)
+        tiny.mpirun(1, "train/evaluate.py", "--data", unseen, "--split", "val", "--ckpt", best, "--out", tmp_path)
     )
     assert status == 0, err
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["epe"] == pytest.approx(result["epe"], rel=1e-4)
-    assert "72x72, 72x80" in text and (tmp_path / "flow.png").exists()
+    assert found["zero_epe"] == pytest.approx(result["zero_epe"], rel=1e-6)
+    assert [pair["pair"] for pair in found["by_pair"]] == [f"00000{number}" for number in range(5)]
+    assert f"{found['epe']:.3f}" in text and "zero-flow EPE" in text and "72x72, 72x80" in text
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dataset_that_lacks_the_needed_split_is_refused(
@@ -139,15 +118,19 @@ def test_a_dataset_that_lacks_the_needed_split_is_refused(
 
 
 @pytest.mark.slow
-def test_fine_tuning_adopts_the_network_options_of_the_weights(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A run from weights with normalised features has their EPE (its only step is too small to change them), stores
-    the option, and so can be extended without the file."""
+def test_fine_tuning_starts_from_given_weights_and_their_network_options(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """--init loads a file's weights on every rank, and refuses a file that does not fit. A run from weights with
+    normalised features has their EPE (its only step is too small to change them), stores the option, and so can be
+    extended without the file."""
     from model import weights
     from model.pwcnet import PWCNet
 
     options: dict[str, Any] = {"dense": False, "normalize_features": True}
     first, run, recipe = tmp_path / "first.ckpt", tmp_path / "run", tmp_path / "plain.yaml"
-    weights.save_network(first, PWCNet(**options), options)
+    network = PWCNet(**options)
+    weights.save_network(first, network, options)
     recipe.write_text("crop: [64, 64]\nlearning_rate: 1.0e-30\n")
     known: dict[str, Any] = {"recipe": recipe, "schedule": "milestones", "clip_norm": 1.0}
     check_refused(
@@ -155,10 +138,14 @@ def test_fine_tuning_adopts_the_network_options_of_the_weights(data: pathlib.Pat
         "normalize_features is false",
         f"{first} is of a network with normalize_features true",
     )
+    check_refused(train(data, run, init=tmp_path / "none.ckpt", **known), "none.ckpt")
     status, _, err = finish(train(data, run, 2, init=first, steps=1, **known))
     assert status == 0, err
+    kept = weights.read(run / "checkpoints" / "best.ckpt")
+    for parameter in network.get_parameters():
+        np.testing.assert_allclose(np.array(kept[parameter.name]), parameter.asnumpy(), atol=1e-7)
     status, _, err = finish(
-        tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", first, "--batch", "2", "--out", tmp_path)
+        tiny.mpirun(1, "train/evaluate.py", "--data", data, "--ckpt", first, "--batch", "1", "--out", tmp_path)
     )
     assert status == 0, err
     result = json.loads((run / "result.json").read_text())
@@ -170,7 +157,7 @@ def test_fine_tuning_adopts_the_network_options_of_the_weights(data: pathlib.Pat
         "steps": 3,
         "log_every": 3,
         "validate_every": 1,
-        "validation_batch": 1,
+        "validation_batch": 3,
         "checkpoint_every": 2,
     }
     status, _, err = finish(train(data, run, init=first, **known, **changed))
@@ -199,8 +186,11 @@ def test_a_run_does_not_resume_with_another_recipe(data: pathlib.Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_run_survives_what_disturbs_it(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Another run in the same folder is refused. If SummaryRecord's writer is killed, the run continues. If the run is
-    killed, its lock does not stop the next start, and goodput counts the lost steps."""
+    """Another run in the same folder is refused. If SummaryRecord's writer is killed, the run continues. A checkpoint
+    that cannot be written ends the run with its name; the one before stays, and nothing is left half written. The run
+    resumes, and goodput counts the lost steps."""
+    from model import weights
+
     run = tmp_path / "run"
     often: dict[str, Any] = {"checkpoint_every": 1, "validate_every": 1000}
     job = train(data, run, steps=1000, **often)
@@ -209,10 +199,13 @@ def test_a_run_survives_what_disturbs_it(data: pathlib.Path, tmp_path: pathlib.P
     (writer,) = psutil.Process(job.pid).children()
     writer.kill()
     wait_for_step(job, run, last_step(run) + 3)
-    job.kill()
+    psutil.Process(job.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     status, _, err = finish(job)
-    assert status == -signal.SIGKILL
+    assert status == 1 and err.count("error: ") == 1 and "Traceback" not in err, err
+    assert re.search(rf"error: {run}/checkpoints/step-.*\.ckpt: File too large", err), err
     assert err.count("warning: ") == 1 and f"process {writer.pid}, which writes SummaryRecord" in err, err
+    assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
+    assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
 
     done = json.loads((run / "goodput.json").read_text())[0]["step"]
     for step in range(done - 1, last_step(run) + 1):  # as if the last minute had not been kept
@@ -230,20 +223,6 @@ def test_a_run_survives_what_disturbs_it(data: pathlib.Path, tmp_path: pathlib.P
     assert sum(account["seconds"].values()) == pytest.approx(account["wall"])
 
 
-@pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The error names it and ends the run; the checkpoint before stays, and nothing is left half written."""
-    from model import weights
-
-    run = tmp_path / "run"
-    job = train(data, run, steps=1000, checkpoint_every=1, validate_every=1000)
-    wait_for_step(job, run, 2)
-    psutil.Process(job.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    check_refused(job, str(run / "checkpoints" / "step-"), ".ckpt: File too large")
-    assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
-    assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
-
-
 @pytest.mark.parametrize(
     "overrides,words",
     [
@@ -253,7 +232,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(data: pathlib.Path, tm
         ({"crop": "[64,96]"}, ["multiples of 64"]),
         ({"precision": "float8"}, ["float16"]),
         ({"steps": -1}, ["steps", "at least 1"]),
-        ({"mixture": "[1,2]"}, ["2 shares", "1 training dataset(s)"]),
+        ({"mixture": "[1,2]"}, ["2 shares", "1 training dataset;"]),
         ({"accumulation_steps": 3}, ["batch is 4", "3 accumulation steps", "batch=6"]),
     ],
 )
@@ -306,28 +285,6 @@ def test_a_host_that_differs_is_named(
 def test_an_error_on_every_rank_is_reported_once(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """One line of output for all ranks."""
     check_refused(train(data, tmp_path / "run", ranks=2, batch=3), "batch is 3", "multiple of 2")
-
-
-@pytest.mark.slow
-def test_the_script_in_the_readme_of_recipes_trains_under_mpirun(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """As documented, but for its data, run folder and a small recipe; tests/test_readme.py runs it by itself."""
-    code = (tiny.ROOT / "train" / "recipes" / "README.md").read_text()
-    code = code.partition("```python\n")[2].partition("```")[0]
-    settings = [f"{key}={value}" for key, value in RECIPE.items()]
-    for documented, used in (
-        ('["steps=100"]', repr(settings)),
-        ('"data/example-mindrecord"', repr(str(data))),
-        ('"runs/script"', repr(str(tmp_path / "run"))),
-    ):
-        assert documented in code
-        code = code.replace(documented, used)
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    status, out, err = finish(tiny.mpirun(2, "env", f"PYTHONPATH={tiny.ROOT}", sys.executable, script))
-    assert status == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert f"validation EPE {result['epe']:.3f} px" in out and result["step"] == RECIPE["steps"]
-    assert result["made_with"]["ranks"] == 2 and (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

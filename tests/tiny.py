@@ -177,6 +177,13 @@ def split_file(path: Path, indices: Iterable[int]) -> Path:
 
 # --- Commands -------------------------------------------------------------------------------------
 
+ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMP_NUM_THREADS": "1",  # other tests use the other cores, and MindSpore's threads wait by spinning
+}
+"""Variables for the commands that these functions start as ranks."""
+
 
 def run_convert(dataset: str, root: Any, out: Any, *options: Any, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Run prep/convert.py as a user does, from another folder."""
@@ -196,10 +203,9 @@ def convert(dataset: str, root: Any, out: Path, *options: Any, **keywords: Any) 
 def mpirun(ranks: int, *command: Any, **keywords: Any) -> subprocess.Popen[str]:
     """Start a command under mpirun, or directly if it is one rank, with its output in pipes."""
     command = ("mpirun", "--oversubscribe", "-n", ranks, *command) if ranks > 1 else command
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
         [*map(str, command)],
-        env={**os.environ, **root},
+        env={**os.environ, **ENVIRONMENT},
         text=True,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -226,12 +232,11 @@ def launch(launcher: str, *program: Any, **environment: str) -> subprocess.Popen
         and subprocess.run(["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode
     ):
         pytest.skip(f"no {launcher} here beside this environment's mpirun")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
         ["sh", "-c", 'exec "$@" >&2', "sh", *map(str, command)],
         text=True,
         cwd=ROOT,
-        env={**os.environ, **root, **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -18,7 +18,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from launch.communicator import ALONE, Communicator
-from launch.errors import UserError
+from launch.errors import UserError, print_warning
 from model import weights
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -180,7 +180,7 @@ class Checkpoints:
             except weights.NewerFormat:
                 raise
             except UserError as error:
-                print(f"warning: {error}; resuming from the one before", flush=True)
+                print_warning(f"{error}; resuming from the one before")
                 continue
             if "step" not in values:
                 raise UserError(f"{path}: has no training step, so this trainer did not write it; move it elsewhere")

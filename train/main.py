@@ -14,6 +14,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
+import functools
 import pathlib
 
 from launch import session
@@ -22,8 +23,7 @@ from launch.errors import run
 from model.backend import add_backend_option
 from train import goodput
 from train.recipe import CHANGEABLE, Recipe
-from train.run import RunConfig, RunPlan
-from train.run_folder import LOGS
+from train.run import RunConfig, start_trainer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,23 +89,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-
-    def prepare() -> tuple[dict[str, str], RunPlan]:
-        recipe = Recipe.load(args.config, args.overrides)
-        config = RunConfig(recipe, args.data, args.out, args.validate, args.init, args.accumulation_steps, args.backend)
-        return config.prepare()
-
-    with session.start(prepare, args.device, args.collective, args.out / LOGS) as (comm, plan):
-        from train.trainer import Trainer
-
-        results = Trainer(plan, comm).fit()
-        if comm.rank == 0:
-            data = (args.validate or args.data)[0]
+    recipe = functools.partial(Recipe.load, args.config, args.overrides)
+    config = RunConfig(recipe, args.data, args.out, args.validate, args.init, args.accumulation_steps, args.backend)
+    with start_trainer(config, args.device, args.collective) as trainer:
+        results = trainer.fit()
+        if trainer.is_writer:
+            data, folder = (args.validate or args.data)[0], trainer.folder
             print(
                 f"validation EPE {results.metrics.epe:.3f} px, {results.metrics.ratio:.3f} of the zero-flow EPE; "
                 f"{goodput.describe(results.goodput)}\n"
-                f"results: {plan.folder.result}, checkpoints and curves beside it; to evaluate: "
-                f"python train/evaluate.py --data {data} --ckpt {plan.folder.best_checkpoint}"
+                f"results: {folder.result}, checkpoints and curves beside it; to evaluate: "
+                f"python train/evaluate.py --data {data} --ckpt {folder.best_checkpoint}"
             )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - made at import
 
 from launch import progress
-from launch.errors import describe_os_error
+from launch.errors import describe_os_error, print_line, print_warning
 from launch.files import write_bytes
 from train.stop import STOP_SIGNALS
 
@@ -97,7 +96,7 @@ class SummaryProcess(_writer_pool.WriterPool):
         self.join()
         code = self.exitcode
         why = f"was killed by signal {-code}" if code and code < 0 else f"exited with status {code}"
-        warn(
+        print_warning(
             f"process {self.pid}, which writes SummaryRecord's files in {self._base_dir}, {why}; the run continues "
             "without these curves (TensorBoard's continue)"
         )
@@ -106,20 +105,15 @@ class SummaryProcess(_writer_pool.WriterPool):
 summary_record.WriterPool = SummaryProcess
 
 
-def warn(text: str) -> None:
-    """Print a warning as one line on stderr."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def survived(what: str) -> Iterator[None]:
     """A context whose errors become a warning, for what only shows how a run goes; `what` describes it."""
     try:
         yield
     except OSError as error:
-        warn(f"{what} failed: {describe_os_error(error)}; the run continues")
+        print_warning(f"{what} failed: {describe_os_error(error)}; the run continues")
     except Exception as error:
-        warn(f"{what} failed: {type(error).__name__}: {error}; the run continues")
+        print_warning(f"{what} failed: {type(error).__name__}: {error}; the run continues")
 
 
 class EventFile:
@@ -154,7 +148,7 @@ class EventFile:
             yield
         except OSError as error:
             self.file = None
-            warn(
+            print_warning(
                 f"{self.folder}: cannot write TensorBoard's events ({error.strerror}); the run continues without "
                 "these curves"
             )
@@ -286,4 +280,4 @@ class Monitor:
         """Print a line above the progress bar."""
         if self.enabled:
             self.bar.clear()
-            print(line, file=sys.stderr, flush=True)
+            print_line(line)

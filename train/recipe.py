@@ -9,14 +9,13 @@ import dataclasses
 import difflib
 import math
 import pathlib
-import sys
 import typing
 from collections.abc import Iterable, Mapping
 
 import yaml
 
-from launch import ranks
 from launch.errors import UserError
+from launch.logs import print_note
 from train import plain_yaml
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "recipes"
@@ -199,8 +198,7 @@ def current_name(key: str, source: str) -> str:
     """The name of a key today; rank 0 prints a note if this one is outdated."""
     if key not in RENAMED:
         return key
-    if ranks.current().rank == 0:
-        print(f"note: {source}: {key} is now called {RENAMED[key]}", file=sys.stderr)
+    print_note(f"{source}: {key} is now called {RENAMED[key]}")
     return RENAMED[key]
 
 

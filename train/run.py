@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import ranks, session, versions
-from launch.errors import UserError
+from launch.errors import UserError, counted
 from model.backend import Backend
 from prep.reader import DatasetSplit
 from prep.shards import hash_manifest
@@ -41,7 +41,8 @@ class RunPlan:
 class RunConfig:
     """What to train, on what, and where to write it."""
 
-    recipe: Recipe
+    recipe: Recipe | Callable[[], Recipe]
+    """The recipe, or a function that loads it: an error of that on every rank is reported once."""
     data: Sequence[str | pathlib.Path]
     """Folders of the datasets to train on, from prep/convert.py."""
     out: str | pathlib.Path
@@ -66,13 +67,13 @@ class RunConfig:
             UserError: the recipe does not fit the ranks or the data, a dataset is damaged, or `out` cannot take or
                 resume this run, or another run holds its lock.
         """
-        rank, recipe = ranks.current(), self.recipe
+        rank, recipe = ranks.current(), self.recipe if isinstance(self.recipe, Recipe) else self.recipe()
         data, validate = [pathlib.Path(folder) for folder in self.data], [*map(pathlib.Path, self.validate)]
-        self.check_batch(rank.size)
+        self.check_batch(recipe.batch, rank.size)
         if recipe.mixture and len(recipe.mixture) != len(data):
             raise UserError(
-                f"mixture has {len(recipe.mixture)} shares, but there are {len(data)} training dataset(s); give one "
-                "share for each --data, in the same order"
+                f"mixture has {counted(len(recipe.mixture), 'share')}, but there are "
+                f"{counted(len(data), 'training dataset')}; give one share for each --data, in the same order"
             )
         training = [open_training(folder, recipe) for folder in data]
         validation = open_validation(data, validate)
@@ -93,16 +94,16 @@ class RunConfig:
         plan = RunPlan(recipe, training, validation, folder, made_with, init, self.accumulation_steps, self.backend)
         return {"recipe": recipe.to_yaml(), "data": " ".join(manifests.values())}, plan
 
-    def check_batch(self, ranks: int) -> None:
-        """Raise UserError unless the batch divides evenly among ranks and micro-batches."""
+    def check_batch(self, batch: int, ranks: int) -> None:
+        """Raise UserError unless a global batch divides evenly among ranks and micro-batches."""
         if self.accumulation_steps < 1:
             raise UserError(f"--accumulation-steps is {self.accumulation_steps}; expected at least 1")
         passes = ranks * self.accumulation_steps
-        if self.recipe.batch % passes:
+        if batch % passes:
             steps = f" with {self.accumulation_steps} accumulation steps each" if self.accumulation_steps > 1 else ""
             raise UserError(
-                f"batch is {self.recipe.batch}, over {ranks} ranks{steps}; expected a multiple of {passes} "
-                f"(batch={-(-self.recipe.batch // passes) * passes}), or use another mpirun -n"
+                f"batch is {batch}, over {counted(ranks, 'rank')}{steps}; expected a multiple of {passes} "
+                f"(batch={-(-batch // passes) * passes}), or use another mpirun -n"
             )
 
 
@@ -136,8 +137,8 @@ def open_training(folder: pathlib.Path, recipe: Recipe) -> DatasetSplit:
         )
     if len(split) < recipe.batch:
         raise UserError(
-            f"{folder}: has {len(split)} training pairs, fewer than one global batch of {recipe.batch}; choose a "
-            "smaller batch=N or convert more pairs"
+            f"{folder}: has {counted(len(split), 'training pair')}, fewer than one global batch of {recipe.batch}; "
+            "choose a smaller batch=N or convert more pairs"
         )
     height, width = split.sizes.min(0).tolist()
     if height < recipe.crop[0] or width < recipe.crop[1]:

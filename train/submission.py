@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from launch import progress
 from launch.communicator import Communicator
 from launch.errors import UserError
+from launch.logs import print_note
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -102,10 +102,7 @@ def list_test_pairs(root: pathlib.Path) -> Benchmark:
         if layout.benchmark == "Sintel":
             check_passes(test, pairs)
         if len(pairs) != layout.total:
-            print(
-                f"note: the test set of {layout.benchmark} has {layout.total} pairs, {test} has {len(pairs)}",
-                file=sys.stderr,
-            )
+            print_note(f"the test set of {layout.benchmark} has {layout.total} pairs, {test} has {len(pairs)}")
         return Benchmark(layout.benchmark, pairs)
     found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
     raise UserError(

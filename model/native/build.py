@@ -20,9 +20,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from launch import ranks
 from launch.files import cache_folder
 from launch.gpus import driver_version
+from launch.logs import print_note
 
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
@@ -66,15 +66,10 @@ def load_library(device: str) -> ctypes.CDLL | None:
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
         if device == "CPU" and not hasattr(library, "Convolution3x3"):
-            note("there is no oneDNN package for this platform; convolutions are MindSpore's, which are slower")
+            print_note("there is no oneDNN package for this platform; convolutions are MindSpore's, which are slower")
         return library
     except (BuildError, OSError) as reason:
-        if ranks.current().local_rank == 0:
-            print(
-                f"note: {reason}; the network uses MindSpore's own operators, which are slower",
-                file=sys.stderr,
-                flush=True,
-            )
+        print_note(f"{reason}; the network uses MindSpore's own operators, which are slower")
         return None
 
 

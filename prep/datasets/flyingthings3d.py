@@ -9,10 +9,10 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatas
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from launch.errors import UserError
+from launch.logs import print_note
 from prep.datasets import PairFiles, check_folder
 
 TITLE = "FlyingThings3D"
@@ -76,6 +76,6 @@ def _list_scene(root: Path, render_pass: str, scene: str, camera: str, direction
 def read_excluded_frames(path: Path) -> set[str]:
     """The frames that the authors exclude, as TRAIN/A/0000/left/0006.png; none if there is no such file."""
     if not path.exists():
-        print(f"note: {path}: not found, so no hard frames are excluded", file=sys.stderr)
+        print_note(f"{path}: not found, so no hard frames are excluded")
         return set()
     return {line.strip() for line in path.read_text("utf-8", "replace").splitlines()}
