@@ -24,9 +24,10 @@ CRASH = "Fatal Python error: "
 """How faulthandler's report begins."""
 
 
-def print_note(message: str) -> None:
-    """Print `note: message` as one line on rank 0's stderr."""
-    if ranks.current().rank == 0:
+def print_note(message: str, each_host: bool = False) -> None:
+    """Print `note: message` as one line on the stderr of rank 0, or of the first rank of each host."""
+    rank = ranks.current()
+    if (rank.local_rank if each_host else rank.rank) == 0:
         print_line(f"note: {message}")
 
 

@@ -60,7 +60,7 @@ def resolve_precision(precision: str, backend: str) -> Precision:
     if not reason:
         return "bfloat16"
     if precision == "bfloat16":
-        print_note(f"float32 instead of bfloat16: {reason}")
+        print_note(f"float32 instead of bfloat16: {reason}", each_host=True)
     return "float32"
 
 

@@ -20,7 +20,7 @@ from model import graph_cache
 from model.flops import TRAINING_FACTOR, count_flops, measure_peak
 from model.inference import FlowPredictor
 from model.losses import make_loss
-from model.precision import resolve_precision, set_precision
+from model.precision import Precision, resolve_precision, set_precision
 from model.pwcnet import PWCNet, start_from_coarser_flow
 from prep import reader
 from train import goodput
@@ -112,7 +112,7 @@ class Trainer:
             start_from_coarser_flow(self.network)
         # One for all ranks, although their processors may differ.
         by_rank = self.comm.gather(resolve_precision(recipe.precision, self.network.backend))
-        self.precision = by_rank[0] if len(set(by_rank)) == 1 else "float32"
+        self.precision: Precision = by_rank[0] if len(set(by_rank)) == 1 else "float32"
         set_precision(self.network, self.precision)
         options = StepOptions(
             accumulation_steps=self.plan.accumulation_steps,

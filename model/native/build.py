@@ -66,10 +66,10 @@ def load_library(device: str) -> ctypes.CDLL | None:
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
         if device == "CPU" and not hasattr(library, "Convolution3x3"):
-            print_note("there is no oneDNN package for this platform; convolutions are MindSpore's, which are slower")
+            print_note("no oneDNN package for this platform; convolutions are MindSpore's, which are slower", True)
         return library
     except (BuildError, OSError) as reason:
-        print_note(f"{reason}; the network uses MindSpore's own operators, which are slower")
+        print_note(f"{reason}; the network uses MindSpore's own operators, which are slower", each_host=True)
         return None
 
 
