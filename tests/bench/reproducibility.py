@@ -35,6 +35,7 @@ CASES = {
     "loss robust": (*SMALL, "loss=robust"),
     "loss sparse": (*SMALL, "loss=sparse"),
     "float16": (*SMALL, "precision=float16"),
+    "bfloat16": (*SMALL, "precision=bfloat16"),
     "accumulation": (*SMALL, "--accumulation-steps", "2"),
     "moving average": (*SMALL, "ema_decay=0.99"),
     "AdamW with decay": (*SMALL, "optimizer=adamw", "weight_decay=1e-4"),
