@@ -27,7 +27,8 @@ def main(data: str, out: str, steps: str) -> None:
         from model.losses import MultiScaleLoss
         from model.pwcnet import PWCNet
         from train.augment import Augment
-        from train.step import StepOptions, TrainStep
+        from train.step import TrainStep
+        from train.update import StepOptions
 
         mindspore.set_seed(1)
         network = PWCNet(dense=False, normalize_features=True)

@@ -35,8 +35,9 @@ from train.report import draw_pairs, gather_strips
 from train.results import Results, Validation
 from train.run import RunPlan
 from train.schedule import learning_rate
-from train.step import StepOptions, StepResult, TrainStep
+from train.step import TrainStep
 from train.stop import StopRequest
+from train.update import StepOptions, StepResult
 
 LEVELS = ("level6", "level5", "level4", "level3", "level2")
 """Names of the loss vector's elements: pyramid levels, coarse to fine."""
@@ -216,7 +217,7 @@ class Trainer:
         result = self.step(batch, rate)
         self.steps_done += 1
         # In float16 the next step has a smaller loss scale, until that is 1.
-        if not bool(result.finite) and not (self.precision == "float16" and self.step.loss_scale > 1):
+        if not result.finite and not (self.precision == "float16" and self.step.loss_scale > 1):
             self.fail_diverged(batch)
         if self.steps_done % self.recipe.log_every == 0:
             self.log(result, rate)
@@ -273,7 +274,7 @@ class Trainer:
             {
                 "train/loss": float(losses.sum()),
                 **{f"train/{level}": float(loss) for level, loss in zip(LEVELS, losses, strict=True)},
-                "train/gradient_norm": float(result.gradient_norm),
+                "train/gradient_norm": result.gradient_norm,
                 "train/learning_rate": rate,
                 "train/loss_scale": self.step.loss_scale,
                 "train/overflows": self.step.overflows,

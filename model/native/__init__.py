@@ -22,26 +22,30 @@ def has_operator(name: str) -> bool:
 
 def has_bfloat16() -> bool:
     """Whether the native convolutions can compute in bfloat16 on this processor, and not slower than in float32."""
-    return bool(_ask("has_bfloat16"))
+    return has_operator("has_bfloat16") and bool(function("has_bfloat16", ctypes.c_int)())
 
 
 def has_dense_block(bfloat16: bool) -> bool:
     """Whether there is an operator for the dense flow estimators: oneDNN must use blocked layouts on this processor."""
-    return bool(_ask("has_dense_block", int(bfloat16)))
+    return has_operator("has_dense_block") and bool(function("has_dense_block", ctypes.c_int)(int(bfloat16)))
 
 
 def measure_peak(bfloat16: bool) -> float | None:
     """Floating-point operations in a second of a convolution that suits the processor; None without a native one."""
-    function = getattr(build.load_library(_device()), "measure_peak", None)
-    if function is None:
-        return None
-    function.restype = ctypes.c_double
-    return function(int(bfloat16))
+    return function("measure_peak", ctypes.c_double)(int(bfloat16)) if has_operator("measure_peak") else None
 
 
-def _ask(name: str, *arguments: int) -> int:
-    function = getattr(build.load_library(_device()), name, None)
-    return function(*arguments) if function else 0
+def function(name: str, result: Any) -> Callable[..., Any]:
+    """A function of the library that is no operator of a graph; `result` is its ctypes type.
+
+    Raises:
+        build.BuildError: the library for MindSpore's current device has no such function.
+    """
+    found = getattr(build.load_library(_device()), name, None)
+    if found is None:
+        raise build.BuildError(f"no function {name} for {_device()}")
+    found.restype = result
+    return found
 
 
 def operator(name: str, infer_shape: Callable, infer_dtype: Callable, bprop: Callable | None = None) -> Any:

@@ -77,7 +77,7 @@ def cpu_target() -> Target:
     """The library for the CPU; without oneDNN's package it lacks the convolution."""
     compiler = find_compiler("CXX", "g++", "c++", "clang++")
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
-    sources = [HERE / "cpu" / name for name in ("cost_volume.cpp", "warp.cpp")]
+    sources = [HERE / "cpu" / name for name in ("adam.cpp", "cost_volume.cpp", "warp.cpp")]
     header = find_installed("onednn-devel-cpu-gomp", "dnnl.hpp")
     library = find_installed("onednn-cpu-gomp", "libdnnl.so.3")
     if header and library:

@@ -337,7 +337,8 @@ def make_train_step(float16: bool = False, backend: Backend = "native") -> Train
     from model.losses import MultiScaleLoss
     from model.precision import set_precision
     from model.pwcnet import PWCNet
-    from train.step import StepOptions, TrainStep
+    from train.step import TrainStep
+    from train.update import StepOptions
 
     mindspore.set_seed(1)
     network = PWCNet(backend=backend)

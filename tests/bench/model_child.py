@@ -52,7 +52,8 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actio
     from model.precision import set_precision
     from model.pwcnet import PWCNet
     from prep.reader import Batch
-    from train.step import StepOptions, TrainStep
+    from train.step import TrainStep
+    from train.update import StepOptions
 
     class NoCostVolume(nn.Cell):
         def construct(self, first: "Tensor", second: "Tensor") -> "Tensor":

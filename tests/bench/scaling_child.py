@@ -33,7 +33,8 @@ def main() -> None:
 
         from model.losses import MultiScaleLoss
         from model.pwcnet import PWCNet
-        from train.step import StepOptions, TrainStep
+        from train.step import TrainStep
+        from train.update import StepOptions
 
         def median(function: Callable[[], object]) -> float:
             times = []
