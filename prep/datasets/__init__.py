@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from launch.errors import UserError
-from prep.formats.flow import MAX_PIXELS, flow_size, read_flow
-from prep.formats.image import image_size, read_image
+from prep.formats import MAX_PIXELS
+from prep.formats.flow import UNKNOWN_FLOW, KubricScale, flow_size, read_flow
+from prep.formats.image import image_size, mask_size, read_image, read_mask
 
 Sample = dict[str, np.ndarray]
 """The arrays of a pair by field: image1 and image2 uint8 (H, W, 3) RGB, flow float32 (H, W, 2) in pixels, valid and
@@ -29,13 +30,17 @@ class PairFiles:
     image2: Path
     flow: Path
     invalid: Path | None = None
-    """A mask image, nonzero where the flow is unreliable."""
+    """A mask, nonzero where the flow is unreliable."""
     occluded: Path | None = None
-    """A mask image, nonzero where the pixel is not visible in the second frame."""
+    """A mask, nonzero where the pixel is not visible in the second frame."""
     visible: Path | None = None
     """A second flow file, without the pixels that are not visible in the second frame."""
     flow_step: int = 1
     """Flow resolution divided by frame resolution: 2 for Spring."""
+    flow_limit: float = UNKNOWN_FLOW
+    """Flow of this magnitude or more is unknown."""
+    flow_scale: KubricScale | None = None
+    """Of Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
 
@@ -44,7 +49,7 @@ class PairFiles:
         return [self.image1, self.image2, self.flow, *self.masks(), *([self.visible] if self.visible else [])]
 
     def masks(self) -> list[Path]:
-        """The mask images that exist for this pair."""
+        """The masks that exist for this pair."""
         return [path for path in (self.invalid, self.occluded) if path]
 
 
@@ -78,24 +83,25 @@ class DatasetModule(Protocol):
 
 def read_pair(pair: PairFiles) -> Sample:
     """Read all arrays of a pair, bit for bit. Raises UserError if a file is damaged or the sizes differ."""
-    flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in read_flow(pair.flow))
+    arrays = read_flow(pair.flow, limit=pair.flow_limit, scale=pair.flow_scale)
+    flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in arrays)
     size = flow.shape[:2]
 
-    def read(path: Path) -> np.ndarray:
-        image = read_image(path)
+    def read(path: Path, reader: Callable[[Path], np.ndarray] = read_image) -> np.ndarray:
+        image = reader(path)
         check_size(path, image.shape[:2], pair.flow, size)
         return image
 
     sample = {"image1": read(pair.image1), "image2": read(pair.image2), "flow": flow}
     occluded = np.zeros(size, np.uint8)
     if pair.occluded:
-        occluded = (read(pair.occluded)[..., 0] != 0).astype(np.uint8)
+        occluded = read(pair.occluded, read_mask)
     if pair.visible:
         _, seen = read_flow(pair.visible)
         check_size(pair.visible, seen.shape, pair.flow, size)
         occluded |= valid & (seen == 0)
     if pair.invalid:
-        valid = valid & (read(pair.invalid)[..., 0] == 0)
+        valid = valid & (read(pair.invalid, read_mask) == 0)
     return {**sample, "valid": valid, "occluded": occluded}
 
 
@@ -105,8 +111,10 @@ def pair_size(pair: PairFiles) -> tuple[int, int]:
     height, width = -(-flow_height // pair.flow_step), -(-flow_width // pair.flow_step)
     if height * width > MAX_PIXELS:
         raise UserError(f"{pair.flow}: {width}x{height} pixels, expected at most {MAX_PIXELS} in total")
-    for path in (pair.image1, pair.image2, *pair.masks()):
+    for path in (pair.image1, pair.image2):
         check_size(path, image_size(path), pair.flow, (height, width))
+    for path in pair.masks():
+        check_size(path, mask_size(path), pair.flow, (height, width))
     if pair.visible:
         check_size(pair.visible, flow_size(pair.visible), pair.flow, (flow_height, flow_width))
     return height, width
