@@ -78,7 +78,7 @@ def test_any_bytes_are_a_flow_or_an_error(data: bytes) -> None:
         assert flow_format.parse_flo(data, "f").nbytes == len(data) - 12
 
 
-# --- .pfm, KITTI's and Kubric's .png, Spring's .flo5, .npy, .npz -----------------------------------------------------------
+# --- .pfm, KITTI's and Kubric's .png, Spring's .flo5, .npy, .npz ----------------------------------
 
 
 def pfm(flow: np.ndarray, order: str = "<", scale: bytes = b"-1.0") -> bytes:
@@ -529,7 +529,7 @@ def test_of_16_bits_the_upper_8_are_kept_with_one_note(
         assert image_format.image_size(path) == (5, 7)
         expected = pixels >> 8
         assert np.array_equal(image_format.read_image(path), np.broadcast_to(expected.reshape(5, 7, -1), (5, 7, 3)))
-        with pytest.raises(UserError, match="16 bits per channel, expected 8;|values up to 65535, expected 255"):
+        with pytest.raises(UserError, match=r"16 bits per channel, expected 8;|values up to 65535, expected 255"):
             image_format.read_mask(path)  # bits would be lost
     note = "16 bits per channel; of such images, the upper 8 bits are used\n"
     assert capsys.readouterr().err == f"note: {tmp_path}/colour{suffix}: {note}"

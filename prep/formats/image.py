@@ -167,7 +167,10 @@ def parse_ppm(data: bytes, header: re.Match[bytes], name: StrPath, reduce: bool)
 
 
 def parse_tiff(data: bytes, size: tuple[int, int], name: StrPath) -> np.ndarray:
-    """Decode a TIFF image of this (W, H), of 8 or 16 bits: uint8 (H, W, 3). Pillow's libtiff prints its errors itself."""
+    """Decode a TIFF image of this (W, H), of 8 or 16 bits: uint8 (H, W, 3).
+
+    OpenCV does it, because Pillow's libtiff prints its errors itself.
+    """
     cv2.setLogLevel(0)  # silent
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape[1::-1] != size or pixels.dtype not in (np.uint8, np.uint16):
@@ -198,7 +201,7 @@ def webp_size(start: bytes) -> tuple[int, int] | None:
 
 
 def note_reduction(name: StrPath, depth: int) -> None:
-    """Say once, if an image has more than 8 bits per channel, that it is reduced; of several ranks, the first says it."""
+    """Say once, on the first rank, that images are reduced, if this one has more than 8 bits per channel."""
     global _noted_reduction
     if depth > 8 and not _noted_reduction:
         _noted_reduction = True
