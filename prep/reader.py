@@ -41,7 +41,7 @@ class Batch:
     flow: np.ndarray
     """(B, H, W, 2) float32 in pixels, from image 1 to image 2; 0 where it is unknown."""
     valid: np.ndarray
-    """(B, H, W) uint8, 1 where the flow is known."""
+    """(B, H, W) uint8, 1 where the flow is known: nowhere in a pair without ground truth."""
     index: np.ndarray | None = None
     """(B,) int32, position of each pair in its split, in a mixture after those of the preceding splits. PADDING for a
     pair that only fills the last batch of an evaluation."""
@@ -190,6 +190,11 @@ class DatasetSplit:
         """(H, W) of each pair, in order: int64 (pairs, 2)."""
         runs = np.array([run for shard in self.shards for run in shard.sizes], np.int64).reshape(-1, 3)
         return np.repeat(runs[:, 1:], runs[:, 0], axis=0)
+
+    @functools.cached_property
+    def labelled(self) -> np.ndarray:
+        """Whether each pair has ground truth, in order: bool (pairs,)."""
+        return np.array([shard.labelled for shard in self.shards for _ in shard.names], bool)
 
     @functools.cached_property
     def files(self) -> list[Path]:
