@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from launch.errors import UserError
-from prep.formats.flow import MAX_PIXELS, flow_size, read_flow
-from prep.formats.image import image_size, read_image
+from prep.formats import MAX_PIXELS
+from prep.formats.flow import UNKNOWN_FLOW, KubricScale, flow_size, read_flow
+from prep.formats.image import image_size, mask_size, read_image, read_mask
 from prep.formats.video import VideoFrames
 
 Sample = dict[str, np.ndarray]
@@ -40,15 +41,19 @@ class PairFiles:
     flow: Path | None
     """None for a pair without ground truth."""
     invalid: Path | None = None
-    """A mask image, nonzero where the flow is unreliable."""
+    """A mask, nonzero where the flow is unreliable."""
     valid: Path | None = None
-    """A mask image, nonzero where the flow is known."""
+    """A mask, nonzero where the flow is known."""
     occluded: Path | None = None
-    """A mask image, nonzero where the pixel is not visible in the second frame."""
+    """A mask, nonzero where the pixel is not visible in the second frame."""
     visible: Path | None = None
     """A second flow file, without the pixels that are not visible in the second frame."""
     flow_step: int = 1
     """Flow resolution divided by frame resolution: 2 for Spring."""
+    flow_limit: float = UNKNOWN_FLOW
+    """Flow of this magnitude or more is unknown."""
+    flow_scale: KubricScale | None = None
+    """Of Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
     frames: VideoFrames | None = None
@@ -63,7 +68,7 @@ class PairFiles:
         return [self.image1, self.image2, *(path for path in (self.flow, *self.masks(), self.visible) if path)]
 
     def masks(self) -> list[Path]:
-        """The mask images that exist for this pair."""
+        """The masks that exist for this pair."""
         return [path for path in (self.invalid, self.valid, self.occluded) if path]
 
     @contextlib.contextmanager
@@ -121,26 +126,27 @@ def _read_pair(pair: PairFiles) -> Sample:
         flow = np.zeros((*size, 2), np.float32)
         return {"image1": image1, "image2": image2, "flow": flow, "valid": unknown, "occluded": unknown}
     flow_path = pair.flow
-    flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in read_flow(flow_path))
+    arrays = read_flow(flow_path, limit=pair.flow_limit, scale=pair.flow_scale)
+    flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in arrays)
     size = flow.shape[:2]
 
-    def read(path: Path) -> np.ndarray:
-        image = read_image(path)
+    def read(path: Path, reader: Callable[[Path], np.ndarray] = read_image) -> np.ndarray:
+        image = reader(path)
         check_size(path, image.shape[:2], flow_path, size)
         return image
 
     sample = {"image1": read(pair.image1), "image2": read(pair.image2), "flow": flow}
     occluded = np.zeros(size, np.uint8)
     if pair.occluded:
-        occluded = (read(pair.occluded)[..., 0] != 0).astype(np.uint8)
+        occluded = read(pair.occluded, read_mask)
     if pair.visible:
         _, seen = read_flow(pair.visible)
         check_size(pair.visible, seen.shape, pair.flow, size)
         occluded |= valid & (seen == 0)
     if pair.invalid:
-        valid = valid & (read(pair.invalid)[..., 0] == 0)
+        valid = valid & (read(pair.invalid, read_mask) == 0)
     if pair.valid:
-        mask = (read(pair.valid)[..., 0] != 0).astype(np.uint8)
+        mask = read(pair.valid, read_mask)
         check_mask(pair.valid, mask, pair.flow, valid)
         valid = mask
     elif not pair.nan_is_unknown and pair.flow.suffix not in MARKS_UNKNOWN:
@@ -168,8 +174,11 @@ def _pair_size(pair: PairFiles) -> tuple[int, int]:
         reference, (height, width) = pair.image1, image_size(pair.image1)
     if height * width > MAX_PIXELS:
         raise UserError(f"{reference}: {width}x{height} pixels, expected at most {MAX_PIXELS} in total")
-    for path in [] if pair.frames else [pair.image1, pair.image2, *pair.masks()]:
-        check_size(path, image_size(path), reference, (height, width))
+    if not pair.frames:
+        for path in (pair.image1, pair.image2):
+            check_size(path, image_size(path), reference, (height, width))
+    for path in pair.masks():
+        check_size(path, mask_size(path), reference, (height, width))
     return height, width
 
 

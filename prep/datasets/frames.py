@@ -9,7 +9,7 @@ from launch.errors import UserError
 from prep.datasets import PairFiles
 from prep.formats import video
 
-IMAGE_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg", ".bmp")
+IMAGE_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True)

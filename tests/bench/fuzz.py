@@ -175,6 +175,21 @@ def repair_png(data: bytes, rng: random.Random) -> bytes:
     return b"".join(parts) + data[start:]
 
 
+def repair_zip(data: bytes, rng: random.Random) -> bytes:
+    """A zip file in which each member that is stored has the right CRC-32, in both of its headers."""
+    repaired = bytearray(data)
+    for match in re.finditer(rb"PK\x01\x02", data):
+        fields = data[match.start() : match.start() + 46]
+        if len(fields) == 46 and fields[10:12] == b"\0\0":
+            length, local = int.from_bytes(fields[20:24], "little"), int.from_bytes(fields[42:46], "little")
+            begin = local + 30 + sum(struct.unpack("<2H", data[local + 26 : local + 30].ljust(4, b"\0")))
+            crc = struct.pack("<I", zlib.crc32(data[begin : begin + length]))
+            repaired[match.start() + 16 : match.start() + 20] = crc
+            if local + 18 <= len(repaired):
+                repaired[local + 14 : local + 18] = crc
+    return bytes(repaired)
+
+
 NAME = "clean/alley_1/frame_0001"
 
 
@@ -249,6 +264,17 @@ def flow_seeds(suffix: str) -> list[bytes]:
                 opened.create_dataset("flow", data=flow, **options)
             seeds.append(file.getvalue())
         return seeds
+    if suffix in (".npy", ".npz"):
+        plain, known = io.BytesIO(), np.nan_to_num(flow)
+        if suffix == ".npy":
+            np.save(plain, flow)
+            big = io.BytesIO()
+            np.save(big, known.astype(">f8").transpose(1, 0, 2).copy().transpose(1, 0, 2))
+            return [plain.getvalue(), big.getvalue()]
+        np.savez(plain, u=flow[..., 0].astype(np.float16), v=flow[..., 1].astype(np.float16))
+        packed = io.BytesIO()
+        np.savez_compressed(packed, flow=known)
+        return [plain.getvalue(), packed.getvalue()]
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         {".flo": flow_format.write_flo, ".png": flow_format.write_kitti_png}[suffix](file.name, flow)
         with open(file.name, "rb") as written:
@@ -273,6 +299,26 @@ def parse_flow(path: str, data: bytes) -> None:
     assert known.dtype == np.uint8 and known.shape == size and known.max() <= 1
 
 
+def mask_seeds() -> list[bytes]:
+    import numpy as np
+
+    seeds = []
+    for dtype in (np.uint8, np.bool_):
+        file = io.BytesIO()
+        np.save(file, np.arange(48).reshape(6, 8).astype(dtype))
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def parse_mask(path: str, data: bytes) -> None:
+    import numpy as np
+
+    from prep.formats import image as image_format
+
+    size, mask = image_format.mask_size(path), image_format.read_mask(path)
+    assert mask.dtype == np.uint8 and mask.shape == size and mask.size and mask.max() <= 1
+
+
 def image_seeds(kind: str) -> list[bytes]:
     import numpy as np
     from PIL import Image
@@ -292,11 +338,18 @@ def image_seeds(kind: str) -> list[bytes]:
     if kind == "JPEG":
         return [save(picture), save(picture.convert("L")), save(picture, progressive=True),
                 save(picture.convert("CMYK"))]  # fmt: skip
+    if kind == "WEBP":
+        return [save(picture), save(picture, lossless=True), save(picture.convert("L"), lossless=True),
+                save(picture, lossless=True, exif=b"Exif")]  # fmt: skip
+    if kind == "TIFF":
+        deep = Image.fromarray(rgb[..., 0].astype(np.uint16) << 8)
+        compressions = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+        return [save(picture, compression=name) for name in compressions] + [save(deep), save(picture.convert("1"))]
     if kind == "BMP":
         return [save(picture), save(picture.convert("P"))]
     return [save(picture), save(picture.convert("L")), save(picture.convert("1")),
             b"P6 # a comment\n2 1\n255\n" + bytes(6), b"P3\n2 1\n255\n1 2 3 4 5 6\n",
-            b"P2\n2 1\n255\n1 2\n"]  # fmt: skip
+            b"P2\n2 1\n255\n1 2\n", b"P6\n2 1\n65535\n" + bytes(12), b"P5\n2 1\n4095\n" + bytes(4)]  # fmt: skip
 
 
 def parse_image(path: str, data: bytes) -> None:
@@ -305,6 +358,7 @@ def parse_image(path: str, data: bytes) -> None:
     from launch import errors
     from prep.formats import image as image_format
 
+    image_format._noted_reduction = True  # of 16 bits, which may be noted
     try:
         size = image_format.image_size(path)
     except errors.UserError:
@@ -449,9 +503,14 @@ PARSERS = {
     "pfm": Parser(".pfm", lambda: flow_seeds(".pfm"), parse_flow),
     "kitti-png": Parser(".png", lambda: flow_seeds(".png"), parse_flow, repair_png, mutate_png),
     "flo5": Parser(".flo5", lambda: flow_seeds(".flo5"), parse_flow),
+    "npy": Parser(".npy", lambda: flow_seeds(".npy"), parse_flow),
+    "npz": Parser(".npz", lambda: flow_seeds(".npz"), parse_flow, repair_zip),
+    "mask": Parser(".npy", mask_seeds, parse_mask),
     "png": Parser(".png", lambda: image_seeds("PNG"), parse_image, repair_png, mutate_png),
     "jpeg": Parser(".jpg", lambda: image_seeds("JPEG"), parse_image),
     "ppm": Parser(".ppm", lambda: image_seeds("PPM"), parse_image),
+    "webp": Parser(".webp", lambda: image_seeds("WEBP"), parse_image),
+    "tiff": Parser(".tiff", lambda: image_seeds("TIFF"), parse_image),
     "bmp": Parser(".bmp", lambda: image_seeds("BMP"), parse_image),
     "record": Parser("", record_seeds, parse_record, repair_record),
     "shard": Parser("", shard_seeds, parse_shard),
