@@ -196,6 +196,50 @@ def test_options_of_other_datasets_are_refused(files: Path, tmp_path: Path) -> N
         assert done.returncode in (1, 2) and message in done.stderr.splitlines()[-1]
 
 
+def write_as(suffix: str, flow: np.ndarray, path: Path) -> Path:
+    """Write flow in a format; returns the path."""
+    path = path.with_suffix(suffix)
+    if suffix == ".npy":
+        np.save(path, flow)
+    elif suffix == ".npz":
+        np.savez_compressed(path, flow=flow)
+    elif suffix == ".pfm":
+        rows = np.dstack([flow, np.zeros(flow.shape[:2])])[::-1].astype("<f4")
+        path.write_bytes(b"PF\n%d %d\n-1\n" % (WIDTH, HEIGHT) + rows.tobytes())
+    elif suffix == ".png":
+        tiny.save_kitti(path, flow, np.ones(flow.shape[:2]))
+    elif suffix == ".flo5":
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file.create_dataset("flow", data=flow)
+    else:
+        write_flo(path, flow)
+    return path
+
+
+def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
+    """The list may mix them; of 16 bits, the upper 8 are used, with one note."""
+    flow = np.round(64 * tiny.flow(np.random.default_rng(1), HEIGHT, WIDTH)) / 64  # what KITTI's format can say
+    image = np.asarray(Image.open(files / "1.png"))
+    frames = ["a.png", "a.ppm", "a.webp", "a.tif", "a.bmp", "deep.png", "deep.tif"]
+    for name in frames[:5]:
+        Image.fromarray(image).save(files / name, lossless=True)  # which only WebP knows
+    for name in ("deep.png", "deep.tif"):
+        cv2.imwrite(str(files / name), image[..., ::-1].astype(np.uint16) << 8)
+    suffixes = (".flo", ".pfm", ".png", ".flo5", ".npy", ".npz")
+    flows = [write_as(suffix, flow.astype(np.float32), files / "flow").name for suffix in suffixes]
+    rows = [
+        {"image1": name, "image2": "2.png", "flow": flows[i % len(flows)], "name": name}
+        for i, name in enumerate(frames)
+    ]
+    list_file = write_list(files / "pairs.csv", *rows)
+    done = run_convert("pairs", "--list", list_file, "--out", tmp_path / "out", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("16 bits per channel; of such images, the upper 8 bits are used") == 1
+    for batch in tiny.evaluation(tmp_path / "out", "train", batch=1):
+        assert np.array_equal(batch.image1[0], image)
+        assert np.array_equal(batch.flow[0], flow) and batch.valid.all()
+
+
 # --- Lists with mistakes --------------------------------------------------------------------------
 
 
