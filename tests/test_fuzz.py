@@ -12,7 +12,7 @@ import tiny
 
 PARSERS = (
     "flo", "pfm", "kitti-png", "npy", "npz", "mask", "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard",
-    "manifest",
+    "manifest", "list",
 )  # fmt: skip
 PROGRAM = tiny.ROOT / "tests" / "bench" / "fuzz.py"
 
