@@ -34,7 +34,7 @@ from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
 from model.backend import add_backend_option
-from prep.datasets.frames import IMAGE_SUFFIXES, list_images
+from prep.datasets.frames import IMAGE_SUFFIXES, image_names
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -92,7 +92,7 @@ def open_frames(inputs: Sequence[pathlib.Path]) -> Frames:
                 raise UserError(f"{path}: is a folder; expected two images, or one folder alone")
         return open_images(inputs)
     if first.is_dir():
-        paths = list_images(first)
+        paths = [first / name for name in image_names(first)]
         if len(paths) < 2:
             raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected at least two")
         return open_images(paths)

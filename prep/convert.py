@@ -34,30 +34,53 @@ from prep.datasets import (
     BadPair,
     DatasetModule,
     PairFiles,
+    autoflow,
+    chairssdhom,
+    driving,
+    find_release,
     flyingchairs,
+    flyingchairs2,
+    flyingchairsocc,
     flyingthings3d,
     flyingthings3d_subset,
     hd1k,
     kitti2012,
     kitti2015,
+    kubric,
+    kubric_swapped,
+    middlebury,
+    monkaa,
     pair_size,
     sintel,
     splits,
     spring,
+    tartanair,
+    viper,
 )
 from prep.datasets.frames import FrameSequences
 from prep.datasets.pairs import EXAMPLE, PairList, hash_list
 from prep.workers import WorkersKilled, run_in_workers
 
 DATASETS: dict[str, DatasetModule] = {
+    "autoflow": autoflow,
+    "chairssdhom": chairssdhom,
+    "driving": driving,
     "flyingchairs": flyingchairs,
+    "flyingchairs2": flyingchairs2,
+    "flyingchairsocc": flyingchairsocc,
     "flyingthings3d": flyingthings3d,
     "flyingthings3d-subset": flyingthings3d_subset,
     "hd1k": hd1k,
     "kitti2012": kitti2012,
     "kitti2015": kitti2015,
+    "kubric": kubric,
+    "kubric-swapped": kubric_swapped,
+    "middlebury": middlebury,
+    "monkaa": monkaa,
     "sintel": sintel,
     "spring": spring,
+    "tartanair": tartanair,
+    "viper": viper,
 }
 CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
@@ -133,8 +156,9 @@ def parse_options() -> argparse.Namespace:
         "--root",
         type=Path,
         metavar="DIR",
-        help="the unpacked release; for frames, the folder or video; for pairs, the folder that the paths in the list "
-        "are relative to (required; default for pairs: the folder of the list)",
+        help="the release: its folder, its .zip or .tar, or the folder of its archives; for frames, the folder, "
+        "archive or video; for pairs, what the paths in the list are relative to (required; for pairs by default the "
+        "folder of the list)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument(
@@ -238,8 +262,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
     split_file = splits.read_split_file(path) if path else None
     if path and split_file:
         plan.validation = {"file": path.name, "sha256": split_file.sha256}
+    root = find_release(dataset, options.root)
     for render_pass in dataset.PASSES:
-        pairs = dataset.list_pairs(options.root, render_pass)
+        pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
         indices = split_file.indices if split_file else splits.held_out_indices(pairs)
@@ -307,7 +332,7 @@ def fingerprint(pairs: list[PairFiles]) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for path in pair.files():
-            status = os.stat(path)
+            status = path.stat()
             digest.update(f"{pair.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

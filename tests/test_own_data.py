@@ -157,7 +157,7 @@ def test_paths_are_relative_to_root(files: Path, tmp_path: Path) -> None:
     out = convert("pairs", "--list", list_file, "--root", tmp_path, out=tmp_path / "a")
     assert reader.DatasetSplit.open(out, "train").names == [f"{files.name}/1"]
     line = refusal("pairs", "--list", list_file, "--root", files, out=tmp_path / "b")
-    assert f"pairs.csv, line 2: image1 {files}/{files.name}/1.png does not exist" in line
+    assert f"pairs.csv, line 2: image1 {files}/{files.name}/1.png: no such file" in line
 
 
 def make_pairs(labelled: int, unlabelled: int) -> list[datasets.PairFiles]:
@@ -252,9 +252,9 @@ def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
     ("image1,image2\n1.png\n", "line 2: has 1 value, expected 2 as in the header"),
     ('image1,image2\n1.png,"2.png\n', "line 2: not a valid table"),
     ("image1,image2\n\n1.png,\n", "line 3: image2 is empty"),
-    ("image1,image2\n1.png,2.png\n5.png,2.png\n", "line 3: image1 .*5.png does not exist; paths are relative"),
-    ("image1,image2\n1.png,.\n", "line 2: image2 .* is not a file"),
-    (f"image1,image2\n1.png,{'x' * 300}\n", "line 2: image2 .* does not exist"),
+    ("image1,image2\n1.png,2.png\n5.png,2.png\n", "line 3: image1 .*5.png: no such file; paths are relative"),
+    ("image1,image2\n1.png,.\n", "line 2: image2 .*: no such file"),
+    (f"image1,image2\n1.png,{'x' * 300}\n", "line 2: image2 .*: no such file"),
     ("image1,image2\n1.png,2.png\n1.png,3.png\n", "line 3: the name '1' is already that of line 2"),
     ("image1,image2,name\n1.png,2.png,a\n2.png,3.png,a\n", "line 3: the name 'a' is already that of line 2"),
     ("image1,image2,valid\n1.png,2.png,valid.png\n", "line 2: has valid but no flow"),
@@ -462,10 +462,26 @@ def test_another_step_is_another_dataset(shots: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "contains another dataset" in done.stderr
 
 
+def test_pairs_and_frames_are_read_from_an_archive(files: Path, shots: Path, tmp_path: Path) -> None:
+    """Without unpacking it; only videos must be files of their own."""
+    list_file = write_list(tmp_path / "pairs.csv", *rows_of(*ROWS))
+    shutil.make_archive(str(tmp_path / "a"), "zip", files)
+    shutil.make_archive(str(tmp_path / "b"), "zip", shots / "walk")
+    found = convert("pairs", "--list", list_file, "--root", tmp_path / "a.zip", out=tmp_path / "a")
+    expected = convert("pairs", "--list", list_file, "--root", files, out=tmp_path / "a2")
+    batches = [tiny.evaluation(folder, "train", batch=1) for folder in (found, expected)]
+    for one, other in zip(*batches, strict=True):
+        assert np.array_equal(one.image1, other.image1) and np.array_equal(one.flow, other.flow)
+    assert len(Manifest.load(convert("frames", "--root", tmp_path / "b.zip", out=tmp_path / "b"))) == 11
+    shutil.make_archive(str(tmp_path / "c"), "zip", shots)
+    line = refusal("frames", "--root", tmp_path / "c.zip", out=tmp_path / "d")
+    assert "c.zip/ride.avi: a video cannot be read in an archive; unpack it" in line
+
+
 def test_numbers_in_names_count_by_value(tmp_path: Path) -> None:
     for name in ("10.png", "9.png", "a2.jpg", "a10.jpg", ".9.png", "9.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in frames.list_images(tmp_path)] == ["9.png", "10.png", "a2.jpg", "a10.jpg"]
+    assert frames.image_names(tmp_path) == ["9.png", "10.png", "a2.jpg", "a10.jpg"]
 
 
 def test_a_pair_of_a_video_lists_its_file(shots: Path) -> None:

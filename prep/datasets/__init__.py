@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from launch.errors import UserError
+from prep.archive import ReleasePath, is_archive, list_folders, list_names, open_archives
 from prep.formats import MAX_PIXELS
 from prep.formats.flow import UNKNOWN_FLOW, KubricScale, flow_size, read_flow
 from prep.formats.image import image_size, mask_size, read_image, read_mask
@@ -36,17 +37,17 @@ class PairFiles:
     """The files of one pair: two frames, the flow between them if it is known, and the masks if there are any."""
 
     name: str
-    image1: Path
-    image2: Path
-    flow: Path | None
+    image1: ReleasePath
+    image2: ReleasePath
+    flow: ReleasePath | None
     """None for a pair without ground truth."""
-    invalid: Path | None = None
+    invalid: ReleasePath | None = None
     """A mask, nonzero where the flow is unreliable."""
-    valid: Path | None = None
+    valid: ReleasePath | None = None
     """A mask, nonzero where the flow is known."""
-    occluded: Path | None = None
+    occluded: ReleasePath | None = None
     """A mask, nonzero where the pixel is not visible in the second frame."""
-    visible: Path | None = None
+    visible: ReleasePath | None = None
     """A second flow file, without the pixels that are not visible in the second frame."""
     flow_step: int = 1
     """Flow resolution divided by frame resolution: 2 for Spring."""
@@ -63,11 +64,11 @@ class PairFiles:
     row: str = ""
     """Of a pair from a list: its file and line, with which errors begin."""
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[ReleasePath]:
         """All files that exist for this pair."""
         return [self.image1, self.image2, *(path for path in (self.flow, *self.masks(), self.visible) if path)]
 
-    def masks(self) -> list[Path]:
+    def masks(self) -> list[ReleasePath]:
         """The masks that exist for this pair."""
         return [path for path in (self.invalid, self.valid, self.occluded) if path]
 
@@ -78,6 +79,10 @@ class PairFiles:
             yield
         except UserError as error:
             raise BadPair(f"{self.row}: {error}" if self.row else str(error)) from None
+
+
+class NoRelease(UserError):
+    """A folder does not contain the release that it should."""
 
 
 class DatasetModule(Protocol):
@@ -103,9 +108,34 @@ class DatasetModule(Protocol):
         """Rendering passes, all of the same scenes and with the same split; ("",) if there is only one."""
         ...
 
-    def list_pairs(self, root: Path, render_pass: str) -> list[PairFiles]:
+    def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """All pairs of one pass under `root`, in the order that the indices of the split file refer to."""
         ...
+
+
+def find_release(dataset: DatasetModule, root: Path) -> ReleasePath:
+    """The folder that contains a release: `root`, if that is an archive its only folder, or the archives in `root`.
+
+    Raises:
+        UserError: an archive cannot be read. That a folder contains no release is left to `list_pairs`.
+    """
+
+    def fits(folder: ReleasePath) -> bool:
+        try:
+            dataset.list_pairs(folder, dataset.PASSES[0])
+        except NoRelease:
+            return False
+        return True
+
+    if root.is_dir() and any(map(is_archive, list_names(root))) and not fits(root):
+        folder: ReleasePath = open_archives(root)
+    elif root.is_file() and is_archive(root):
+        folder = open_archives(root)
+    else:
+        return root
+    while len(inner := list_folders(folder)) == 1 and not fits(folder):
+        folder = folder / inner[0]
+    return folder
 
 
 def read_pair(pair: PairFiles) -> Sample:
@@ -130,7 +160,7 @@ def _read_pair(pair: PairFiles) -> Sample:
     flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in arrays)
     size = flow.shape[:2]
 
-    def read(path: Path, reader: Callable[[Path], np.ndarray] = read_image) -> np.ndarray:
+    def read(path: ReleasePath, reader: Callable[[ReleasePath], np.ndarray] = read_image) -> np.ndarray:
         image = reader(path)
         check_size(path, image.shape[:2], flow_path, size)
         return image
@@ -182,7 +212,7 @@ def _pair_size(pair: PairFiles) -> tuple[int, int]:
     return height, width
 
 
-def check_mask(path: Path, mask: np.ndarray, flow: Path, known: np.ndarray) -> None:
+def check_mask(path: ReleasePath, mask: np.ndarray, flow: ReleasePath, known: np.ndarray) -> None:
     """Raise UserError if a mask says that flow is known which the flow file does not contain."""
     if wrong := np.argwhere((mask != 0) & (known == 0)).tolist():
         raise UserError(
@@ -191,7 +221,7 @@ def check_mask(path: Path, mask: np.ndarray, flow: Path, known: np.ndarray) -> N
         )
 
 
-def check_nan(path: Path, flow: np.ndarray) -> None:
+def check_nan(path: ReleasePath, flow: np.ndarray) -> None:
     """Raise UserError if flow contains NaN."""
     if wrong := np.argwhere(np.isnan(flow).any(axis=2)).tolist():
         raise UserError(
@@ -200,7 +230,7 @@ def check_nan(path: Path, flow: np.ndarray) -> None:
         )
 
 
-def check_size(path: Path, found: tuple[int, ...], other: Path, expected: tuple[int, ...]) -> None:
+def check_size(path: ReleasePath, found: tuple[int, ...], other: ReleasePath, expected: tuple[int, ...]) -> None:
     """Raise UserError unless two files of a pair have the same (H, W)."""
     if found != expected:
         raise UserError(
@@ -209,28 +239,28 @@ def check_size(path: Path, found: tuple[int, ...], other: Path, expected: tuple[
         )
 
 
-def check_folder(path: Path, expected: str) -> None:
+def check_folder(path: ReleasePath, expected: str) -> None:
     """Raise UserError unless `path` is a folder; `expected` says what it should contain."""
     if not path.is_dir():
         found = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{path}: {found}; expected {expected}")
+        raise NoRelease(f"{path}: {found}; expected {expected}")
 
 
-def find_folder(root: Path, inner: str, expected: str) -> Path:
+def find_folder(root: ReleasePath, inner: str, expected: str) -> ReleasePath:
     """`root`/`inner` if that is a folder, else `root`; UserError unless `root` is one."""
     check_folder(root, expected)
     path = root / inner
     return path if path.is_dir() else root
 
 
-def check_present(paths: Iterable[Path | None], remedy: str) -> None:
+def check_present(paths: Iterable[ReleasePath | None], remedy: str) -> None:
     """Raise UserError, ending in `remedy`, if one of the files is missing."""
     missing = [path for path in paths if path and not path.exists()]
     if missing:
         raise missing_files(missing, remedy)
 
 
-def check_consecutive(numbers: list[int], path_of: Callable[[int], Path]) -> None:
+def check_consecutive(numbers: list[int], path_of: Callable[[int], ReleasePath]) -> None:
     """Raise UserError unless the frame numbers run from 1 without a gap; `path_of(number)` is a frame's file."""
     last = max(numbers, default=0)
     gaps = sorted(set(range(1, last + 1)) - set(numbers))
@@ -238,7 +268,7 @@ def check_consecutive(numbers: list[int], path_of: Callable[[int], Path]) -> Non
         raise missing_files(map(path_of, gaps), f"frames of a scene must run from 1 to {last} without a gap")
 
 
-def missing_files(missing: Iterable[Path], remedy: str) -> UserError:
+def missing_files(missing: Iterable[ReleasePath], remedy: str) -> UserError:
     """A UserError that names the first missing file and counts the others."""
     first, *others = missing
     more = f", and {len(others)} more files" if others else ""

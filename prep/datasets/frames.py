@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import UserError
+from prep.archive import ReleasePath, list_names
 from prep.datasets import PairFiles
 from prep.formats import video
 
@@ -26,7 +27,7 @@ class FrameSequences:
     VALIDATION = None
     PASSES = ("",)
 
-    def list_pairs(self, root: Path, render_pass: str) -> list[PairFiles]:
+    def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs of a video, or of the folder `root` and all folders and videos in it, by path, then by frame.
 
         Raises:
@@ -34,15 +35,7 @@ class FrameSequences:
         """
         if not root.exists():
             raise UserError(f"{root}: does not exist; expected a folder of frames or a video")
-        pairs = []
-        if root.is_file():
-            pairs = self._pair_video(root, root.parent)
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            pairs += self._pair_images(list_images(Path(folder)), root)
-            for name in sorted(files):
-                if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
-                    pairs += self._pair_video(Path(folder, name), root)
+        pairs = self._pair_folder(root, "") if root.is_dir() else self._pair_video(root, root.name)
         if not pairs:
             raise UserError(
                 f"{root}: contains no pairs of frames; expected folders with more than {self.step} images "
@@ -50,16 +43,29 @@ class FrameSequences:
             )
         return pairs
 
-    def _pair_images(self, images: list[Path], root: Path) -> list[PairFiles]:
-        names = [str(path.relative_to(root).with_suffix("")) for path in images]
-        return [
-            PairFiles(names[first], images[first], images[second], flow=None)
+    def _pair_folder(self, folder: ReleasePath, prefix: str) -> list[PairFiles]:
+        """The pairs of a folder's images, then those of its videos and folders by name; `prefix` begins their names."""
+        images = image_names(folder)
+        pairs = [
+            PairFiles(
+                prefix + os.path.splitext(images[first])[0], folder / images[first], folder / images[second], flow=None
+            )
             for first, second in self._choose(len(images))
         ]
+        for name in list_names(folder):
+            path = folder / name
+            if name.startswith("."):
+                continue
+            if path.is_dir():
+                pairs += self._pair_folder(path, f"{prefix}{name}/")
+            elif name.lower().endswith(video.SUFFIXES):
+                pairs += self._pair_video(path, f"{prefix}{name}")
+        return pairs
 
-    def _pair_video(self, path: Path, root: Path) -> list[PairFiles]:
+    def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:
+        if not isinstance(path, Path):
+            raise UserError(f"{path}: a video cannot be read in an archive; unpack it")
         found = video.scan_video(path)
-        name = path.relative_to(root)
         return [
             PairFiles(f"{name}/{first:06}", path, path, flow=None, frames=video.VideoFrames(first, second, found.size))
             for first, second in self._choose(found.frames)
@@ -70,14 +76,12 @@ class FrameSequences:
         return [(first, first + self.step) for first in range(0, frames - self.step, self.stride)]
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The images in a folder by name, numbers in names by value: 9 before 10."""
+def image_names(folder: ReleasePath) -> list[str]:
+    """The names of the images in a folder, in order, numbers by value: 9 before 10."""
 
-    def order(path: Path) -> tuple[list[tuple[int, str]], str]:
-        parts = re.split(r"(\d+)", path.name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
+    def order(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
 
-    return sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
-        key=order,
-    )
+    names = [name for name in list_names(folder) if not name.startswith(".")]
+    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=order)

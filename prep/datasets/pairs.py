@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import UserError, counted, one_line
+from prep.archive import ReleasePath
 from prep.datasets import PairFiles, check_folder
 
 REQUIRED = ("image1", "image2")
@@ -58,7 +59,7 @@ class PairList:
     VALIDATION = None
     PASSES = ("",)
 
-    def list_pairs(self, root: Path, render_pass: str) -> list[PairFiles]:
+    def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs in the order of the list, whose paths are relative to `root`.
 
         Raises:
@@ -80,7 +81,7 @@ class PairList:
             pairs.append(pair)
         return hold_out(pairs, self.val_share) if self.val_share else pairs
 
-    def _make_pair(self, row: Row, root: Path) -> PairFiles:
+    def _make_pair(self, row: Row, root: ReleasePath) -> PairFiles:
         where, values = f"{self.file}, line {row.line}", row.values
         for column in REQUIRED:
             if column not in values:
@@ -91,10 +92,10 @@ class PairList:
             raise UserError(f"{where}: split is {values['split']!r}, expected {' or '.join(SPLITS)}")
         files = {column: root / values[column] for column in FILES if column in values}
         for column, path in files.items():
-            if not os.path.isfile(path):
-                found = "is not a file" if os.path.exists(path) else "does not exist"
+            if not is_file(path):
                 raise UserError(
-                    f"{where}: {column} {path} {found}; paths are relative to --root, by default the list's folder"
+                    f"{where}: {column} {path}: no such file; paths are relative to --root, by default the folder of "
+                    "the list"
                 )
         return PairFiles(
             name=values.get("name") or os.path.splitext(values["image1"])[0],
@@ -124,6 +125,14 @@ def hold_out(pairs: list[PairFiles], share: float) -> list[PairFiles]:
         number = min(max(1, round(share * (end - begin))), end - begin - 1)
         chosen.update(candidates[end - number : end])
     return [replace(pair, held_out=i in chosen) for i, pair in enumerate(pairs)]
+
+
+def is_file(path: ReleasePath) -> bool:
+    """Whether a file exists; not, if its name is too long for one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 # --- Parsing --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 
 from launch.errors import UserError, one_line
 from launch.files import write_bytes
+from prep.archive import file_length, open_file, read_file
 from prep.formats import MAX_EXPANSION, MAX_PIXELS, StrPath, npy
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def read_flow(
         UserError: the file is damaged, or its suffix is not supported.
     """
     parse, _ = format_of(path)
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_file(path)
     flow = parse_kubric_png(data, path, scale) if scale else parse(data, path)
     return flow, find_known(flow, limit)
 
@@ -77,8 +77,8 @@ def read_flow(
 def flow_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a flow file from its header; UserError if the header is damaged or contradicts the file's length."""
     _, size = format_of(path)
-    with open(path, "rb") as file:
-        return size(file, os.fstat(file.fileno()).st_size, path)
+    with open_file(path) as file:
+        return size(file, file_length(path), path)
 
 
 def format_of(path: StrPath) -> tuple[Parser, SizeReader]:
@@ -121,8 +121,7 @@ def check_array(flow: np.ndarray) -> None:
 
 def read_flo(path: StrPath) -> np.ndarray:
     """Read a .flo file: float32 (H, W, 2) in pixels, read-only. Raises UserError if it is damaged."""
-    with open(path, "rb") as file:
-        return parse_flo(file.read(), path)
+    return parse_flo(read_file(path), path)
 
 
 def parse_flo(data: bytes, name: StrPath) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from launch import ranks
 from launch.errors import UserError, one_line
 from launch.files import write_bytes
+from prep.archive import file_length, open_file, read_file
 from prep.formats import MAX_EXPANSION, MAX_PIXELS, StrPath, npy
 
 FORMATS = ("PNG", "PPM", "JPEG", "WEBP", "TIFF", "BMP")
@@ -41,13 +42,12 @@ _noted_reduction = False
 
 def read_image(path: StrPath) -> np.ndarray:
     """Read an image: uint8 (H, W, 3) RGB. Raises UserError if it is damaged."""
-    with open(path, "rb") as file:
-        return parse_image(file.read(), path)
+    return parse_image(read_file(path), path)
 
 
 def image_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of an image from its header; UserError if it has none."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(HEADER)
         size = ppm_size(start, path) or webp_size(start)
         if size:
@@ -68,8 +68,7 @@ def read_mask(path: StrPath) -> np.ndarray:
     Raises:
         UserError: the file is damaged or no mask, such as an image of 16 bits.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_file(path)
     if is_array(path):
         check_mask(npy.parse_header(data[: npy.HEADER_START + npy.MAX_HEADER], path), path)
         return (npy.parse_array(data, path) != 0).astype(np.uint8)
@@ -80,8 +79,8 @@ def mask_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a mask from its header; UserError if it has none."""
     if not is_array(path):
         return image_size(path)
-    with open(path, "rb") as file:
-        return check_mask(npy.read_header(file, os.fstat(file.fileno()).st_size, path), path)
+    with open_file(path) as file:
+        return check_mask(npy.read_header(file, file_length(path), path), path)
 
 
 def is_array(path: StrPath) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from launch import progress
 from launch.errors import UserError
+from prep.formats import StrPath
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 """Of the videos that are looked for in folders."""
@@ -26,7 +27,7 @@ class VideoFrames:
     size: tuple[int, int]
     """(H, W) of the video."""
 
-    def read(self, video: Path) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, video: StrPath) -> tuple[np.ndarray, np.ndarray]:
         """Decode both: uint8 (H, W, 3) RGB. Fast if the frames of one pair after another are read in order.
 
         Raises:
@@ -51,7 +52,7 @@ class Decoder:
     It never seeks: FFmpeg may land on another frame than the one asked for, depending on the container.
     """
 
-    def __init__(self, path: Path, window: int) -> None:
+    def __init__(self, path: StrPath, window: int) -> None:
         self.path, self.window = path, window
         self.video, self.next = open_video(path), 0
         self.kept: dict[int, np.ndarray] = {}
@@ -74,11 +75,11 @@ class Decoder:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_decoder(path: Path, window: int) -> Decoder:
+def _open_decoder(path: StrPath, window: int) -> Decoder:
     return Decoder(path, window)
 
 
-def open_video(path: Path) -> cv2.VideoCapture:
+def open_video(path: StrPath) -> cv2.VideoCapture:
     """Open a video and grab its first frame, ready for `retrieve`; UserError if OpenCV cannot decode it."""
     # Their messages about a broken file are for programmers; the error below is for users.
     cv2.setLogLevel(0)
