@@ -327,7 +327,9 @@ def read_samples(
             )
         height, width = split.sizes[index].tolist()
         sample = decode_record(record.data, fields, size=(height, width), pair=name, source=file)
-        if not sample["valid"].all():  # NaN times a weight of 0 would still spoil a loss
+        if not sample["valid"].any():
+            sample["flow"] = np.zeros_like(sample["flow"])
+        elif not sample["valid"].all():  # NaN times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
         if augment:
             sample = augment(sample, position)

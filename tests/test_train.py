@@ -177,7 +177,7 @@ def test_pairs_without_ground_truth_in_a_mixture(
         words = ["--data", pairs, "--split", split, "--ckpt", best, "--out", tmp_path / split]
         status, text, err = finish(tiny.mpirun(1, sys.executable, "train/evaluate.py", *words))
         assert status == expected, err
-        assert ("12,288 pixels with known flow; 1 pair without any left out" in text) == (split == "val")
+        assert ("12,288 pixels with known flow; 1 pair without ground truth left out" in text) == (split == "val")
     assert "no pair of split val-unlabelled has ground truth to evaluate on" in err
 
 

@@ -64,7 +64,9 @@ class Report:
         columns = {**self.passes, "all": self.metrics} if len(self.passes) > 1 else {"": self.metrics}
         sizes = sorted({f"{height}x{width}" for height, width in self.split.sizes.tolist()})
         left_out = (
-            f"; {counted(self.metrics.unlabelled, 'pair')} without any left out" if self.metrics.unlabelled else ""
+            f"; {counted(self.metrics.unlabelled, 'pair')} without ground truth left out"
+            if self.metrics.unlabelled
+            else ""
         )
         lines = [
             f"{self.split.dataset} {self.split.name}: {self.metrics.pairs} pairs of {', '.join(sizes)}, "

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from launch.errors import UserError
+from launch.errors import UserError, describe_os_error
 from prep.archive import ReleasePath, is_archive, list_folders, list_names, open_archives
 from prep.formats import MAX_PIXELS
 from prep.formats.flow import UNKNOWN_FLOW, KubricScale, flow_size, read_flow
@@ -74,11 +74,15 @@ class PairFiles:
 
     @contextlib.contextmanager
     def naming_row(self) -> Iterator[None]:
-        """Turn a UserError about a file into a BadPair that begins with the row of the list."""
+        """Turn a UserError about a file into a BadPair; begin it, or an OSError, with the row of the list."""
         try:
             yield
         except UserError as error:
             raise BadPair(f"{self.row}: {error}" if self.row else str(error)) from None
+        except OSError as error:
+            if self.row:
+                raise UserError(f"{self.row}: {describe_os_error(error)}") from None
+            raise
 
 
 class NoRelease(UserError):

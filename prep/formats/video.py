@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from launch import progress
+from launch import progress, ranks
 from launch.errors import UserError
 from prep.formats import StrPath
 
@@ -104,9 +104,8 @@ def scan_video(path: Path) -> VideoProperties:
     height, width = frame.shape[:2]
     announced, rate = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), video.get(cv2.CAP_PROP_FPS)
     frames, last = 1, 0.0
-    with progress.bar(
-        total=announced or None, desc=f"counting frames of {path.name}", disable=announced < 2000, leave=False
-    ) as bar:
+    hidden = announced < 2000 or ranks.current().rank != 0
+    with progress.bar(total=announced, desc=f"counting frames of {path.name}", disable=hidden, leave=False) as bar:
         while video.grab():
             frames, last = frames + 1, video.get(cv2.CAP_PROP_POS_MSEC) / 1000
             bar.update()
