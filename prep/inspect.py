@@ -423,7 +423,7 @@ def draw_histogram(quantity: Quantity, datasets: Sequence[Dataset]) -> Panel | N
             draw.rectangle((left + 4, top + tall - height, left + bar - 4, top + tall), fill=COLOURS[number])
             write(f"{100 * share:.1f} %", left + bar / 2, top + tall - height - line)
     for i in range(bins):
-        write(f"{bin_name(quantity, i)} {quantity.unit}".strip(), (i + 0.5) * group, top + tall + 4)
+        write(bin_name(quantity, i), (i + 0.5) * group, top + tall + 4)
     unit = f" ({quantity.unit})" if quantity.unit else " (0 to 255)"
     return Panel(np.asarray(canvas), quantity.name + unit)
 
