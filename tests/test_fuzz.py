@@ -12,7 +12,7 @@ import tiny
 
 PARSERS = (
     "flo", "pfm", "kitti-png", "npy", "npz", "mask", "zip", "tar", "tar-gz",
-    "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard", "manifest",
+    "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard", "manifest", "list",
 )  # fmt: skip
 PROGRAM = tiny.ROOT / "tests" / "bench" / "fuzz.py"
 

@@ -4,34 +4,47 @@ One module per dataset, with the attributes of `DatasetModule`. prep/README.md h
 how to add one.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from launch.errors import UserError
+from launch.errors import UserError, describe_os_error
 from prep.archive import ReleasePath, is_archive, list_folders, list_names, open_archives
 from prep.formats import MAX_PIXELS
 from prep.formats.flow import UNKNOWN_FLOW, KubricScale, flow_size, read_flow
 from prep.formats.image import image_size, mask_size, read_image, read_mask
+from prep.formats.video import VideoFrames
 
 Sample = dict[str, np.ndarray]
 """The arrays of a pair by field: image1 and image2 uint8 (H, W, 3) RGB, flow float32 (H, W, 2) in pixels, valid and
-occluded uint8 (H, W), 1 where the flow is known and where the second frame hides what the first shows."""
+occluded uint8 (H, W), 1 where the flow is known and where the second frame hides what the first shows. Without ground
+truth, flow, valid and occluded are 0."""
+
+MARKS_UNKNOWN = (".png", ".flo5")
+"""Suffixes of flow formats that themselves tell unknown flow from known."""
+
+
+class BadPair(UserError):
+    """The files of a pair are damaged or contradict each other."""
 
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files of one pair: two frames, the flow between them, and the dataset's masks if it has any."""
+    """The files of one pair: two frames, the flow between them if it is known, and the masks if there are any."""
 
     name: str
     image1: ReleasePath
     image2: ReleasePath
-    flow: ReleasePath
+    flow: ReleasePath | None
+    """None for a pair without ground truth."""
     invalid: ReleasePath | None = None
     """A mask, nonzero where the flow is unreliable."""
+    valid: ReleasePath | None = None
+    """A mask, nonzero where the flow is known."""
     occluded: ReleasePath | None = None
     """A mask, nonzero where the pixel is not visible in the second frame."""
     visible: ReleasePath | None = None
@@ -44,14 +57,32 @@ class PairFiles:
     """Of Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
+    frames: VideoFrames | None = None
+    """Set if image1 and image2 are one video: which of its frames these are."""
+    nan_is_unknown: bool = True
+    """Whether NaN in a format that does not provide for it means unknown flow, or is an error."""
+    row: str = ""
+    """Of a pair from a list: its file and line, with which errors begin."""
 
     def files(self) -> list[ReleasePath]:
         """All files that exist for this pair."""
-        return [self.image1, self.image2, self.flow, *self.masks(), *([self.visible] if self.visible else [])]
+        return [self.image1, self.image2, *(path for path in (self.flow, *self.masks(), self.visible) if path)]
 
     def masks(self) -> list[ReleasePath]:
         """The masks that exist for this pair."""
-        return [path for path in (self.invalid, self.occluded) if path]
+        return [path for path in (self.invalid, self.valid, self.occluded) if path]
+
+    @contextlib.contextmanager
+    def naming_row(self) -> Iterator[None]:
+        """Turn a UserError about a file into a BadPair; begin it, or an OSError, with the row of the list."""
+        try:
+            yield
+        except UserError as error:
+            raise BadPair(f"{self.row}: {error}" if self.row else str(error)) from None
+        except OSError as error:
+            if self.row:
+                raise UserError(f"{self.row}: {describe_os_error(error)}") from None
+            raise
 
 
 class NoRelease(UserError):
@@ -112,14 +143,30 @@ def find_release(dataset: DatasetModule, root: Path) -> ReleasePath:
 
 
 def read_pair(pair: PairFiles) -> Sample:
-    """Read all arrays of a pair, bit for bit. Raises UserError if a file is damaged or the sizes differ."""
-    arrays = read_flow(pair.flow, limit=pair.flow_limit, scale=pair.flow_scale)
+    """Read all arrays of a pair, bit for bit. Raises BadPair if a file is damaged or files contradict each other."""
+    with pair.naming_row():
+        return _read_pair(pair)
+
+
+def _read_pair(pair: PairFiles) -> Sample:
+    if not pair.flow:
+        if pair.frames:
+            image1, image2 = pair.frames.read(pair.image1)
+        else:
+            image1, image2 = read_image(pair.image1), read_image(pair.image2)
+        size = image1.shape[:2]
+        check_size(pair.image2, image2.shape[:2], pair.image1, size)
+        unknown = np.zeros(size, np.uint8)
+        flow = np.zeros((*size, 2), np.float32)
+        return {"image1": image1, "image2": image2, "flow": flow, "valid": unknown, "occluded": unknown}
+    flow_path = pair.flow
+    arrays = read_flow(flow_path, limit=pair.flow_limit, scale=pair.flow_scale)
     flow, valid = (array[:: pair.flow_step, :: pair.flow_step] for array in arrays)
     size = flow.shape[:2]
 
     def read(path: ReleasePath, reader: Callable[[ReleasePath], np.ndarray] = read_image) -> np.ndarray:
         image = reader(path)
-        check_size(path, image.shape[:2], pair.flow, size)
+        check_size(path, image.shape[:2], flow_path, size)
         return image
 
     sample = {"image1": read(pair.image1), "image2": read(pair.image2), "flow": flow}
@@ -132,22 +179,59 @@ def read_pair(pair: PairFiles) -> Sample:
         occluded |= valid & (seen == 0)
     if pair.invalid:
         valid = valid & (read(pair.invalid, read_mask) == 0)
+    if pair.valid:
+        mask = read(pair.valid, read_mask)
+        check_mask(pair.valid, mask, pair.flow, valid)
+        valid = mask
+    elif not pair.nan_is_unknown and pair.flow.suffix not in MARKS_UNKNOWN:
+        check_nan(pair.flow, flow)
+    if pair.row and not valid.any():
+        raise UserError(f"{pair.flow}: no flow in it is known; leave the column flow empty if there is no ground truth")
     return {**sample, "valid": valid, "occluded": occluded}
 
 
 def pair_size(pair: PairFiles) -> tuple[int, int]:
-    """(H, W) of a pair from its files' headers; UserError if a header is damaged or the sizes differ."""
-    flow_height, flow_width = flow_size(pair.flow)
-    height, width = -(-flow_height // pair.flow_step), -(-flow_width // pair.flow_step)
+    """(H, W) of a pair from its files' headers; BadPair if a header is damaged or the sizes differ."""
+    with pair.naming_row():
+        return _pair_size(pair)
+
+
+def _pair_size(pair: PairFiles) -> tuple[int, int]:
+    if pair.frames:
+        reference, (height, width) = pair.image1, pair.frames.size
+    elif pair.flow:
+        reference, (flow_height, flow_width) = pair.flow, flow_size(pair.flow)
+        height, width = -(-flow_height // pair.flow_step), -(-flow_width // pair.flow_step)
+        if pair.visible:
+            check_size(pair.visible, flow_size(pair.visible), pair.flow, (flow_height, flow_width))
+    else:
+        reference, (height, width) = pair.image1, image_size(pair.image1)
     if height * width > MAX_PIXELS:
-        raise UserError(f"{pair.flow}: {width}x{height} pixels, expected at most {MAX_PIXELS} in total")
-    for path in (pair.image1, pair.image2):
-        check_size(path, image_size(path), pair.flow, (height, width))
+        raise UserError(f"{reference}: {width}x{height} pixels, expected at most {MAX_PIXELS} in total")
+    if not pair.frames:
+        for path in (pair.image1, pair.image2):
+            check_size(path, image_size(path), reference, (height, width))
     for path in pair.masks():
-        check_size(path, mask_size(path), pair.flow, (height, width))
-    if pair.visible:
-        check_size(pair.visible, flow_size(pair.visible), pair.flow, (flow_height, flow_width))
+        check_size(path, mask_size(path), reference, (height, width))
     return height, width
+
+
+def check_mask(path: ReleasePath, mask: np.ndarray, flow: ReleasePath, known: np.ndarray) -> None:
+    """Raise UserError if a mask says that flow is known which the flow file does not contain."""
+    if wrong := np.argwhere((mask != 0) & (known == 0)).tolist():
+        raise UserError(
+            f"{path}: marks {len(wrong)} pixels as valid at which {flow.name} is NaN or over 1e9, the first at row "
+            f"{wrong[0][0]}, column {wrong[0][1]}; the mask must be 0 there"
+        )
+
+
+def check_nan(path: ReleasePath, flow: np.ndarray) -> None:
+    """Raise UserError if flow contains NaN."""
+    if wrong := np.argwhere(np.isnan(flow).any(axis=2)).tolist():
+        raise UserError(
+            f"{path}: NaN at {len(wrong)} of {flow.shape[0] * flow.shape[1]} pixels, the first at row {wrong[0][0]}, "
+            f"column {wrong[0][1]}; correct it, add a mask in the column valid that is 0 there, or use --nan-is-unknown"
+        )
 
 
 def check_size(path: ReleasePath, found: tuple[int, ...], other: ReleasePath, expected: tuple[int, ...]) -> None:
@@ -173,9 +257,9 @@ def find_folder(root: ReleasePath, inner: str, expected: str) -> ReleasePath:
     return path if path.is_dir() else root
 
 
-def check_present(paths: Iterable[ReleasePath], remedy: str) -> None:
+def check_present(paths: Iterable[ReleasePath | None], remedy: str) -> None:
     """Raise UserError, ending in `remedy`, if one of the files is missing."""
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if path and not path.exists()]
     if missing:
         raise missing_files(missing, remedy)
 

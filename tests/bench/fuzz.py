@@ -502,7 +502,7 @@ def manifest_seeds() -> list[bytes]:
     zero = "0" * 64
     found = [
         shards.Shard(f"{name}.mindrecord", 196688, zero, 65536, zero, 16384, zero,
-                     [f"{name}/{i}" for i in range(4)], [(3, 24, 40), (1, 24, 48)])
+                     [f"{name}/{i}" for i in range(4)], [(3, 24, 40), (1, 24, 48)], name == "train")
         for name in ("train", "val")
     ]  # fmt: skip
     manifest = shards.Manifest(
@@ -532,6 +532,26 @@ def parse_manifest(path: str, data: bytes) -> None:
 
 def mutate_manifest(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     return (mutate_json if rng.random() < 0.8 else mutate_bytes)(data, rng, others)
+
+
+def list_seeds() -> list[bytes]:
+    from prep.datasets import pairs
+
+    table = pairs.EXAMPLE.splitlines()
+    rows = [dict(zip(table[0].split(","), line.split(","), strict=True)) for line in table[1:]]
+    return [
+        pairs.EXAMPLE.encode(),
+        pairs.EXAMPLE.replace(",", "\t").encode("utf-8-sig"),
+        pairs.EXAMPLE.replace(",", ";").encode(),
+        "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    ]
+
+
+def parse_list(path: str, data: bytes) -> None:
+    from prep.datasets import pairs
+
+    for row in pairs.read_rows(pathlib.Path(path)):
+        assert row.line > 0 and all(row.values.values()) and row.values.keys() <= set(pairs.COLUMNS)
 
 
 def recipe_seeds() -> list[bytes]:
@@ -588,6 +608,7 @@ PARSERS = {
     "record": Parser("", record_seeds, parse_record, repair_record),
     "shard": Parser("", shard_seeds, parse_shard),
     "manifest": Parser(".json", manifest_seeds, parse_manifest, repair_manifest, mutate_manifest),
+    "list": Parser(".csv", list_seeds, parse_list),
     "recipe": Parser(".yaml", recipe_seeds, parse_recipe),
     "checkpoint": Parser(".ckpt", checkpoint_seeds, parse_checkpoint, repair_checkpoint),
 }
