@@ -410,6 +410,8 @@ class TarArchive:
                         continue
                     if not info.isreg() or info.issparse():
                         raise bad_member(self.path, info.name, "it is a link or another special file")
+                    if info.size < 0:
+                        raise bad_member(self.path, info.name, f"it claims {info.size} bytes")
                     yield TarMember(self, info.name, info.size, info.offset_data)
                 # A damaged header or a missing end looks like the end to tarfile.
                 if self.source.read(archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -453,8 +455,8 @@ class PlainSource:
         self.length, self.modified = status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, length: int) -> bytes:
-        """At most `length` bytes; fewer at the end of the file."""
-        return os.pread(self._file.fileno(), length, offset)
+        """At most `length` bytes; fewer at the end of the file, and none outside of it."""
+        return os.pread(self._file.fileno(), length, offset) if 0 <= offset < self.length else b""
 
     def check_end(self) -> None:
         """Nothing to check."""
@@ -470,13 +472,15 @@ class GzipSource:
     BLOCK = 1 << 18
     """Bytes decompressed at a time."""
     MAX_STATES = 1 << 10
+    SPACING = 1 << 22
+    """Bytes between two states, at first; doubled when there are too many."""
     CURSORS = 8
     """Places at which reading goes on without starting at a state; a pair's files are often in different folders."""
 
     def __init__(self, path: str) -> None:
         self._packed = PlainSource(path)
         self.modified = self._packed.modified
-        self._spacing = 1 << 22
+        self._spacing = self.SPACING
         self._states = [GzipCursor(self._packed)]
         self._cursors: collections.deque[GzipCursor] = collections.deque(maxlen=self.CURSORS)
 
@@ -569,6 +573,8 @@ def check_name(archive: str, name: str) -> None:
     """Raise UserError if a member would be unpacked outside of the folder that its archive is unpacked into."""
     if name.startswith("/") or ".." in name.split("/"):
         raise bad_member(archive, name, "its path leads out of the archive")
+    if not name:
+        raise bad_member(archive, name, "it has no name")
 
 
 def bad_member(archive: str, name: str, reason: str) -> UserError:

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 PARSERS = (
-    "flo", "pfm", "kitti-png", "npy", "npz", "mask", "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard",
-    "manifest", "list",
+    "flo", "pfm", "kitti-png", "npy", "npz", "mask", "zip", "tar", "tar-gz",
+    "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard", "manifest", "list",
 )  # fmt: skip
 PROGRAM = tiny.ROOT / "tests" / "bench" / "fuzz.py"
 

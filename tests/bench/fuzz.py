@@ -25,9 +25,11 @@ import signal
 import sqlite3
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -299,6 +301,74 @@ def parse_flow(path: str, data: bytes) -> None:
     assert known.dtype == np.uint8 and known.shape == size and known.max() <= 1
 
 
+def archive_seeds(suffix: str) -> list[bytes]:
+    files, seeds = {"data/a": bytes(range(256)) * 4, "data/b": b"", "c": b"abc" * 9}, []
+    for option in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) if suffix == ".zip" else ("w", "w:gz"):
+        file = io.BytesIO()
+        if suffix == ".zip":
+            with zipfile.ZipFile(file, "w", int(option)) as packed:
+                for name, data in files.items():
+                    packed.writestr(name, data)
+        elif (option == "w:gz") == (suffix == ".tar.gz"):
+            with tarfile.open(fileobj=file, mode=str(option)) as packed:  # type: ignore[call-overload]
+                for name, data in files.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    packed.addfile(info, io.BytesIO(data))
+        seeds += [file.getvalue()] if file.getvalue() else []
+    return seeds
+
+
+def repair_tar(data: bytes, rng: random.Random) -> bytes:
+    """A .tar with the right checksum in each header, of those that are in their place."""
+    repaired, start = bytearray(data), 0
+    while start + 512 <= len(repaired) and any(repaired[start : start + 512]):
+        header = repaired[start : start + 512]
+        header[148:156] = b" " * 8
+        repaired[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+        length = bytes(header[124:135]).strip(b" \0")
+        start += 512 * (1 - -(int(length, 8) if re.fullmatch(b"[0-7]+", length) else 0) // 512)
+    return bytes(repaired)
+
+
+def of_plain_tar(change: Callable[[bytes], bytes], data: bytes) -> bytes:
+    """A .tar.gz whose .tar is changed; the same bytes if it cannot be decompressed."""
+    try:
+        plain = change(zlib.decompressobj(31).decompress(data, LONGEST))
+    except zlib.error:
+        return data
+    compressor = zlib.compressobj(1, wbits=31)
+    return compressor.compress(plain) + compressor.flush()
+
+
+def repair_tar_gz(data: bytes, rng: random.Random) -> bytes:
+    return of_plain_tar(lambda plain: repair_tar(plain, rng), data)
+
+
+def mutate_tar_gz(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
+    """Changes of the .tar, or of its compressed bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(data, rng, others)
+    return of_plain_tar(lambda plain: mutate_bytes(plain, rng, [plain]), data)
+
+
+def parse_archive(path: str, data: bytes) -> None:
+    from prep import archive
+
+    folders = [archive.open_archives(pathlib.Path(path))]
+    while folders:
+        folder = folders.pop()
+        for name in archive.list_names(folder):
+            found = folder / name
+            if found.is_dir():
+                folders.append(found)
+            else:
+                content = found.read_bytes()
+                assert len(content) == found.stat().st_size
+                with found.open() as opened:
+                    assert opened.read(9) == content[:9]
+
+
 def mask_seeds() -> list[bytes]:
     import numpy as np
 
@@ -526,6 +596,9 @@ PARSERS = {
     "npy": Parser(".npy", lambda: flow_seeds(".npy"), parse_flow),
     "npz": Parser(".npz", lambda: flow_seeds(".npz"), parse_flow, repair_zip),
     "mask": Parser(".npy", mask_seeds, parse_mask),
+    "zip": Parser(".zip", lambda: archive_seeds(".zip"), parse_archive, repair_zip),
+    "tar": Parser(".tar", lambda: archive_seeds(".tar"), parse_archive, repair_tar),
+    "tar-gz": Parser(".tar.gz", lambda: archive_seeds(".tar.gz"), parse_archive, repair_tar_gz, mutate_tar_gz),
     "png": Parser(".png", lambda: image_seeds("PNG"), parse_image, repair_png, mutate_png),
     "jpeg": Parser(".jpg", lambda: image_seeds("JPEG"), parse_image),
     "ppm": Parser(".ppm", lambda: image_seeds("PPM"), parse_image),
