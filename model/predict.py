@@ -24,7 +24,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import pathlib
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -36,13 +35,13 @@ from launch.arguments import Parser
 from launch.errors import UserError, run
 from model.backend import add_backend_option
 from model.precision import add_precision_option
+from prep.datasets.frames import IMAGE_SUFFIXES, image_names
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
 
 Value = TypeVar("Value")
 
-IMAGE_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg", ".bmp")
 WRITERS = 2  # threads
 
 
@@ -94,26 +93,13 @@ def open_frames(inputs: Sequence[pathlib.Path]) -> Frames:
                 raise UserError(f"{path}: is a folder; expected two images, or one folder alone")
         return open_images(inputs)
     if first.is_dir():
-        paths = list_images(first)
+        paths = [first / name for name in image_names(first)]
         if len(paths) < 2:
             raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected at least two")
         return open_images(paths)
     if first.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{first}: is one image; expected a second image, a folder of frames, or a video")
     return open_video(first)
-
-
-def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The images in a folder by name, numbers in names by value: 9 before 10."""
-
-    def order(path: pathlib.Path) -> tuple[list[tuple[int, str]], str]:
-        parts = re.split(r"(\d+)", path.name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
-
-    return sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")),
-        key=order,
-    )
 
 
 def open_images(paths: Sequence[pathlib.Path]) -> Frames:
@@ -143,26 +129,20 @@ def open_video(path: pathlib.Path) -> Frames:
     """The frames of a video, decoded when needed; raises UserError if OpenCV cannot decode it."""
     import cv2
 
-    # Their messages about a broken file are for programmers; the error below is for users.
-    cv2.setLogLevel(0)
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    decoded, frame = video.read()
-    if not decoded:
-        raise UserError(
-            f"{path}: is not a video that OpenCV can decode; expected an image, a folder of frames, or a video such as "
-            ".mp4 or .avi"
-        )
+    from prep.formats import video as video_format
 
-    def frames(frame: np.ndarray) -> Iterator[Frame]:
-        number, decoded = 0, True
-        while decoded:
+    video = video_format.open_video(path)
+
+    def frames() -> Iterator[Frame]:
+        number, grabbed = 0, True
+        while grabbed:
+            _, frame = video.retrieve()
             yield Frame(f"{path.stem}_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-            decoded, frame = video.read()
+            grabbed = video.grab()
             number += 1
         video.release()
 
-    return Frames(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), frames(frame))
+    return Frames(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), frames())
 
 
 def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:

@@ -20,7 +20,8 @@ def dataset(
     """A split of a converted dataset as a `mindspore.dataset` object, for any training loop.
 
     Columns of each row: image1 and image2, uint8 (H, W, 3) RGB; flow, float32 (H, W, 2) in pixels from image1 to
-    image2, 0 where it is unknown; valid, uint8 (H, W), 1 where the flow is known.
+    image2, 0 where it is unknown; valid, uint8 (H, W), 1 where the flow is known: nowhere in a pair without
+    ground truth.
 
     Args:
         folder: written by prep/convert.py.

@@ -31,31 +31,59 @@ from launch.errors import UserError, counted, drop_output, run
 from launch.lock import Lock
 from prep import codec, schema, shards
 from prep.datasets import (
+    BadPair,
     DatasetModule,
     PairFiles,
+    autoflow,
+    chairssdhom,
+    driving,
+    find_release,
     flyingchairs,
+    flyingchairs2,
+    flyingchairsocc,
     flyingthings3d,
     flyingthings3d_subset,
     hd1k,
     kitti2012,
     kitti2015,
+    kubric,
+    kubric_swapped,
+    middlebury,
+    monkaa,
     pair_size,
     sintel,
     splits,
     spring,
+    tartanair,
+    viper,
 )
+from prep.datasets.frames import FrameSequences
+from prep.datasets.pairs import EXAMPLE, PairList, hash_list
 from prep.workers import WorkersKilled, run_in_workers
 
 DATASETS: dict[str, DatasetModule] = {
+    "autoflow": autoflow,
+    "chairssdhom": chairssdhom,
+    "driving": driving,
     "flyingchairs": flyingchairs,
+    "flyingchairs2": flyingchairs2,
+    "flyingchairsocc": flyingchairsocc,
     "flyingthings3d": flyingthings3d,
     "flyingthings3d-subset": flyingthings3d_subset,
     "hd1k": hd1k,
     "kitti2012": kitti2012,
     "kitti2015": kitti2015,
+    "kubric": kubric,
+    "kubric-swapped": kubric_swapped,
+    "middlebury": middlebury,
+    "monkaa": monkaa,
     "sintel": sintel,
     "spring": spring,
+    "tartanair": tartanair,
+    "viper": viper,
 }
+CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown"), "frames": ("step", "stride")}
+"""Your own data: the options that only these have."""
 PLAN = "plan.json"
 """In the work folder: the description of the conversion."""
 LOCK = "lock"
@@ -64,9 +92,16 @@ LOCK = "lock"
 
 def main() -> None:
     options = parse_options()
+    if options.example:
+        print(EXAMPLE, end="")
+        return
     if options.shards < 1 or options.workers < 1:
         raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
-    for path in filter(None, (options.root, options.out, options.split_file)):
+    if options.val_share is not None and not 0 < options.val_share < 1:
+        raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
+    if min(options.step, options.stride) < 1:
+        raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
+    for path in filter(None, (options.root, options.out, options.split_file, options.list)):
         # The manifest and MindRecord store text.
         if not shards.PRINTABLE.allows(os.path.abspath(path)):
             raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
@@ -77,7 +112,7 @@ def main() -> None:
         drop_output()  # rank 0 reports for all
     plan = make_plan(options)
     if is_complete(out, plan):
-        print(f"{out}: already complete, nothing to do; {next_steps(out)}")
+        print(f"{out}: already complete, nothing to do; {next_steps(out, plan)}")
         return
     layout = shards.PageLayout.fitting(largest_image(plan.pairs), max(len(shard.pairs) for shard in plan.planned))
     lock = None
@@ -92,6 +127,12 @@ def main() -> None:
         write_shards(partial, plan.planned[rank.rank :: rank.size], options, layout, rank)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
+    except BadPair:
+        if lock and rank.size == 1 and options.dataset in CUSTOM:
+            # With a corrected file it would be another conversion, which could not resume this one.
+            lock.release()
+            shutil.rmtree(partial)
+        raise
     if lock:
         wait_for(lambda: all(read_finished_shard(partial / shard.file) for shard in plan.planned))
         finish(partial, out, plan, options)
@@ -104,9 +145,22 @@ def parse_options() -> argparse.Namespace:
         "becomes OUT when it is complete; run the same command again to resume an interrupted conversion. Under "
         "mpirun, the shards are distributed over the ranks. prep/README.md lists the expected folder layouts.",
     )
-    parser.add_argument("dataset", choices=sorted(DATASETS), help="the layout of the files under --root")
-    parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="the unpacked release (required)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
+    parser.add_argument(
+        "dataset",
+        choices=[*sorted(DATASETS), *CUSTOM],
+        metavar="DATASET",
+        help=f"the layout of the files under --root: {', '.join(sorted(DATASETS))}; or, for your own data, pairs (a "
+        "list of files) or frames (folders and videos)",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="the release: its folder, its .zip or .tar, or the folder of its archives; for frames, the folder, "
+        "archive or video; for pairs, what the paths in the list are relative to (required; for pairs by default the "
+        "folder of the list)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument(
         "--shards",
         type=int,
@@ -135,7 +189,47 @@ def parse_options() -> argparse.Namespace:
         help="0-based indices of the validation pairs, one per line (default: the dataset's fixed list in prep/splits, "
         "or the pairs that the release itself holds out)",
     )
-    return parser.parse_args()
+    pairs = parser.add_argument_group("pairs", "Your own pairs, with flow or without:")
+    pairs.add_argument(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="CSV, TSV or JSON lines with the columns image1, image2 and optionally flow, valid and occluded (masks), "
+        "split (train or val) and name (required)",
+    )
+    pairs.add_argument(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the pairs with flow to hold out for validation, for a list without the column split (default: "
+        "none)",
+    )
+    pairs.add_argument(
+        "--nan-is-unknown",
+        action="store_true",
+        help="NaN in .flo, .pfm, .npy and .npz files means unknown flow (default: it is an error)",
+    )
+    pairs.add_argument("--example", action="store_true", help="print a list to start from, and exit")
+    frames = parser.add_argument_group("frames", "Your own frames, which become pairs without ground truth:")
+    frames.add_argument(
+        "--step", type=int, default=1, metavar="N", help="the second frame of a pair is N frames after the first"
+    )
+    frames.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="a pair begins at every Nth frame of a folder or video"
+    )
+    options = parser.parse_args()
+    if options.example and options.dataset == "pairs":
+        return options
+    for dataset, names in (*CUSTOM.items(), ("pairs", ("example",))):
+        for name in names:
+            if name in parser.given and dataset != options.dataset:
+                parser.error(f"--{name.replace('_', '-')} is an option of {dataset}, not of {options.dataset}")
+    if options.dataset == "pairs" and options.list and not options.root:
+        options.root = options.list.parent
+    needed = (*(["list"] if options.dataset == "pairs" else []), "root", "out")
+    if missing := [f"--{name}" for name in needed if not getattr(options, name)]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
 
 
 # --- The plan: which pairs go into which shard ----------------------------------------------------
@@ -163,13 +257,14 @@ class Plan:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """List the pairs, split them and assign them to shards; report the numbers."""
-    dataset, plan = DATASETS[options.dataset], Plan()
+    dataset, plan = open_dataset(options), Plan()
     path = options.split_file or (splits.FOLDER / dataset.VALIDATION if dataset.VALIDATION else None)
     split_file = splits.read_split_file(path) if path else None
     if path and split_file:
         plan.validation = {"file": path.name, "sha256": split_file.sha256}
+    root = find_release(dataset, options.root)
     for render_pass in dataset.PASSES:
-        pairs = dataset.list_pairs(options.root, render_pass)
+        pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
         indices = split_file.indices if split_file else splits.held_out_indices(pairs)
@@ -185,26 +280,51 @@ def make_plan(options: argparse.Namespace) -> Plan:
     check_names(plan.pairs)
     plan.description = {
         "dataset": options.dataset,
-        "schema_version": shards.SCHEMA_VERSION,
+        "schema_version": schema_version(plan.pairs),
         "codec": options.codec,
         "inputs": fingerprint(plan.pairs),
         "validation": plan.validation["sha256"],
         "shards": [shard.file for shard in plan.planned],
     }
+    if options.dataset in CUSTOM:
+        values = {name: getattr(options, name) for name in CUSTOM[options.dataset] if name != "list"}
+        plan.description["options"] = values | ({"list": hash_list(options.list)} if options.list else {})
     return plan
 
 
+def open_dataset(options: argparse.Namespace) -> DatasetModule:
+    """The module of a dataset, or what lists your own data."""
+    if options.dataset == "pairs":
+        return PairList(options.list, options.val_share, options.nan_is_unknown)
+    if options.dataset == "frames":
+        return FrameSequences(options.step, options.stride)
+    return DATASETS[options.dataset]
+
+
+def schema_version(pairs: list[PairFiles]) -> int:
+    """The first version of the manifest that can describe these pairs, so that older toolkits read most datasets."""
+    return 1 if all(pair.flow for pair in pairs) else shards.SCHEMA_VERSION
+
+
 def add_pass(plan: Plan, render_pass: str, split: splits.Split, train_shards: int) -> None:
-    """Add the shards of one rendering pass ("" if there is only one)."""
-    proportional = -(-train_shards * len(split.val) // max(1, len(split.train)))
-    numbers = {"train": train_shards, "val": min(proportional, train_shards)}
-    for name, pairs in split._asdict().items():
-        stem = f"{name}-{render_pass}" if render_pass else name
-        planned = assign_to_shards(stem, pairs, numbers[name])
-        plan.planned += planned
-        plan.splits[name] += [shard.file for shard in planned]
-        if render_pass:
-            plan.splits[stem] = [shard.file for shard in planned]
+    """Add the shards of one rendering pass ("" if there is only one); pairs without ground truth get their own."""
+    labelled, unlabelled = (
+        splits.Split(*([pair for pair in pairs if bool(pair.flow) == flow] for pairs in split))
+        for flow in (True, False)
+    )
+    for kind, part in (("", labelled), ("unlabelled", unlabelled)):
+        proportional = -(-train_shards * len(part.val) // max(1, len(part.train)))
+        numbers = {"train": train_shards, "val": min(proportional, train_shards)}
+        for name, pairs in part._asdict().items():
+            stem = "-".join(filter(None, (name, render_pass, kind)))
+            planned = assign_to_shards(stem, pairs, numbers[name])
+            names = [shard.file for shard in planned]
+            plan.planned += planned
+            plan.splits[name] += names
+            if render_pass:
+                plan.splits.setdefault(f"{name}-{render_pass}", []).extend(names)
+            if kind and names:
+                plan.splits[stem] = names
 
 
 def fingerprint(pairs: list[PairFiles]) -> str:
@@ -212,7 +332,7 @@ def fingerprint(pairs: list[PairFiles]) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for path in pair.files():
-            status = os.stat(path)
+            status = path.stat()
             digest.update(f"{pair.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
@@ -228,15 +348,22 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
     """Print how the pairs are split, and whether the release is incomplete or a split is empty."""
     pairs = len(split.train) + len(split.val)
     title = f"{dataset.TITLE} {render_pass}".strip()
-    print(f"{title}: {counted(pairs, 'pair')}, {len(split.train)} for training and {len(split.val)} for validation")
+    unlabelled = sum(not pair.flow for pair in split.train + split.val)
+    print(
+        f"{title}: {counted(pairs, 'pair')}, {len(split.train)} for training and {len(split.val)} for validation"
+        + (f"; {unlabelled} without ground truth" if unlabelled else "")
+    )
     if dataset.PAIRS not in (None, pairs) and not custom:
         print(
             f"note: found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
             "(--split-file: use another)"
         )
+    if unlabelled == pairs:
+        return  # nothing to validate on
+    remedy = "--val-share: hold some out" if isinstance(dataset, PairList) else "--split-file: use another split"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
-            print(f"note: no pairs for {name} (--split-file: use another split)", file=sys.stderr)
+            print(f"note: no pairs for {name} ({remedy})", file=sys.stderr)
 
 
 def check_names(pairs: list[PairFiles]) -> None:
@@ -389,9 +516,12 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
     command = ["prep/convert.py", options.dataset, "--root", str(options.root)]
     command += ["--shards", str(options.shards), "--codec", options.codec]
     command += ["--split-file", str(options.split_file)] if options.split_file else []
+    for name in CUSTOM.get(options.dataset, ()):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        command += [option] if value is True else [option, str(value)] if value else []
     manifest = shards.Manifest(
         dataset=options.dataset,
-        schema_version=shards.SCHEMA_VERSION,
+        schema_version=schema_version(plan.pairs),
         splits=plan.splits,
         shards={shard.file: shard for shard in finished},
         validation=plan.validation,
@@ -408,18 +538,21 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
     # Only now, because until then a resumed conversion would need them.
     for name in [PLAN, LOCK] + [f"{shard.file}.json" for shard in finished]:
         (out / name).unlink()
-    raw = sum(path.stat().st_size for pair in plan.pairs for path in pair.files())
+    raw = sum(path.stat().st_size for path in {path for pair in plan.pairs for path in pair.files()})
     print(
         f"{out}: {counted(len(manifest), 'pair')} in {counted(len(finished), 'shard')}, "
         f"{shards.stored_bytes(finished, out) / 1e6:.1f} MB "
-        f"({raw / 1e6:.1f} MB before); {next_steps(out)}"
+        f"({raw / 1e6:.1f} MB before); {next_steps(out, plan)}"
     )
 
 
-def next_steps(out: Path) -> str:
+def next_steps(out: Path, plan: Plan) -> str:
     """What to run after a conversion."""
     folder = shlex.quote(str(out))
-    return f"next: python prep/inspect.py {folder} --html {folder}.html, then launch/train.sh --data {folder}"
+    inspect = f"next: python prep/inspect.py {folder} --html {folder}.html"
+    if any(pair.flow for pair in plan.pairs):
+        return f"{inspect}, then launch/train.sh --data {folder}"
+    return f"{inspect}; training needs pairs with ground truth, too"
 
 
 if __name__ == "__main__":

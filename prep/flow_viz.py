@@ -102,13 +102,26 @@ def draw_prediction(image: np.ndarray, true_flow: np.ndarray, predicted_flow: np
     """One row: image, true flow, predicted flow, end-point error; uint8 (H, 4W, 3) RGB.
 
     Both flows have the scale of the true one: full saturation at its 99th percentile, because with the maximum, one
-    small fast object would leave everything else white. Panels are labelled where a label fits.
+    small fast object would leave everything else white. Without any true flow, the predicted one has its own scale.
+    Panels are labelled where a label fits.
     """
     known = flow_format.find_known(true_flow).astype(bool)
+    if not known.any():
+        longest = typical_max_flow(predicted_flow)
+        nothing = np.zeros_like(image)
+        return np.concatenate(
+            [
+                draw_label(image, "image"),
+                draw_label(nothing, "no ground truth"),
+                draw_label(flow_to_color(predicted_flow, longest), f"predicted, max {longest:.1f} px"),
+                nothing,
+            ],
+            axis=1,
+        )
     length = np.hypot(true_flow[..., 0], true_flow[..., 1])[known]
-    longest = float(np.percentile(length, 99)) if length.size else 0.0
+    longest = float(np.percentile(length, 99))
     epe = np.where(flow_format.find_known(true_flow), np.linalg.norm(predicted_flow - true_flow, axis=2), np.nan)
-    mean = epe[known].mean() if known.any() else np.nan
+    mean = epe[known].mean()
     return np.concatenate(
         [
             draw_label(image, "image"),

@@ -41,7 +41,7 @@ class Batch:
     flow: np.ndarray
     """(B, H, W, 2) float32 in pixels, from image 1 to image 2; 0 where it is unknown."""
     valid: np.ndarray
-    """(B, H, W) uint8, 1 where the flow is known."""
+    """(B, H, W) uint8, 1 where the flow is known: nowhere in a pair without ground truth."""
     index: np.ndarray | None = None
     """(B,) int32, position of each pair in its split, in a mixture after those of the preceding splits. PADDING for a
     pair that only fills the last batch of an evaluation."""
@@ -192,6 +192,11 @@ class DatasetSplit:
         return np.repeat(runs[:, 1:], runs[:, 0], axis=0)
 
     @functools.cached_property
+    def labelled(self) -> np.ndarray:
+        """Whether each pair has ground truth, in order: bool (pairs,)."""
+        return np.array([shard.labelled for shard in self.shards for _ in shard.names], bool)
+
+    @functools.cached_property
     def files(self) -> list[Path]:
         """The shards' paths, in order."""
         return [self.folder / shard.file for shard in self.shards]
@@ -322,7 +327,9 @@ def read_samples(
             )
         height, width = split.sizes[index].tolist()
         sample = decode_record(record.data, fields, size=(height, width), pair=name, source=file)
-        if not sample["valid"].all():  # NaN times a weight of 0 would still spoil a loss
+        if not sample["valid"].any():
+            sample["flow"] = np.zeros_like(sample["flow"])
+        elif not sample["valid"].all():  # NaN times a weight of 0 would still spoil a loss
             sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
         if augment:
             sample = augment(sample, position)

@@ -42,8 +42,9 @@ def read(kind: typing.Any, value: typing.Any, path: str = "") -> typing.Any:
     """Check a value as the json module returns it, and convert it to the declared type.
 
     Args:
-        kind: Annotated[int, IntRange], Annotated[str, Pattern], X | None, list[X], tuple[X, Y, ...], dict[X, Y], a
-            dataclass or TypedDict (an object with exactly these fields), or plain dict (an object with any content).
+        kind: Annotated[int, IntRange], Annotated[str, Pattern], bool, X | None, list[X], tuple[X, Y, ...], dict[X, Y],
+            a dataclass or TypedDict (an object with exactly these fields, where those with a default may be missing),
+            or plain dict (an object with any content).
         path: of the value in its file, such as "shards[2].bytes".
 
     Raises:
@@ -65,28 +66,36 @@ def read(kind: typing.Any, value: typing.Any, path: str = "") -> typing.Any:
             read(parts[0], key, f"a key in {path}"): read(parts[1], item, f"{path}.{key:.40}")
             for key, item in value.items()
         }
-    if kind is dict and type(value) is dict:
+    if kind in (dict, bool) and type(value) is kind:
         return value
-    if origin is None and kind is not dict:
+    if origin is None and kind not in (dict, bool):
         if dataclasses.is_dataclass(kind) and type(value) is kind:
             return value
         fields = _fields(kind)
-        if type(value) is dict and value.keys() == fields.keys():
+        if type(value) is dict and _required(kind) <= value.keys() <= fields.keys():
             prefix = f"{path}." if path else ""
-            values = {name: read(fields[name], value[name], prefix + name) for name in fields}
+            values = {name: read(fields[name], value[name], prefix + name) for name in fields if name in value}
             try:
                 return kind(**values)
             except ValueError as error:  # from a dataclass whose fields contradict each other
                 raise ValueError(f"{path or 'content'}: {error}") from None
         raise mismatch(path, value, f"an object with {', '.join(fields)}")
     expected = {list: "a list", tuple: f"a list of {len(parts)}"}
-    raise mismatch(path, value, expected.get(origin, "an object"))
+    raise mismatch(path, value, "true or false" if kind is bool else expected.get(origin, "an object"))
 
 
 @functools.cache
 def _fields(kind: type) -> dict[str, typing.Any]:
     """The declared types of a dataclass's or TypedDict's fields."""
     return typing.get_type_hints(kind, include_extras=True)
+
+
+@functools.cache
+def _required(kind: type) -> frozenset[str]:
+    """The names of those fields that have no default."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    return frozenset(_fields(kind).keys() - optional)
 
 
 def mismatch(path: str, value: typing.Any, expected: typing.Any) -> ValueError:

@@ -5,6 +5,8 @@ manifest.json, which lists every shard with its size, hashes and pairs. A record
 with the payloads (prep/codec.py) of FIELDS. prep/README.md describes the format with an example.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -25,7 +27,8 @@ from prep import codec, schema
 from prep.datasets import PairFiles, Sample, read_pair
 from prep.formats import StrPath
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest version that this toolkit reads. It writes 2 for a dataset with pairs without ground truth, else 1."""
 FIELDS = {
     "image1": (np.uint8, 3),
     "image2": (np.uint8, 3),
@@ -96,6 +99,8 @@ class Shard:
     """In the order of the records."""
     sizes: list[tuple[Count, Count, Count]]
     """Runs of equal size, in the same order: (number of pairs, height, width)."""
+    labelled: bool = True
+    """Whether its pairs have ground truth; if not, their flow, valid and occluded are all 0."""
 
     def __post_init__(self) -> None:
         if sum(number for number, _, _ in self.sizes) != len(self.names):
@@ -107,6 +112,13 @@ class Shard:
         for _, height, width in self.sizes:
             if PIXEL_BYTES * height * width > 4 * self.bytes:
                 raise ValueError(f"a pair of {width}x{height} does not fit in its {self.bytes} bytes")
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifest.json stores it: as in version 1, unless its pairs have no ground truth."""
+        fields = dataclasses.asdict(self)
+        if self.labelled:
+            del fields["labelled"]
+        return fields
 
     def pair_sizes(self) -> list[tuple[int, int]]:
         """(H, W) of each pair, in the order of the records."""
@@ -238,6 +250,11 @@ class Manifest:
         """The number of pairs."""
         return sum(len(shard.names) for shard in self.shards.values())
 
+    @property
+    def unlabelled(self) -> int:
+        """The number of pairs without ground truth."""
+        return sum(len(shard.names) for shard in self.shards.values() if not shard.labelled)
+
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Read a dataset's manifest; UserError if it is missing, damaged or of a newer version."""
@@ -271,7 +288,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, whole or not at all."""
-        fields = {**vars(self), "shards": [dataclasses.asdict(shard) for shard in self.shards.values()]}
+        fields = {**vars(self), "shards": [shard.to_json() for shard in self.shards.values()]}
         write_json(folder / MANIFEST, {**fields, "sha256": hash_fields(fields)})
 
     def shards_of(self, split: str, folder: Path) -> list[Shard]:
@@ -337,8 +354,12 @@ def write_shard(
     The shard and its index appear under their names only when they are complete and on disk; `path`.json, written
     last, tells a later run so. `progress` is called after each pair.
 
+    Args:
+        pairs: all with ground truth, or all without.
+
     Raises:
-        UserError: a file of a pair is damaged, or MindRecord cannot write the shard.
+        BadPair: a file of a pair is damaged.
+        UserError: MindRecord cannot write the shard.
     """
     from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
 
@@ -353,8 +374,7 @@ def write_shard(
         writer.set_header_size(layout.header)
         writer.add_schema(SCHEMA, "optical flow pair")
         runs: list[tuple[int, int, int]] = []
-        for pair in pairs:
-            sample = read_pair(pair)
+        for pair, sample in zip(pairs, read_ahead(pairs), strict=True):
             height, width = sample["valid"].shape
             if runs and runs[-1][1:] == (height, width):
                 runs[-1] = (runs[-1][0] + 1, height, width)
@@ -376,11 +396,12 @@ def write_shard(
             index_sha256=hash_file(index, index_length),
             names=[pair.name for pair in pairs],
             sizes=runs,
+            labelled=pairs[0].flow is not None,
         )
         for written in (index, unfinished):
             written.chmod(work.stat().st_mode & 0o666)  # MindRecord's own mode is 0600
             written.replace(folder / written.name)
-        write_json(f"{path}.json", dataclasses.asdict(shard))
+        write_json(f"{path}.json", shard.to_json())
     except RuntimeError as error:  # from MindRecord; reading raises UserError or OSError
         # MindRecord or another process may already have deleted what filled the disk: report the minimum.
         free = min(free, free_bytes(folder))
@@ -391,6 +412,21 @@ def write_shard(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shard
+
+
+def read_ahead(pairs: Iterable[PairFiles]) -> Iterator[Sample]:
+    """Read pairs in order, in a thread: each while the one before it is used.
+
+    The files may be far away or compressed; neither needs Python's lock.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead: collections.deque[concurrent.futures.Future[Sample]] = collections.deque()
+        for pair in pairs:
+            ahead.append(pool.submit(read_pair, pair))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def free_bytes(folder: Path) -> int:

@@ -362,15 +362,15 @@ def test_a_damaged_input_file_is_named(root: Path, tmp_path: Path, file: str, ho
 
 
 @pytest.mark.parametrize("image,message", [
-    (np.full((24, 40, 3), 1000, np.uint16), "an image with 16 bits per channel, expected 8"),
     (np.full((24, 40, 4), 7, np.uint8), "parts of the image are transparent"),
     (np.full((24, 40), 77, np.uint8), None),
+    (np.full((24, 40, 3), 77 << 8, np.uint16), None),
     (Image.fromarray(np.full((24, 40), 77, np.uint8)).convert("P"), None),
 ])  # fmt: skip
 def test_frames_become_rgb_or_are_refused_if_that_loses_anything(
     release: Path, tmp_path: Path, image: np.ndarray | Image.Image, message: str | None
 ) -> None:
-    """Greyscale and palette frames lose nothing; 16-bit and transparent ones would."""
+    """Greyscale and palette frames lose nothing, 16-bit ones little; transparent ones would."""
     path = release / "training/clean/alley_1/frame_0002.png"
     image.save(path) if isinstance(image, Image.Image) else cv2.imwrite(str(path), image)
     if message:
@@ -381,6 +381,14 @@ def test_frames_become_rgb_or_are_refused_if_that_loses_anything(
         out = tiny.convert("sintel", release, tmp_path / "out", "--split-file", none)
         images = [batch.image1 for batch in tiny.evaluation(out, "train", batch=1)]
         assert (images[1] == 77).all() and not (images[0] == 77).all()
+
+
+def test_one_note_for_all_images_of_16_bits(release: Path, tmp_path: Path) -> None:
+    for path in release.glob("training/*/*/*.png"):
+        if path.parents[1].name in ("clean", "final"):
+            cv2.imwrite(str(path), np.full((24, 40, 3), 1000, np.uint16))
+    done = tiny.run_convert("sintel", release, tmp_path / "out", "--shards", 3, "--workers", 2)
+    assert done.returncode == 0 and done.stderr.count("16 bits per channel") == 1, done.stderr
 
 
 def test_unknown_flow_of_every_kind(root: Path, tmp_path: Path) -> None:

@@ -13,13 +13,24 @@ from launch.errors import UserError
 from prep import datasets, reader
 from prep.convert import DATASETS
 from prep.datasets import (
+    autoflow,
+    chairssdhom,
+    driving,
+    flyingchairs2,
+    flyingchairsocc,
     flyingthings3d,
     flyingthings3d_subset,
     hd1k,
     kitti2012,
     kitti2015,
+    kubric,
+    kubric_swapped,
+    middlebury,
+    monkaa,
     splits,
     spring,
+    tartanair,
+    viper,
 )
 from prep.formats.flow import read_flow
 
@@ -70,7 +81,7 @@ def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: Path) -> None
     for root in (release, release / "training"):
         pair = kitti2015.list_pairs(root, "")[1]
         sample = datasets.read_pair(pair)
-        _, valid = read_flow(pair.flow)
+        _, valid = read_flow(release / "training/flow_occ/000001_10.png")
         _, seen = read_flow(release / "training/flow_noc/000001_10.png")
         assert np.array_equal(sample["occluded"], valid & ~seen & 1) and sample["occluded"].any()
         assert datasets.pair_size(pair) == (24, 48)
@@ -137,6 +148,7 @@ def test_spring_lists_both_cameras_and_directions_at_frame_resolution(tmp_path: 
     assert splits.held_out_indices(pairs) == [8, 9, 10, 11]
     assert str(pairs[2].image2).endswith("0001/frame_left/frame_left_0001.png")
     assert names(spring.list_pairs(root / "train", "")) == names(pairs)
+    assert pairs[2].flow
     flow, _ = read_flow(pairs[2].flow)
     assert np.array_equal(datasets.read_pair(pairs[2])["flow"], flow[::2, ::2])
     assert datasets.pair_size(pairs[2]) == (12, 20)
@@ -212,3 +224,177 @@ def test_a_frame_that_the_flyingthings3d_subset_excludes_takes_two_pairs_with_it
         UserError, match=r"contains no pairs; expected files such as train/image_clean/left/0000000.png"
     ):
         flyingthings3d_subset.list_pairs(tmp_path, "clean")
+
+
+# --- Monkaa, Driving ------------------------------------------------------------------------------
+
+
+def test_monkaa_lists_both_cameras_and_directions(tmp_path: Path) -> None:
+    root = tiny.flyingthings3d(tmp_path, ["a_rain_of_stones_x2", "eating_x2"])
+    pairs = monkaa.list_pairs(root, "clean")
+    assert len(pairs) == 16 and not splits.held_out_indices(pairs)
+    assert names(pairs)[:3] == [
+        f"clean/a_rain_of_stones_x2/left/{name}" for name in ("into_future/0006", "into_future/0007", "into_past/0007")
+    ]
+    assert str(pairs[2].image2).endswith("frames_cleanpass/a_rain_of_stones_x2/left/0006.png")
+    assert datasets.read_pair(pairs[0])["flow"].shape == (24, 40, 2)
+    assert monkaa.list_pairs(root, "final") == []
+    with pytest.raises(UserError, match=r"optical_flow: contains no pairs; expected a_rain_of_stones_x2/into_future"):
+        shutil.rmtree(root / "frames_cleanpass")
+        (root / "frames_cleanpass").mkdir()
+        monkaa.list_pairs(root, "clean")
+
+
+def test_driving_has_more_folders_and_may_have_webp_frames(tmp_path: Path) -> None:
+    scenes = ["15mm_focallength/scene_forwards/fast", "35mm_focallength/scene_backwards/slow"]
+    root = tiny.flyingthings3d(tmp_path, scenes, frames="frames_cleanpass_webp/*.webp")
+    pairs = driving.list_pairs(root, "clean")
+    assert len(pairs) == 16 and names(pairs)[-1] == f"clean/{scenes[1]}/right/into_past/0008"
+    assert str(pairs[-1].image2).endswith(f"frames_cleanpass_webp/{scenes[1]}/right/0007.webp")
+    assert datasets.read_pair(pairs[-1])["image1"].shape == (24, 40, 3)
+
+
+# --- Chairs ---------------------------------------------------------------------------------------
+
+
+def test_flyingchairs2_has_both_directions_with_occlusions_and_its_own_val(tmp_path: Path) -> None:
+    root = tiny.flyingchairs2(tmp_path, 2, 1)
+    pairs = flyingchairs2.list_pairs(root, "")
+    assert names(pairs) == [
+        f"{name}/{way}" for name in ("train/0000000", "train/0000001", "val/0000000") for way in ("forward", "backward")
+    ]
+    assert splits.held_out_indices(pairs) == [4, 5]
+    assert (pairs[3].image1.name, pairs[3].image2.name) == ("0000001-img_1.png", "0000001-img_0.png")
+    sample = datasets.read_pair(pairs[3])
+    mask = Image.open(root / "train/0000001-occ_10.png")
+    assert np.array_equal(sample["occluded"], np.asarray(mask) // 255)
+    assert np.array_equal(sample["flow"], read_flow(root / "train/0000001-flow_10.flo")[0])
+    (root / "train/0000001-occ_10.png").unlink()
+    assert flyingchairs2.list_pairs(root, "")[3].occluded is None
+    (root / "train/0000001-img_0.png").unlink()
+    with pytest.raises(UserError, match=r"0000001-img_0.png: missing, and 1 more files; every flow file needs two"):
+        flyingchairs2.list_pairs(root, "")
+    with pytest.raises(UserError, match=r"train: contains no pairs; expected files such as train/0000000-flow_01.flo"):
+        flyingchairs2.list_pairs(root / "train", "")
+
+
+def test_flyingchairsocc_holds_out_flyingchairs_validation_pairs_in_both_directions(tmp_path: Path) -> None:
+    root = tiny.flyingchairsocc(tmp_path, [5, 6, 18])  # of which 6 and 18 have the indices 5 and 17
+    pairs = flyingchairsocc.list_pairs(root, "")
+    assert names(pairs) == [f"{n:05}/{way}" for n in (5, 6, 18) for way in ("forward", "backward")]
+    assert splits.held_out_indices(pairs) == [2, 3, 4, 5]
+    assert (pairs[1].image1.name, pairs[1].image2.name) == ("00005_img2.png", "00005_img1.png")
+    assert pairs[1].flow and pairs[1].flow.name == "00005_flow_b.flo"
+    mask = Image.open(root / "data/00005_occ2.png")
+    assert np.array_equal(datasets.read_pair(pairs[1])["occluded"], np.asarray(mask) // 255)
+    assert names(flyingchairsocc.list_pairs(root / "data", "")) == names(pairs)
+    for frame in (1, 2):
+        Image.open(root / f"data/00005_img{frame}.png").save(root / f"data/00005_img{frame}.ppm")
+    assert flyingchairsocc.list_pairs(root, "")[1].image1.name == "00005_img2.ppm"
+    (root / "data/00018_img1.png").unlink()
+    with pytest.raises(UserError, match=r"00018_img1.png: missing"):
+        flyingchairsocc.list_pairs(root, "")
+
+
+def test_chairssdhom_holds_out_its_test_folder(tmp_path: Path) -> None:
+    root = tiny.chairssdhom(tmp_path, 2, 1)
+    pairs = chairssdhom.list_pairs(root, "")
+    assert names(pairs) == ["train/00001", "train/00002", "test/00001"] and splits.held_out_indices(pairs) == [2]
+    assert datasets.read_pair(pairs[1])["flow"].shape == (24, 40, 2)
+    assert str(pairs[1].image2).endswith("data/train/t1/00002.png")
+    (root / "data/test/t0/00001.png").unlink()
+    with pytest.raises(UserError, match=r"test/t0/00001.png: missing; restore"):
+        chairssdhom.list_pairs(root / "data", "")
+
+
+def test_autoflow_holds_out_the_listed_names(tmp_path: Path) -> None:
+    root = tiny.autoflow(tmp_path, {1: ["table_0_batch_0", "table_0_batch_1"], 3: ["table_9_batch_2"]})
+    pairs = autoflow.list_pairs(root, "")
+    assert names(pairs) == ["table_0_batch_0", "table_0_batch_1", "table_9_batch_2"]
+    assert splits.held_out_indices(pairs) == [1]
+    assert datasets.read_pair(pairs[0])["flow"].shape == (24, 40, 2)
+    part = root / "static_40k_png_3_of_4"
+    part.rename(root / "inner")
+    part.mkdir()
+    (root / "inner").rename(part / part.name)
+    assert names(autoflow.list_pairs(root, "")) == names(pairs)
+    (part / part.name / "table_9_batch_2/im1.png").unlink()
+    with pytest.raises(UserError, match=r"table_9_batch_2/im1.png: missing; restore"):
+        autoflow.list_pairs(root, "")
+    held_out = (splits.FOLDER / autoflow.SPLIT).read_text().splitlines()
+    assert len(set(held_out)) == 2000
+
+
+# --- TartanAir, VIPER, Middlebury, Kubric ---------------------------------------------------------
+
+
+def test_tartanair_masks_where_its_flow_does_not_hold(tmp_path: Path) -> None:
+    root = tiny.tartanair(tmp_path, {"ocean/ocean/Easy/P001": 3, "ocean/ocean/Hard/P000": 2, "abandoned/Hard/P002": 2})
+    pairs = tartanair.list_pairs(root, "")
+    assert names(pairs) == [
+        "abandoned/Hard/P002/000000", "ocean/Easy/P001/000000", "ocean/Easy/P001/000001", "ocean/Hard/P000/000000",
+    ]  # fmt: skip
+    sample = datasets.read_pair(pairs[2])
+    flows = root / "ocean/ocean/Easy/P001/flow"
+    assert np.array_equal(sample["flow"], np.load(flows / "000001_000002_flow.npy"))
+    assert np.array_equal(sample["valid"], np.load(flows / "000001_000002_mask.npy") == 0)
+    assert datasets.pair_size(pairs[2]) == (24, 40) and 0 < sample["valid"].mean() < 1
+    (flows / "000001_000002_mask.npy").unlink()
+    with pytest.raises(UserError, match=r"000001_000002_mask.npy: missing; restore"):
+        tartanair.list_pairs(root, "")
+
+
+@pytest.mark.parametrize("images", ["png", "jpg"])
+def test_viper_leaves_out_flow_without_a_second_frame_and_beyond_its_limit(tmp_path: Path, images: str) -> None:
+    root = tiny.viper(tmp_path, {"train/001": 3, "val/002": 2}, images=images)
+    pairs = viper.list_pairs(root, "")
+    assert names(pairs) == ["train/001_00001", "train/001_00002", "val/002_00001"]
+    assert splits.held_out_indices(pairs) == [2] and pairs[1].image2.name == f"001_00003.{images}"
+    sample = datasets.read_pair(pairs[0])
+    components = np.load(root / "train/flow/001/001_00001.npz")
+    assert np.array_equal(sample["flow"], np.dstack([components["u"], components["v"]]))
+    assert np.array_equal(sample["valid"], (np.abs(sample["flow"]) < 512).all(2)) and not sample["valid"].all()
+    with pytest.raises(UserError, match=r"val: contains no pairs; expected files such as train/flow/001/001_00001"):
+        viper.list_pairs(root / "val", "")
+
+
+def test_middlebury_is_all_for_validation(tmp_path: Path) -> None:
+    root = tiny.middlebury(tmp_path / "middlebury", ["Venus", "Grove2"])
+    pairs = middlebury.list_pairs(root, "")
+    assert names(pairs) == ["Grove2", "Venus"] and splits.held_out_indices(pairs) == [0, 1]
+    assert datasets.read_pair(pairs[0])["valid"].tolist() == 3 * [40 * [0]] + 21 * [40 * [1]]
+    out = tiny.convert("middlebury", root, tmp_path / "out")
+    assert reader.DatasetSplit.open(out, "val").names == names(pairs)
+    (root / "other-data/Venus/frame11.png").unlink()
+    with pytest.raises(UserError, match=r"Venus/frame11.png: missing; restore"):
+        middlebury.list_pairs(root, "")
+
+
+def test_kubric_flow_in_both_directions_has_its_scenes_scale(tmp_path: Path) -> None:
+    root = tiny.kubric(tmp_path, {"0": 3, "1": 2})
+    pairs = kubric.list_pairs(root, "")
+    assert names(pairs) == [
+        "0/forward/00000", "0/forward/00001", "0/backward/00001", "0/backward/00002", "1/forward/00000",
+        "1/backward/00001",
+    ]  # fmt: skip
+    assert (pairs[2].image1.name, pairs[2].image2.name) == ("rgba_00001.png", "rgba_00000.png")
+    for module, expected in ((kubric, (2, -1)), (kubric_swapped, (-1, 2))):
+        sample = datasets.read_pair(module.list_pairs(root, "")[2])
+        assert np.allclose(sample["flow"], expected, atol=1e-6) and sample["valid"].all()
+    assert datasets.pair_size(pairs[0]) == (24, 40)
+
+
+SCALE = '{"backward_flow": {"min": 0, "max": 1}, "forward_flow": {"min": %s, "max": 1}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"forward_flow": {"min": 1}}', "[" * 9999, SCALE % "NaN", SCALE % "-1e400", SCALE % "2"]
+)
+def test_a_kubric_scene_without_its_scale(tmp_path: Path, text: str) -> None:
+    root = tiny.kubric(tmp_path, {"0": 2})
+    (root / "0/data_ranges.json").write_text(text)
+    with pytest.raises(UserError, match=r"0/data_ranges.json: expected the numbers min and max of forward_flow"):
+        kubric.list_pairs(root, "")
+    (root / "0/data_ranges.json").unlink()
+    with pytest.raises(UserError, match=r"0/data_ranges.json: missing; it has the scale of the flow"):
+        kubric.list_pairs(root, "")

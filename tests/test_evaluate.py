@@ -76,6 +76,7 @@ def test_metrics_of_a_few_pixels_by_hand() -> None:
     # Of the errors over 3 px (4 of 20, 6 of 30, 4 of 100) the last is under 5 %.
     expected = {
         "pairs": 1,
+        "unlabelled": 0,
         "pixels": 6,
         "epe": 18.5 / 6,
         "epe_pixels": 18.5 / 6,
@@ -131,6 +132,7 @@ def test_metrics_from_sums_equal_those_of_all_pixels_at_once() -> None:
     found = compute_metrics(np.array(sums))
     expected = {
         "pairs": 3,
+        "unlabelled": 0,
         "pixels": error.size,
         "epe": np.mean([pair[0].mean() for pair in pairs]),
         "epe_pixels": error.mean(),
@@ -153,7 +155,7 @@ def test_unknown_flow_is_left_out_and_nan_is_an_outlier() -> None:
     """A pair without known flow is in no mean; a prediction of nan makes the mean nan."""
     empty, good = one_row([5], [2], valid=[0]), one_row([5], [2])
     found = compute_metrics(np.stack([empty, good]))
-    assert found.epe == pytest.approx(2) and found.pairs == 2 and found.pixels == 1
+    assert found.epe == pytest.approx(2) and found.pairs == 2 and found.pixels == found.unlabelled == 1
     nothing = compute_metrics(empty[None])
     assert np.isnan(nothing.epe) and nothing.fl_all is nothing.epe_s0_10 is None
     broken = compute_metrics(np.stack([one_row([5], [np.nan]), good]))

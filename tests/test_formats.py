@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_any_bytes_are_a_flow_or_an_error(data: bytes) -> None:
         assert flow_format.parse_flo(data, "f").nbytes == len(data) - 12
 
 
-# --- .pfm, KITTI's .png, Spring's .flo5 -----------------------------------------------------------
+# --- .pfm, KITTI's and Kubric's .png, Spring's .flo5, .npy, .npz ----------------------------------
 
 
 def pfm(flow: np.ndarray, order: str = "<", scale: bytes = b"-1.0") -> bytes:
@@ -87,6 +88,18 @@ def pfm(flow: np.ndarray, order: str = "<", scale: bytes = b"-1.0") -> bytes:
 
 def kitti_png(flow: np.ndarray, valid: np.ndarray) -> bytes:
     return cv2.imencode(".png", tiny.kitti_pixels(flow, valid)[..., ::-1])[1].tobytes()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(file, **arrays)
+    return file.getvalue()
 
 
 def flo5(data: np.ndarray | None, name: str = "flow", **options: Any) -> bytes:
@@ -151,6 +164,127 @@ def test_flo5_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         flow_format.read_flow(path)
 
 
+def test_kubric_png_is_scaled_between_the_scenes_extremes(tmp_path: Path) -> None:
+    """Green is the flow to the right and red downwards; in early renderings the reverse."""
+    pixels = np.array([[[0, 65535, 0], [13107, 26214, 0]]], np.uint16)  # red, green, blue
+    path = tmp_path / "a.png"
+    path.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+    scale = flow_format.KubricScale(-100, 150)
+    flow, valid = flow_format.read_flow(path, scale=scale)
+    assert np.allclose(flow, [[[150, -100], [0, -50]]], atol=1e-4) and valid.all() and flow.flags.c_contiguous
+    swapped, _ = flow_format.read_flow(path, scale=scale._replace(swapped=True))
+    assert np.array_equal(swapped, flow[..., ::-1])
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", ">f8"])
+@given(flow=flows, fortran=st.booleans())
+def test_npy_and_npz_files_of_every_float_and_order(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, flow: np.ndarray, fortran: bool
+) -> None:
+    with np.errstate(over="ignore"):
+        array = np.asarray(flow.astype(dtype), order="F" if fortran else "C")
+    folder = tmp_path_factory.mktemp("npy")
+    (folder / "a.npy").write_bytes(npy(array))
+    (folder / "one.npz").write_bytes(npz(arr_0=array))
+    (folder / "named é.npz").write_bytes(npz(flow=array, other=np.zeros(3)))
+    (folder / "viper.npz").write_bytes(npz(compressed=True, u=array[..., 0], v=array[..., 1]))
+    for path in folder.iterdir():
+        found, valid = flow_format.read_flow(path)
+        assert found.dtype == np.float32 and found.flags.c_contiguous
+        assert np.array_equal(found, array.astype(np.float32), equal_nan=True)
+        assert np.array_equal(valid, flow_format.find_known(found))
+        assert flow_format.flow_size(path) == flow.shape[:2]
+
+
+def test_float32_arrays_are_read_bit_for_bit() -> None:
+    flow = np.array([0x7FC00001, 0xFFC00002, 0x80000000, 0x3F800001], np.uint32).view(np.float32).reshape(1, 2, 2)
+    assert flow_format.parse_npy(npy(flow), "f").tobytes() == flow.tobytes()
+    assert flow_format.parse_npz(npz(u=flow[..., 0], v=flow[..., 1]), "f").tobytes() == flow.tobytes()
+
+
+def test_flow_beyond_a_datasets_limit_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(np.array([[[511, 0], [512, 0], [0, -600], [np.nan, 0]]], np.float16)))
+    assert flow_format.read_flow(path, limit=512)[1].tolist() == [[1, 0, 0, 0]]
+    assert flow_format.read_flow(path)[1].tolist() == [[1, 1, 1, 0]]
+
+
+def with_header(text: bytes, data: bytes = b"", version: int = 1) -> bytes:
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + data
+
+
+def unwise_npz() -> dict[str, bytes]:
+    """.npz files that are damaged or hostile."""
+    sound, encrypted = npz(u=ZEROS[..., 0], v=ZEROS[..., 1]), bytearray(npz(flow=ZEROS))
+    encrypted[6] |= 1
+    encrypted[encrypted.index(b"PK\1\2") + 8] |= 1
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("flow.npy", npy(ZEROS))
+    claims = bytearray(bomb.getvalue())
+    directory = claims.index(b"PK\1\2")
+    claims[directory + 24 : directory + 28] = (1 << 31).to_bytes(4, "little")
+    lzma = io.BytesIO()
+    with zipfile.ZipFile(lzma, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("flow.npy", npy(ZEROS))
+    flipped = bytearray(sound)
+    flipped[sound.index(b"PK\3\4") + 200] ^= 1
+    return {
+        "cut": sound[:-30],
+        "encrypted": bytes(encrypted),
+        "claims": bytes(claims),
+        "lzma": lzma.getvalue(),
+        "flipped": bytes(flipped),
+    }
+
+
+@pytest.mark.parametrize("data,message", [
+    (b"", "begins with b'', expected a NumPy array"),
+    (b"PK\3\4" + bytes(20), "begins with b'PK"),
+    (with_header(b"{'descr': '<f4'}"), "its NumPy header is damaged"),
+    (with_header(b"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (4, 5, 2), }"), "damaged or of no plain"),
+    (with_header(b"{'descr': '|O', 'fortran_order': False, 'shape': (4, 5, 2), }"), "damaged or of no plain array"),
+    (with_header(b"{'descr': '<c8', 'fortran_order': False, 'shape': (4, 5, 2), }"), "an array of type '<c8'"),
+    (with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4, 5, 2), }"), "expected [0-9]+ for an array"),
+    (with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999, 99999, 2), }"), "99999"),
+    (with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5, 2), }"), "5x0 pixels"),
+    (with_header(b" " * 9000), "its NumPy header is damaged"),
+    (with_header(b" " * 99, version=9), "expected a NumPy array"),
+    (npy(np.zeros((2, 4, 5), np.float32)), r"contains float32 \(2, 4, 5\), expected floats \(H, W, 2\)"),
+    (npy(np.zeros((4, 5), np.float32)), r"contains float32 \(4, 5\)"),
+    (npy(np.zeros((4, 5, 2), np.uint8)), "contains uint8"),
+    (npy(np.zeros((4, 5, 2), np.int16)), "an array of type '<i2'; expected floats"),
+    (npy(np.zeros((4, 5, 2), np.float32))[:-1], "the file is damaged"),
+])  # fmt: skip
+def test_an_npy_file_without_flow_says_what_is_wrong(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(data)
+    for read in (flow_format.read_flow, flow_format.flow_size):
+        with pytest.raises(UserError, match=f"{path}: .*{message}"):
+            read(path)
+
+
+def test_an_npz_file_without_flow_says_what_is_wrong(tmp_path: Path) -> None:
+    path, component = tmp_path / "a.npz", ZEROS[..., 0]
+    for data, message in (
+        (b"", "cannot read this .npz file"),
+        (npz(), "contains no arrays; expected u and v, or one array, or one named flow"),
+        (npz(a=ZEROS, b=ZEROS), "contains a, b; expected u and v"),
+        (npz(u=component, v=component[1:]), r"u is \(4, 5\) and v is \(3, 5\)"),
+        (npz(u=component, v=ZEROS), r"contains float32 \(4, 5, 2\), expected floats \(H, W\)"),
+        (npz(flow=np.zeros((4, 5, 2), object)), "flow: its NumPy header is damaged or of no plain array"),
+        (unwise_npz()["cut"], "cannot read this .npz file"),
+        (unwise_npz()["encrypted"], "array flow of this .npz file .it is encrypted"),
+        (unwise_npz()["claims"], "array flow of this .npz file .it claims 2147483648 bytes"),
+        (unwise_npz()["lzma"], "array flow of this .npz file .it is not compressed by deflate"),
+        (unwise_npz()["flipped"], "array u of this .npz file .Bad CRC-32"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"^{path}: .*{message}"):
+            flow_format.read_flow(path)
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
 WRITERS = {
     ".flo": lambda path: flow_format.write_flo(path, np.zeros((400, 500, 2), np.float32)),
@@ -195,7 +329,7 @@ PFM, PNG = pfm(ZEROS), kitti_png(ZEROS, ZEROS[..., 0] == 0)
     (".png", PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:], "cannot decode"),
     (".png", encoded(np.zeros((4, 5, 3), np.uint8), format="PNG"), "of 8 bits and colour type 2"),
     (".png", encoded(np.zeros((4, 5), np.uint16), format="PNG"), "of 16 bits and colour type 0"),
-    (".exr", b"", "not a supported flow format; expected .flo, .pfm, .png, .flo5"),
+    (".exr", b"", "not a supported flow format; expected .flo, .pfm, .png, .flo5, .npy, .npz"),
 ])  # fmt: skip
 def test_a_damaged_pfm_or_png_file_says_what_is_wrong(tmp_path: Path, suffix: str, data: bytes, message: str) -> None:
     path = tmp_path / f"a{suffix}"
@@ -271,7 +405,7 @@ def test_hostile_images_take_no_memory_and_print_nothing(tmp_path: Path) -> None
         from prep.formats import image as image_format
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        before, refused = peak(), 0
+        before, refused, image_format._noted_reduction = peak(), 0, True
         for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
             for read in flow_format.read_flow, image_format.read_image, image_format.image_size:
                 try:
@@ -282,7 +416,7 @@ def test_hostile_images_take_no_memory_and_print_nothing(tmp_path: Path) -> None
     """], cwd=tiny.ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
     refused, megabytes = done.stdout.split()
-    assert int(refused) >= 2 * len(HOSTILE_PNG) and float(megabytes) < 50
+    assert int(refused) >= len(HOSTILE_PNG) and float(megabytes) < 50
 
 
 @settings(deadline=None)
@@ -324,13 +458,16 @@ def test_a_flo5_file_reads_no_other_file(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.data(), st.sampled_from(["pfm", "png", "flo5"]))
+@given(st.data(), st.sampled_from(["pfm", "png", "flo5", "npy", "npz", "compressed npz"]))
 def test_any_bytes_are_a_flow_or_an_error_in_every_format(data: st.DataObject, kind: str) -> None:
     """Damaged copies of each format: truncated, or with some bytes overwritten."""
     parse, sound = {
         "pfm": (flow_format.parse_pfm, lambda: PFM),
         "png": (flow_format.parse_kitti_png, lambda: PNG),
         "flo5": (flow_format.parse_flo5, lambda: flo5(ZEROS)),
+        "npy": (flow_format.parse_npy, lambda: npy(ZEROS)),
+        "npz": (flow_format.parse_npz, lambda: npz(flow=ZEROS)),
+        "compressed npz": (flow_format.parse_npz, lambda: npz(True, u=ZEROS[..., 0], v=ZEROS[..., 1])),
     }[kind]
     seed = bytearray(data.draw(st.just(sound()) | st.binary(max_size=60)))
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)))):
@@ -380,9 +517,60 @@ def test_greyscale_and_palette_images_become_rgb() -> None:
     assert image_format.parse_image(encoded(grey > 99, format="PNG"), "f").max() == 255
 
 
-def sixteen_bit_rgb() -> bytes:
-    """A 16-bit RGB PNG, which Pillow cannot write and presents as 8-bit."""
-    return cv2.imencode(".png", np.full((3, 4, 3), 1000, np.uint16))[1].tobytes()
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".ppm"])
+def test_of_16_bits_the_upper_8_are_kept_with_one_note(
+    suffix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(image_format, "_noted_reduction", False)
+    colours = np.random.default_rng(0).integers(0, 1 << 16, (5, 7, 3)).astype(np.uint16)
+    for name, pixels in (("colour", colours), ("grey", colours[..., 0])):
+        path = tmp_path / (name + (".pgm" if (name, suffix) == ("grey", ".ppm") else suffix))
+        path.write_bytes(cv2.imencode(path.suffix, pixels[..., ::-1] if pixels.ndim == 3 else pixels)[1].tobytes())
+        assert image_format.image_size(path) == (5, 7)
+        expected = pixels >> 8
+        assert np.array_equal(image_format.read_image(path), np.broadcast_to(expected.reshape(5, 7, -1), (5, 7, 3)))
+        with pytest.raises(UserError, match=r"16 bits per channel, expected 8;|values up to 65535, expected 255"):
+            image_format.read_mask(path)  # bits would be lost
+    note = "16 bits per channel; of such images, the upper 8 bits are used\n"
+    assert capsys.readouterr().err == f"note: {tmp_path}/colour{suffix}: {note}"
+
+
+def test_a_12_bit_ppm_image_fills_8_bits() -> None:
+    data = b"P6\n1 1\n4095\n" + struct.pack(">3H", 0, 2048, 4095)
+    assert image_format.parse_image(data, "f").tolist() == [[[0, 128, 255]]]
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"lossless": True, "exif": b"Exif\0\0MM"}])
+def test_webp_files_of_every_kind(tmp_path: Path, options: dict[str, Any]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    (tmp_path / "a.webp").write_bytes(encoded(image, format="WEBP", **options))
+    found = image_format.read_image(tmp_path / "a.webp")
+    assert np.array_equal(found, image) or "quality" in options
+    assert found.shape == image.shape and image_format.image_size(tmp_path / "a.webp") == (5, 7)
+    black = encoded(np.zeros((1080, 1920, 3), np.uint8), format="WEBP", lossless=True)
+    assert len(black) < 500 and not image_format.parse_image(black, "f").any()
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_tiff_files_come_back_bit_for_bit(tmp_path: Path, compression: str | None) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    (tmp_path / "a.tiff").write_bytes(encoded(image, format="TIFF", compression=compression))
+    assert np.array_equal(image_format.read_image(tmp_path / "a.tiff"), image)
+    assert image_format.image_size(tmp_path / "a.tiff") == (5, 7)
+
+
+def test_masks_are_images_or_arrays(tmp_path: Path) -> None:
+    mask = np.array([[0, 1, 10], [100, 255, 0]], np.uint8)
+    (tmp_path / "a.png").write_bytes(encoded(mask, format="PNG"))
+    (tmp_path / "b.npy").write_bytes(npy(mask))
+    (tmp_path / "c.npy").write_bytes(npy(mask != 0))
+    for path in tmp_path.iterdir():
+        assert np.array_equal(image_format.read_mask(path), mask != 0)
+        assert image_format.mask_size(path) == (2, 3)
+    (tmp_path / "d.npy").write_bytes(npy(mask.astype(np.float32)))
+    for read in (image_format.read_mask, image_format.mask_size):
+        with pytest.raises(UserError, match=r"d.npy: contains float32 \(2, 3\), expected a mask: uint8 or bool"):
+            read(tmp_path / "d.npy")
 
 
 @pytest.mark.parametrize("data,message", [
@@ -392,11 +580,12 @@ def sixteen_bit_rgb() -> bytes:
     (b"P6\n0 2\n255\n", "for a 0x2 PPM"),
     (encoded(np.zeros((64, 64, 3), np.uint8), format="PNG")[:-40], "not a readable image"),
     (b"P6\n90000 90000\n255\n12", "21 bytes, expected 24300000019"),
-    (b"P6\n1 1\n65535\n" + bytes(6), "values up to 65535, expected 255"),
+    (b"P6\n1 1\n65535\n" + bytes(5), "18 bytes, expected 19 for a 1x1 PPM"),
+    (b"P6\n1 1\n99999\n" + bytes(6), "values up to 99999, expected 255"),
     (b"P6\n1 1\n254\n" + bytes(3), "values up to 254, expected 255"),
     (b"P3\n1 1\n1023\n1 2 3\n", "values up to 1023, expected 255"),
-    (encoded(np.zeros((4, 4), np.uint16), format="PNG"), "16 bits per channel, expected 8"),
-    (sixteen_bit_rgb(), "16 bits per channel, expected 8"),
+    (encoded(np.zeros((4, 4), np.int32), format="TIFF"), "32 bits per channel, expected 8 or 16"),
+    (encoded(np.zeros((4, 4), np.float32), format="TIFF"), "32 bits per channel, expected 8 or 16"),
     (encoded(np.zeros((4, 4, 4), np.uint8), format="PNG"), "transparent"),
     (b"GIF89a not this kind either", "not a readable image"),
 ])  # fmt: skip
@@ -414,7 +603,7 @@ def test_an_image_that_claims_to_be_huge_gets_no_memory() -> None:
 
 
 SEEDS = [encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), format=f)
-         for f in ("PNG", "PPM", "JPEG", "BMP")]  # fmt: skip
+         for f in ("PNG", "PPM", "JPEG", "WEBP", "TIFF", "BMP")]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=300)

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import tiny
 
-PARSERS = ("flo", "pfm", "kitti-png", "png", "jpeg", "ppm", "bmp", "record", "shard", "manifest")
+PARSERS = (
+    "flo", "pfm", "kitti-png", "npy", "npz", "mask", "zip", "tar", "tar-gz",
+    "png", "jpeg", "ppm", "webp", "tiff", "bmp", "record", "shard", "manifest", "list",
+)  # fmt: skip
 PROGRAM = tiny.ROOT / "tests" / "bench" / "fuzz.py"
 
 

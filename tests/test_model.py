@@ -197,11 +197,12 @@ def test_sparse_loss_and_gradient_follow_the_equation(align_corners: bool) -> No
         assert (gradient.asnumpy() * direction).sum() == pytest.approx(slope, abs=1e-4 * size)
 
 
-def test_sparse_loss_without_any_known_pixel() -> None:
-    """A crop of the sky has neither loss nor gradient, and no NaN."""
+@pytest.mark.parametrize("name", ["multiscale", "robust", "sparse"])
+def test_a_loss_without_any_known_pixel_is_zero(name: str) -> None:
+    """A crop of the sky, or a batch without ground truth, has neither loss nor gradient, and no NaN."""
     flows, flow, valid = sparse_batch(64, 64, known=0)
     arguments = [Tensor(array) for array in (*flows, flow, valid)]
-    loss = make_loss("sparse")
+    loss = make_loss(name)
 
     def total(*inputs: Tensor) -> Tensor:
         return loss(inputs[:5], inputs[5], inputs[6]).sum()

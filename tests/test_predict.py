@@ -176,7 +176,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     tiny.save(folder / "a.png", make_pair(1, 64, 64)[0])
     tiny.save(folder / "wide.png", make_pair(2, 64, 80)[0])
-    tiny.save(folder / "deep.png", np.zeros((64, 64), np.uint16))
     write_frames(folder / "one", [1])
     (folder / "empty").mkdir()
     write_frames(folder / "mixed", [1, 2])
@@ -234,10 +233,9 @@ def test_options_are_checked_before_anything_is_computed(inputs: Path, ckpt: Pat
 
 @pytest.mark.slow
 def test_errors_found_late_are_one_line_too(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
-    """A damaged checkpoint, a 16-bit image and a video of one frame."""
+    """A damaged checkpoint and a video of one frame."""
     for names, weights, words in [
         (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
-        (["a.png", "deep.png"], ckpt, ["deep.png", "16 bits"]),
         (["still.avi"], ckpt, ["still.avi", "one frame"]),
     ]:
         status, _, err = command(*(inputs / name for name in names), "--ckpt", weights, "--out", tmp_path / "out")

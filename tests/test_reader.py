@@ -270,7 +270,7 @@ def test_a_flipped_byte_is_found_with_its_file(copy: Path) -> None:
 
 @pytest.mark.parametrize("text,message", [
     ("", "damaged"), ("[]", "damaged"), ("{}", "damaged"), ("[" * 100000, "damaged"),
-    ('{"schema_version": 99}', "schema version 99, but this toolkit supports versions up to 1"),
+    ('{"schema_version": 99}', "schema version 99, but this toolkit supports versions up to 2"),
 ])  # fmt: skip
 def test_a_manifest_that_is_damaged_or_newer(copy: Path, text: str, message: str) -> None:
     (copy / "manifest.json").write_text(text)

@@ -15,7 +15,9 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from training_runs import RECIPE, check_refused, finish, last_step, read_events, train, wait_for_step
+from training_runs import RECIPE, check_refused, finish, last_step, read_curves, read_events, train, wait_for_step
+
+from prep.formats.flow import write_flo
 
 
 @pytest.mark.slow
@@ -115,6 +117,56 @@ def test_a_dataset_that_lacks_the_needed_split_is_refused(
     twin = shutil.copytree(unseen, tmp_path / "other" / "mixed")
     check_refused(train(mixed, tmp_path / "run", validate=[twin], batch=2), "several folders mixed")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
+    """Two converted datasets: frames, five pairs without ground truth; and three validation pairs, two of which have
+    it."""
+    folder, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    for number in range(6):
+        tiny.save(folder / "shots" / f"{number}.png", tiny.picture(rng, 64, 96))
+        write_flo(folder / "shots" / f"{number}.flo", tiny.flow(rng, 64, 96))
+    rows = [f"{number}.png,{number + 1}.png,{flow},val" for number, flow in ((0, "0.flo"), (1, "1.flo"), (2, ""))]
+    (folder / "shots" / "pairs.csv").write_text("\n".join(["image1,image2,flow,split", *rows]))
+    frames = tiny.convert("frames", folder / "shots", folder / "frames")
+    return [frames, tiny.convert("pairs", folder / "shots", folder / "pairs", "--list", folder / "shots" / "pairs.csv")]
+
+
+@pytest.mark.slow
+def test_pairs_without_ground_truth_in_a_mixture(
+    data: pathlib.Path, own: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """They are read, augmented and trained on beside labelled ones, here in whole batches, and no EPE counts them."""
+    frames, pairs = own
+    run = tmp_path / "run"
+    status, out, err = finish(
+        train([frames, data], run, 2, validate=[pairs], mixture="[9,1]", batch=2, affine=1, noise=0.01)
+    )
+    assert status == 0, err
+    assert "5 of 16 training pairs have no ground truth" in out + err
+    assert ", 1 pair without ground truth left out" in out + err
+    result = json.loads((run / "result.json").read_text())
+    assert result["pairs"] == 3 and result["unlabelled"] == 1 and result["pixels"] == 2 * 64 * 96
+    assert np.isfinite(result["epe"]) and result["sets"].keys() == {"set-64"}
+    assert 0.0 in read_curves(run, "train/loss").values(), "a batch without ground truth"
+
+    best = run / "checkpoints" / "best.ckpt"
+    for split, expected in (("val", 0), ("val-unlabelled", 1)):
+        words = ["--data", pairs, "--split", split, "--ckpt", best, "--out", tmp_path / split]
+        status, text, err = finish(tiny.mpirun(1, sys.executable, "train/evaluate.py", *words))
+        assert status == expected, err
+        assert ("12,288 pixels with known flow; 1 pair without ground truth left out" in text) == (split == "val")
+    assert "no pair of split val-unlabelled has ground truth to evaluate on" in err
+
+
+def test_training_without_any_ground_truth_is_refused(
+    data: pathlib.Path, own: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    frames, _ = own
+    job = train(frames, tmp_path / "run", validate=[data])
+    check_refused(job, "frames: none of the 5 training pairs has ground truth")
+    check_refused(train(data, tmp_path / "run", validate=[frames]), "frames: split val has no pairs")
 
 
 @pytest.mark.slow

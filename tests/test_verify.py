@@ -209,6 +209,8 @@ FIRST = ("shards", 0)
     (put(*FIRST, "file", "../train-00000-of-00002.mindrecord"), r"shards\[0\].file is '../train"),
     (put(*FIRST, "file", "/etc/passwd"), r"file is '/etc/passwd', expected a plain file name"),
     (put(*FIRST, "bytes", "5"), "bytes is '5', expected an integer"),
+    (put(*FIRST, "labelled", 0), "labelled is 0, expected true or false"),
+    (lambda fields: fields["shards"][0].pop("sizes"), r"shards\[0\] is .*, expected an object with file, bytes"),
     (put(*FIRST, "bytes", -5), "bytes is -5"),
     (put(*FIRST, "bytes", 1e9), "bytes is 1000000000.0"),
     (put(*FIRST, "header_bytes", 10**12), "its header is longer than its file"),

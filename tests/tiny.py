@@ -1,5 +1,6 @@
 """Tiny datasets in the layouts of their releases, and ways to run commands on them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -117,20 +118,20 @@ def spring(folder: Path, scenes: dict[str, int], height: int = 12, width: int = 
     return folder
 
 
-def flyingthings3d(folder: Path, scenes: Iterable[str], height: int = 24, width: int = 40) -> Path:
-    """The clean pass of a FlyingThings3D release with scenes such as TRAIN/A/0000."""
+def flyingthings3d(
+    folder: Path, scenes: Iterable[str], height: int = 24, width: int = 40, frames: str = "frames_cleanpass/*.png"
+) -> Path:
+    """The clean pass of a FlyingThings3D, Monkaa or Driving release with scenes such as TRAIN/A/0000."""
     rng = np.random.default_rng(5)
     for scene in scenes:
         for camera in ("left", "right"):
             for frame in (6, 7, 8):
-                name = f"{scene}/{camera}/{frame:04}.png"
-                save(folder / "frames_cleanpass" / name, picture(rng, height, width))
+                path = folder / frames.replace("*", f"{scene}/{camera}/{frame:04}")
+                save(path, picture(rng, height, width))
                 for direction, word in (("into_future", "IntoFuture"), ("into_past", "IntoPast")):
                     name = f"OpticalFlow{word}_{frame:04}_{camera[0].upper()}.pfm"
                     path = folder / "optical_flow" / scene / direction / camera / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    rows = np.dstack([flow(rng, height, width), np.zeros((height, width))])[::-1]
-                    path.write_bytes(b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes())
+                    save_pfm(path, flow(rng, height, width))
     return folder
 
 
@@ -149,6 +150,123 @@ def flyingthings3d_subset(folder: Path, frames: Iterable[int], height: int = 24,
                     occlusions = folder / split / "flow_occlusions" / camera / direction
                     save(occlusions / f"{frame:07}.png", mask(rng, height, width))
     return folder
+
+
+def flyingchairs2(folder: Path, train: int, val: int, height: int = 24, width: int = 40) -> Path:
+    """A FlyingChairs2 release with this many pairs of images."""
+    rng = np.random.default_rng(7)
+    for split, pairs in (("train", train), ("val", val)):
+        for number in range(pairs):
+            stem = folder / split / f"{number:07}"
+            for frame in (0, 1):
+                save(Path(f"{stem}-img_{frame}.png"), picture(rng, height, width))
+            for order in ("01", "10"):
+                write_flo(f"{stem}-flow_{order}.flo", flow(rng, height, width))
+                for kind in ("occ", "mb"):
+                    save(Path(f"{stem}-{kind}_{order}.png"), mask(rng, height, width))
+    return folder
+
+
+def flyingchairsocc(folder: Path, numbers: Iterable[int], height: int = 24, width: int = 40) -> Path:
+    """A FlyingChairsOcc release with these pairs of images."""
+    rng = np.random.default_rng(8)
+    for number in numbers:
+        stem = folder / "data" / f"{number:05}"
+        for frame in (1, 2):
+            save(Path(f"{stem}_img{frame}.png"), picture(rng, height, width))
+            save(Path(f"{stem}_occ{frame}.png"), mask(rng, height, width))
+        for suffix in ("", "_b"):
+            write_flo(f"{stem}_flow{suffix}.flo", flow(rng, height, width))
+    return folder
+
+
+def chairssdhom(folder: Path, train: int, test: int, height: int = 24, width: int = 40) -> Path:
+    """A ChairsSDHom release with this many pairs."""
+    rng = np.random.default_rng(9)
+    for split, pairs in (("train", train), ("test", test)):
+        for number in range(1, pairs + 1):
+            for frame in ("t0", "t1"):
+                save(folder / "data" / split / frame / f"{number:05}.png", picture(rng, height, width))
+            save_pfm(folder / "data" / split / "flow" / f"{number:05}.pfm", flow(rng, height, width))
+    return folder
+
+
+def autoflow(folder: Path, parts: dict[int, list[str]], height: int = 24, width: int = 40) -> Path:
+    """An AutoFlow release; `parts` gives the names of the pairs in each of the four."""
+    rng = np.random.default_rng(10)
+    for part, names in parts.items():
+        for name in names:
+            for frame in (0, 1):
+                path = folder / f"static_40k_png_{part}_of_4" / name
+                save(path / f"im{frame}.png", picture(rng, height, width))
+            write_flo(path / "forward.flo", flow(rng, height, width))
+    return folder
+
+
+def tartanair(folder: Path, paths: dict[str, int], height: int = 24, width: int = 40) -> Path:
+    """A TartanAir release; `paths` gives the number of frames by path, such as ocean/Easy/P000."""
+    rng = np.random.default_rng(11)
+    for path, frames in paths.items():
+        (folder / path / "flow").mkdir(parents=True)
+        for number in range(frames):
+            save(folder / path / "image_left" / f"{number:06}_left.png", picture(rng, height, width))
+            if number + 1 < frames:
+                stem = folder / path / "flow" / f"{number:06}_{number + 1:06}"
+                np.save(f"{stem}_flow.npy", flow(rng, height, width))
+                np.save(f"{stem}_mask.npy", rng.choice([0, 0, 1, 10, 100], (height, width)).astype(np.uint8))
+    return folder
+
+
+def viper(folder: Path, sequences: dict[str, int], height: int = 24, width: int = 40, images: str = "png") -> Path:
+    """A VIPER release; `sequences` gives the number of frames by split and name, such as train/001."""
+    rng = np.random.default_rng(12)
+    for sequence, frames in sequences.items():
+        split, name = sequence.split("/")
+        (folder / split / "flow" / name).mkdir(parents=True)
+        for number in range(1, frames + 1):
+            save(folder / split / "img" / name / f"{name}_{number:05}.{images}", picture(rng, height, width))
+            u, v = np.moveaxis(100 * flow(rng, height, width), 2, 0).astype(np.float16)
+            np.savez_compressed(folder / split / "flow" / name / f"{name}_{number:05}.npz", u=u, v=v)
+    return folder
+
+
+def middlebury(folder: Path, scenes: Iterable[str], height: int = 24, width: int = 40) -> Path:
+    """A Middlebury release with these scenes, and one more without flow."""
+    rng = np.random.default_rng(13)
+    for scene in (*scenes, "Beanbags"):
+        for frame in (10, 11):
+            save(folder / "other-data" / scene / f"frame{frame}.png", picture(rng, height, width))
+    for scene in scenes:
+        path = folder / "other-gt-flow" / scene / "flow10.flo"
+        path.parent.mkdir(parents=True)
+        values = flow(rng, height, width)
+        values[:3] = 1666666752.0  # unknown
+        write_flo(path, values)
+    return folder
+
+
+def kubric(folder: Path, scenes: dict[str, int], height: int = 24, width: int = 40) -> Path:
+    """Scenes rendered by Kubric; `scenes` gives the number of frames by name. Each has a flow of (2, -1) pixels."""
+    rng = np.random.default_rng(14)
+    for scene, frames in scenes.items():
+        for number in range(frames):
+            opaque = np.dstack([picture(rng, height, width), np.full((height, width), 255, np.uint8)])
+            save(folder / scene / f"rgba_{number:05}.png", opaque)
+            for direction in ("forward", "backward"):
+                pixels = np.zeros((height, width, 3), np.uint16)
+                pixels[..., 0], pixels[..., 1] = 3 * 4369, 6 * 4369  # red: -1, green: 2, of -4 to 11
+                cv2.imwrite(str(folder / scene / f"{direction}_flow_{number:05}.png"), pixels[..., ::-1])
+        ranges = {f"{direction}_flow": {"min": -4, "max": 11.0} for direction in ("forward", "backward")}
+        (folder / scene / "data_ranges.json").write_text(json.dumps(ranges | {"depth": {"min": 1, "max": 2}}))
+    return folder
+
+
+def save_pfm(path: Path, flow: np.ndarray) -> None:
+    """Write flow as a three-channel .pfm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = flow.shape[:2]
+    rows = np.dstack([flow, np.zeros((height, width))])[::-1]
+    path.write_bytes(b"PF\n%d %d\n-1\n" % (width, height) + rows.astype("<f4").tobytes())
 
 
 def save_kitti(path: Path, flow: np.ndarray, valid: np.ndarray) -> None:

@@ -284,6 +284,8 @@ def warp_flow(
     Returns:
         Flow (height, width, 2) float32, 0 where unknown, and validity (height, width) uint8, 0 or 1.
     """
+    if not valid.any():  # a pair without ground truth
+        return np.zeros((*size, 2), np.float32), np.zeros(size, np.uint8)
     back = inverse(first)
     x, y = affine_planes(back, size)
     # Rounding can put a position on the border outside.

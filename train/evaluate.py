@@ -187,6 +187,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         files = "\n".join(pair.file for pair in benchmark.pairs)
         return {**settings, "test set": hashlib.sha256(files.encode()).hexdigest()}, benchmark
     split = reader.DatasetSplit.open(args.data, args.split)
+    if len(split) and not split.labelled.any():
+        raise UserError(
+            f"{args.data}: no pair of split {args.split} has ground truth to evaluate on; to see the flow of these "
+            "frames, predict it: model/predict.py"
+        )
     return {**settings, "data": hash_manifest(args.data)}, split
 
 

@@ -41,6 +41,8 @@ class Metrics:
     """
 
     pairs: int
+    unlabelled: int
+    """Pairs without known flow, which are left out of all metrics."""
     pixels: int
     """Pixels with known flow."""
     epe: float
@@ -181,6 +183,7 @@ def compute_metrics(sums: np.ndarray) -> Metrics:
 
     return Metrics(
         pairs=len(sums),
+        unlabelled=int((~known).sum()),
         pixels=int(total["pixels"]),
         epe=epe,
         epe_pixels=share("epe", "pixels"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launch.communicator import Communicator
+from launch.errors import counted
 from launch.files import write_bytes, write_json
 from prep.reader import DatasetSplit
 from train.metrics import SUMS, Evaluation, Metrics
@@ -62,9 +63,14 @@ class Report:
         """A table for the terminal, with a column for each pass if there are several."""
         columns = {**self.passes, "all": self.metrics} if len(self.passes) > 1 else {"": self.metrics}
         sizes = sorted({f"{height}x{width}" for height, width in self.split.sizes.tolist()})
+        left_out = (
+            f"; {counted(self.metrics.unlabelled, 'pair')} without ground truth left out"
+            if self.metrics.unlabelled
+            else ""
+        )
         lines = [
             f"{self.split.dataset} {self.split.name}: {self.metrics.pairs} pairs of {', '.join(sizes)}, "
-            f"{self.metrics.pixels:,} pixels with known flow",
+            f"{self.metrics.pixels:,} pixels with known flow{left_out}",
             "",
         ]
         if len(columns) > 1:
@@ -189,5 +195,7 @@ def draw_pairs(
 
     positions = list(positions)
     epe, zero_epe = evaluation.epe, evaluation.zero_epe
-    captions = [f"{split.names[i]}: EPE {epe[i]:.2f} px, zero flow {zero_epe[i]:.2f} px" for i in positions]
+    errors = [f"EPE {epe[i]:.2f} px, zero flow {zero_epe[i]:.2f} px" for i in positions]
+    errors = ["no ground truth" if np.isnan(zero_epe[i]) else error for i, error in zip(positions, errors, strict=True)]
+    captions = [f"{split.names[i]}: {error}" for i, error in zip(positions, errors, strict=True)]
     return contact_sheet([strips[i] for i in positions], captions)

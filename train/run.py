@@ -76,6 +76,7 @@ class RunConfig:
                 f"{counted(len(data), 'training dataset')}; give one share for each --data, in the same order"
             )
         training = [open_training(folder, recipe) for folder in data]
+        check_labelled(training)
         validation = open_validation(data, validate)
         folder, init = RunFolder(pathlib.Path(self.out)), pathlib.Path(self.init) if self.init else None
         folder.check(recipe)
@@ -149,11 +150,22 @@ def open_training(folder: pathlib.Path, recipe: Recipe) -> DatasetSplit:
     return split
 
 
+def check_labelled(training: list[DatasetSplit]) -> None:
+    """Raise UserError unless there are training pairs with ground truth, without which nothing can be learned."""
+    if not any(split.labelled.any() for split in training):
+        raise UserError(
+            f"{', '.join(str(split.folder) for split in training)}: none of the {sum(map(len, training))} training "
+            "pairs has ground truth; add a dataset that has (another --data), or list pairs with their flow "
+            "(prep/convert.py pairs)"
+        )
+
+
 def open_validation(data: list[pathlib.Path], validate: list[pathlib.Path]) -> dict[str, DatasetSplit]:
     """Open the validation splits, those of --validate before those of --data.
 
     Returns:
-        The splits by dataset name; datasets of --data without validation pairs are left out.
+        The splits by dataset name; datasets of --data without validation pairs, or without ground truth for any of
+        them, are left out.
 
     Raises:
         UserError: the first dataset, which decides what is the best checkpoint, or one of --validate has no
@@ -168,10 +180,10 @@ def open_validation(data: list[pathlib.Path], validate: list[pathlib.Path]) -> d
                 f"--data and --validate name several folders {path.name}; the curves are told apart by these names, "
                 "so rename one"
             )
-        if not len(split) and (number == 0 or folder in validate):
+        if not split.labelled.any() and (number == 0 or folder in validate):
             raise UserError(
-                f"{folder}: split val has no pairs; convert the dataset with --split-file, or validate on another one, "
-                "--validate DIR"
+                f"{folder}: split val has no pairs{' with ground truth' if len(split) else ''}; convert the dataset "
+                "with --split-file, or validate on another one, --validate DIR"
             )
         splits[path.name] = split
-    return {name: split for name, split in splits.items() if len(split)}
+    return {name: split for name, split in splits.items() if split.labelled.any()}

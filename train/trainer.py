@@ -14,6 +14,7 @@ import numpy as np
 
 from launch import session
 from launch.communicator import ALONE, Communicator
+from launch.errors import counted
 from launch.files import write_json
 from launch.watchdog import Phase
 from model import graph_cache
@@ -200,6 +201,12 @@ class Trainer:
             self.monitor.say("; ".join([resumed, *self.changes]))
         else:
             self.monitor.text("recipe", self.recipe.to_yaml())
+        labelled = np.concatenate([split.labelled for split in self.plan.training])
+        if not labelled.all():
+            self.monitor.say(
+                f"{np.sum(~labelled):,} of {len(labelled):,} training pairs have no ground truth; they add nothing to "
+                "the loss"
+            )
 
     def train_step(self, batch: reader.Batch) -> StepResult:
         """Do one step on this rank's share of the global batch."""
@@ -346,9 +353,12 @@ class Trainer:
             self.monitor.scalars(self.steps_done, {f"{tag}zero_flow_epe": metrics.zero_epe})
         weights = " with averaged weights" if averaged else ""
         dataset = f" ({name})" if len(self.plan.validation) > 1 else ""
+        left_out = (
+            f", {counted(metrics.unlabelled, 'pair')} without ground truth left out" if metrics.unlabelled else ""
+        )
         self.monitor.say(
             f"step {self.steps_done}: validation EPE {metrics.epe:.3f} px{weights}, zero-flow EPE "
-            f"{metrics.zero_epe:.3f} px{dataset}"
+            f"{metrics.zero_epe:.3f} px{dataset}{left_out}"
         )
 
     def draw(self, split: reader.DatasetSplit, evaluation: Evaluation) -> None:

@@ -3,11 +3,8 @@
 Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.en.html
 """
 
-import os
-from pathlib import Path
-
-from launch.errors import UserError
-from prep.datasets import PairFiles, check_present, find_folder
+from prep.archive import ReleasePath, list_names
+from prep.datasets import NoRelease, PairFiles, check_present, find_folder
 
 TITLE = "FlyingChairs"
 PAIRS = 22872
@@ -16,13 +13,13 @@ PASSES = ("",)
 SUFFIXES = ("_img1.ppm", "_img2.ppm", "_flow.flo")
 
 
-def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     """All pairs in name order. `root` is the release's folder or its data folder."""
     folder = find_folder(root, "data", "the FlyingChairs release (containing data/) or its data folder")
-    files = set(os.listdir(folder))
+    files = set(list_names(folder))
     names = sorted({f.removesuffix(s) for f in files for s in SUFFIXES if f.endswith(s) and f != s})
     if not names:
-        raise UserError(f"{folder}: contains no pairs; expected files such as 00001{', 00001'.join(SUFFIXES)}")
+        raise NoRelease(f"{folder}: contains no pairs; expected files such as 00001{', 00001'.join(SUFFIXES)}")
     check_present(
         [folder / (name + suffix) for name in names for suffix in SUFFIXES if name + suffix not in files],
         "every pair needs two images and a flow file; restore the missing file or delete the rest of its pair",

@@ -5,12 +5,10 @@ train/flow_occlusions/left/into_future/0000000.png; likewise with right, into_pa
 Unknown flow is NaN. Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
-import os
 import re
-from pathlib import Path
 
-from launch.errors import UserError
-from prep.datasets import PairFiles, check_folder
+from prep.archive import ReleasePath, list_names
+from prep.datasets import NoRelease, PairFiles, check_folder
 
 TITLE = "FlyingThings3D subset"
 PAIRS = None
@@ -21,7 +19,7 @@ DIRECTIONS = {"into_future": 1, "into_past": -1}
 """By folder: the step from the first frame's number to the second's."""
 
 
-def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     """The pairs of one pass by camera, direction and frame, named PASS/train/left/into_future/NNNNNNN.
 
     A flow whose second frame was excluded from the subset makes no pair. The final pass may be absent.
@@ -37,21 +35,21 @@ def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
         for pair in _list_flows(root, render_pass, split, camera, direction)
     ]
     if not pairs:
-        raise UserError(
+        raise NoRelease(
             f"{root}: contains no pairs; expected files such as train/image_{render_pass}/left/0000000.png and "
             "train/flow/left/into_future/0000000.flo"
         )
     return pairs
 
 
-def _list_flows(root: Path, render_pass: str, split: str, camera: str, direction: str) -> list[PairFiles]:
+def _list_flows(root: ReleasePath, render_pass: str, split: str, camera: str, direction: str) -> list[PairFiles]:
     frames = root / split / f"image_{render_pass}" / camera
     flows = root / split / "flow" / camera / direction
     masks = root / split / "flow_occlusions" / camera / direction
     if not (frames.is_dir() and flows.is_dir()):
         return []
-    has_masks, present, pairs = masks.is_dir(), set(os.listdir(frames)), []
-    for match in filter(None, map(FLOW.fullmatch, sorted(os.listdir(flows)))):
+    has_masks, present, pairs = masks.is_dir(), set(list_names(frames)), []
+    for match in filter(None, map(FLOW.fullmatch, list_names(flows))):
         first, second = f"{match[1]}.png", f"{int(match[1]) + DIRECTIONS[direction]:07}.png"
         if second in present:
             pairs.append(

@@ -6,12 +6,10 @@ Source: http://hci-benchmark.iwr.uni-heidelberg.de
 """
 
 import itertools
-import os
 import re
-from pathlib import Path
 
-from launch.errors import UserError
-from prep.datasets import PairFiles, check_folder, check_present
+from prep.archive import ReleasePath, list_names
+from prep.datasets import NoRelease, PairFiles, check_folder, check_present
 
 TITLE = "HD1K"
 PAIRS = None
@@ -20,12 +18,12 @@ PASSES = ("",)
 FRAME = re.compile(r"(\d{6})_\d+\.png")
 
 
-def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     """Each frame of a sequence paired with the next one, in order, named SSSSSS_FFFF."""
     flows, frames = root / "hd1k_flow_gt" / "flow_occ", root / "hd1k_input" / "image_2"
     check_folder(flows, "the flow of the HD1K release, SSSSSS_FFFF.png")
     check_folder(frames, "the frames of the HD1K release, SSSSSS_FFFF.png")
-    files = sorted(f for f in {*os.listdir(flows), *os.listdir(frames)} if FRAME.fullmatch(f))
+    files = sorted(f for f in {*list_names(flows), *list_names(frames)} if FRAME.fullmatch(f))
     check_present(
         [folder / file for file in files for folder in (frames, flows)],
         "every frame needs a flow file and every flow file its frame; restore the missing file",
@@ -42,5 +40,5 @@ def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
         if file[:6] == following[:6]
     ]
     if not pairs:
-        raise UserError(f"{frames}: contains no pairs; expected files such as 000000_0010.png")
+        raise NoRelease(f"{frames}: contains no pairs; expected files such as 000000_0010.png")
     return pairs

@@ -5,17 +5,15 @@ NNNNNN_10.png and NNNNNN_11.png in a folder that depends on the benchmark. The f
 it is sparse. Source: https://www.cvlibs.net/datasets/kitti/eval_flow.php
 """
 
-import os
 import re
-from pathlib import Path
 
-from launch.errors import UserError
-from prep.datasets import PairFiles, check_folder, check_present, find_folder
+from prep.archive import ReleasePath, list_names
+from prep.datasets import NoRelease, PairFiles, check_folder, check_present, find_folder
 
 FLOW = re.compile(r"(\d{6})_10\.png")
 
 
-def list_kitti(root: Path, frame_folders: tuple[str, ...]) -> list[PairFiles]:
+def list_kitti(root: ReleasePath, frame_folders: tuple[str, ...]) -> list[PairFiles]:
     """All pairs in order, named NNNNNN, with frames from the first of `frame_folders` that exists.
 
     `root` is the release's folder or its training folder.
@@ -26,9 +24,9 @@ def list_kitti(root: Path, frame_folders: tuple[str, ...]) -> list[PairFiles]:
     folders = [training / name for name in frame_folders]
     frames = next((folder for folder in folders if folder.is_dir()), folders[0])
     check_folder(frames, "the frames, NNNNNN_10.png and NNNNNN_11.png")
-    numbers = sorted(match[1] for match in map(FLOW.fullmatch, os.listdir(flows)) if match)
+    numbers = sorted(match[1] for match in map(FLOW.fullmatch, list_names(flows)) if match)
     if not numbers:
-        raise UserError(f"{flows}: contains no pairs; expected files such as 000000_10.png")
+        raise NoRelease(f"{flows}: contains no pairs; expected files such as 000000_10.png")
     pairs = [
         PairFiles(
             name=number,

@@ -4,12 +4,19 @@ training/{clean,final}/SCENE/frame_0001.png, training/flow/SCENE/frame_0001.flo 
 training/{invalid,occlusions}/SCENE/frame_0001.png. Source: http://sintel.is.tue.mpg.de
 """
 
-import os
 import re
-from pathlib import Path
 
 from launch.errors import UserError
-from prep.datasets import PairFiles, check_consecutive, check_folder, check_present, find_folder, missing_files
+from prep.archive import ReleasePath, list_folders, list_names
+from prep.datasets import (
+    NoRelease,
+    PairFiles,
+    check_consecutive,
+    check_folder,
+    check_present,
+    find_folder,
+    missing_files,
+)
 
 TITLE = "MPI-Sintel"
 PAIRS = 1041
@@ -18,7 +25,7 @@ PASSES = ("clean", "final")
 FRAME = re.compile(r"frame_(\d{4})\.png")
 
 
-def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     """The pairs of one pass, scenes in name order, then frames in order, named PASS/SCENE/frame_NNNN.
 
     `root` is the release's folder or its training folder.
@@ -27,26 +34,26 @@ def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
     images = training / render_pass
     check_folder(images, f"the {render_pass} pass, SCENE/frame_NNNN.png")
     check_folder(training / "flow", "the flow, SCENE/frame_NNNN.flo")
-    scenes = sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
+    scenes = list_folders(images)
     pairs = [pair for scene in scenes for pair in _list_scene(training, render_pass, scene)]
     if not pairs:
-        raise UserError(f"{images}: contains no pairs; expected files such as SCENE/frame_0001.png")
+        raise NoRelease(f"{images}: contains no pairs; expected files such as SCENE/frame_0001.png")
     check_present([pair.flow for pair in pairs], "every frame except the last of its scene needs a flow file")
     return pairs
 
 
-def _list_scene(training: Path, render_pass: str, scene: str) -> list[PairFiles]:
+def _list_scene(training: ReleasePath, render_pass: str, scene: str) -> list[PairFiles]:
     folder, flows = training / render_pass / scene, training / "flow" / scene
-    numbers = sorted(int(match[1]) for match in map(FRAME.fullmatch, os.listdir(folder)) if match)
+    numbers = sorted(int(match[1]) for match in map(FRAME.fullmatch, list_names(folder)) if match)
     if len(numbers) < 2:
         raise UserError(f"{folder}: contains {len(numbers)} frames, expected at least 2, such as frame_0001.png")
     check_consecutive(numbers, lambda number: folder / f"frame_{number:04}.png")
-    if flows.is_dir() and len(os.listdir(flows)) >= len(numbers):
+    if flows.is_dir() and len(list_names(flows)) >= len(numbers):
         # Missing frames at the end of a scene leave no gap, only too many flow files.
         last = folder / f"frame_{numbers[-1] + 1:04}.png"
         raise missing_files([last], "the scene has as many flow files as frames, expected one fewer")
 
-    def find_mask(kind: str, frame: str) -> Path | None:
+    def find_mask(kind: str, frame: str) -> ReleasePath | None:
         path = training / kind / scene / f"{frame}.png"
         return path if path.exists() else None
 

@@ -7,12 +7,10 @@ The flow has twice the frames' resolution, in units of the frames' pixels; the t
 in the benchmark's own loader. Source: https://spring-benchmark.org
 """
 
-import os
 import re
-from pathlib import Path
 
-from launch.errors import UserError
-from prep.datasets import PairFiles, check_consecutive, check_present, find_folder
+from prep.archive import ReleasePath, list_folders, list_names
+from prep.datasets import NoRelease, PairFiles, check_consecutive, check_present, find_folder
 
 TITLE = "Spring"
 PAIRS = 19852
@@ -24,7 +22,7 @@ DIRECTIONS = {"FW": 1, "BW": -1}
 """Step from the first frame's number to the second's."""
 
 
-def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     """The pairs by scene, camera, direction and frame, named SCENE/FW_left/NNNN.
 
     `root` is the release's folder or its train folder.
@@ -32,27 +30,27 @@ def list_pairs(root: Path, render_pass: str) -> list[PairFiles]:
     train = find_folder(root, "train", "the Spring release (containing train/) or its train folder")
     pairs = [
         pair
-        for scene in sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and entry.name.isdigit())
+        for scene in filter(str.isdigit, list_folders(train))
         for camera in ("left", "right")
         for direction in DIRECTIONS
         for pair in _list_scene(train / scene, camera, direction)
     ]
     if not pairs:
-        raise UserError(f"{train}: contains no pairs; expected folders such as 0001/frame_left and 0001/flow_FW_left")
+        raise NoRelease(f"{train}: contains no pairs; expected folders such as 0001/frame_left and 0001/flow_FW_left")
     check_present([pair.flow for pair in pairs], "every frame except a scene's last (BW: first) needs a flow file")
     return pairs
 
 
-def _list_scene(scene: Path, camera: str, direction: str) -> list[PairFiles]:
+def _list_scene(scene: ReleasePath, camera: str, direction: str) -> list[PairFiles]:
     frames, flows = scene / f"frame_{camera}", scene / f"flow_{direction}_{camera}"
     if not (frames.is_dir() and flows.is_dir()):
         return []
 
-    def frame(number: int) -> Path:
+    def frame(number: int) -> ReleasePath:
         return frames / f"frame_{camera}_{number:04}.png"
 
     pattern, step = re.compile(rf"frame_{camera}_(\d{{4}})\.png"), DIRECTIONS[direction]
-    numbers = sorted(int(match[1]) for match in map(pattern.fullmatch, os.listdir(frames)) if match)
+    numbers = sorted(int(match[1]) for match in map(pattern.fullmatch, list_names(frames)) if match)
     check_consecutive(numbers, frame)
     return [
         PairFiles(

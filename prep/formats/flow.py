@@ -1,7 +1,7 @@
-"""Flow files: read optical flow bit for bit (.flo, .pfm, KITTI's .png, Spring's .flo5); write .flo and .png.
+"""Flow files: read .flo, .pfm, KITTI's and Kubric's .png, Spring's .flo5, .npy and .npz; write .flo and .png.
 
 Flow is a float32 array (H, W, 2): the displacement in pixels, right and down, from each pixel of the first image to
-its position in the second.
+its position in the second. It is read bit for bit, unless an .npy or .npz file has another type than float32.
 """
 
 import io
@@ -19,7 +19,8 @@ import numpy as np
 
 from launch.errors import UserError, one_line
 from launch.files import write_bytes
-from prep.formats import StrPath
+from prep.archive import file_length, open_file, read_file
+from prep.formats import MAX_EXPANSION, MAX_PIXELS, StrPath, npy
 
 if TYPE_CHECKING:
     import h5py  # optional at run time
@@ -48,37 +49,36 @@ PNG_RGB = 2
 PNG_FILTERS = 5  # valid row filters are 0 to 4
 PNG_SIDE = 10**6  # the longest side that libpng accepts
 
-# Deflate compresses at most 1,032 bytes into one, so a file that claims more is damaged: allocate nothing for it.
-MAX_EXPANSION = 1100
-
-# The largest image or flow: no more than fits in a page of a shard (prep/shards.py). A few kilobytes of deflate can
-# claim far more.
-MAX_PIXELS = 1 << 26
-
-
 Parser = Callable[[bytes, StrPath], np.ndarray]
 """(bytes of a file, its name for errors) -> flow."""
 SizeReader = Callable[[BinaryIO, int, StrPath], tuple[int, int]]
 """(open file, its length in bytes, its name for errors) -> (H, W)."""
 
 
-def read_flow(path: StrPath) -> tuple[np.ndarray, np.ndarray]:
+def read_flow(
+    path: StrPath, *, limit: float = UNKNOWN_FLOW, scale: "KubricScale | None" = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Read a flow file of any supported format: flow float32 (H, W, 2) and valid uint8 (H, W), 1 where it is known.
+
+    Args:
+        path: the file; its suffix tells the format.
+        limit: flow of this magnitude or more is unknown.
+        scale: makes a .png one of Kubric's instead of KITTI's.
 
     Raises:
         UserError: the file is damaged, or its suffix is not supported.
     """
     parse, _ = format_of(path)
-    with open(path, "rb") as file:
-        flow = parse(file.read(), path)
-    return flow, find_known(flow)
+    data = read_file(path)
+    flow = parse_kubric_png(data, path, scale) if scale else parse(data, path)
+    return flow, find_known(flow, limit)
 
 
 def flow_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a flow file from its header; UserError if the header is damaged or contradicts the file's length."""
     _, size = format_of(path)
-    with open(path, "rb") as file:
-        return size(file, os.fstat(file.fileno()).st_size, path)
+    with open_file(path) as file:
+        return size(file, file_length(path), path)
 
 
 def format_of(path: StrPath) -> tuple[Parser, SizeReader]:
@@ -89,13 +89,13 @@ def format_of(path: StrPath) -> tuple[Parser, SizeReader]:
     return FORMATS[suffix]
 
 
-def find_known(flow: np.ndarray) -> np.ndarray:
-    """Mask of known flow, uint8 (H, W): 0 where a component is NaN or its magnitude is at least `UNKNOWN_FLOW`."""
+def find_known(flow: np.ndarray, limit: float = UNKNOWN_FLOW) -> np.ndarray:
+    """Mask of known flow, uint8 (H, W): 0 where a component is NaN or its magnitude is at least `limit`."""
     # Most flow is known everywhere, which its extremes tell in a tenth of the time.
-    if flow.min() > -UNKNOWN_FLOW and flow.max() < UNKNOWN_FLOW:
+    if flow.min() > -limit and flow.max() < limit:
         return np.ones(flow.shape[:2], np.uint8)
     with np.errstate(invalid="ignore"):
-        return (np.abs(flow) < UNKNOWN_FLOW).all(axis=2).astype(np.uint8)
+        return (np.abs(flow) < limit).all(axis=2).astype(np.uint8)
 
 
 def check_length(name: StrPath, size: tuple[int, int], length: int, expected: int) -> None:
@@ -121,8 +121,7 @@ def check_array(flow: np.ndarray) -> None:
 
 def read_flo(path: StrPath) -> np.ndarray:
     """Read a .flo file: float32 (H, W, 2) in pixels, read-only. Raises UserError if it is damaged."""
-    with open(path, "rb") as file:
-        return parse_flo(file.read(), path)
+    return parse_flo(read_file(path), path)
 
 
 def parse_flo(data: bytes, name: StrPath) -> np.ndarray:
@@ -198,11 +197,45 @@ def parse_pfm_header(start: bytes, length: int, name: StrPath) -> PfmHeader:
     return PfmHeader((height, width), "<" if scale < 0 else ">", header.end())
 
 
-# --- .png: KITTI, HD1K ----------------------------------------------------------------------------
+# --- .png: KITTI, HD1K, Kubric --------------------------------------------------------------------
 
 
 def parse_kitti_png(data: bytes, name: StrPath) -> np.ndarray:
     """Parse the bytes of a KITTI flow .png: float32 (H, W, 2), NaN where the flow is unknown."""
+    pixels = parse_flow_png(data, name)
+    # OpenCV orders channels as blue, green, red. All values are exact in float32.
+    flow = pixels[..., :0:-1].astype(np.float32)
+    flow -= 2**15
+    flow /= 64
+    flow[pixels[..., 0] == 0] = np.nan
+    return flow
+
+
+class KubricScale(NamedTuple):
+    """What the values of Kubric's flow .png files stand for."""
+
+    smallest: float
+    """The flow in pixels that 0 stands for: that of a whole scene, from its data_ranges.json."""
+    largest: float
+    """The same for 65535."""
+    swapped: bool = False
+    """Whether red is the flow to the right and green downwards, as in early renderings, and not the reverse."""
+
+
+def parse_kubric_png(data: bytes, name: StrPath, scale: KubricScale) -> np.ndarray:
+    """Parse the bytes of a Kubric flow .png: float32 (H, W, 2).
+
+    Sources: kubric/file_io.py in https://github.com/google-research/kubric, which writes it, and ptlflow's reader.
+    """
+    pixels = parse_flow_png(data, name)  # blue, unused, then green, red
+    flow = (pixels[..., :0:-1] if scale.swapped else pixels[..., 1:]).astype(np.float32)
+    flow *= np.float32((scale.largest - scale.smallest) / (2**16 - 1))
+    flow += np.float32(scale.smallest)
+    return flow
+
+
+def parse_flow_png(data: bytes, name: StrPath) -> np.ndarray:
+    """Decode a 16-bit RGB .png: uint16 (H, W, 3) in OpenCV's order: blue, green, red."""
     height, width = kitti_png_size(io.BytesIO(data), len(data), name)
     # libpng allocates whatever a chunk's length claims, and prints its errors itself: give it only verified rows, in a
     # file made here.
@@ -212,18 +245,11 @@ def parse_kitti_png(data: bytes, name: StrPath) -> np.ndarray:
         raise UserError(f"{name}: cannot decode this PNG file ({one_line(error)}); copy or unpack it again") from None
     if np.frombuffer(rows, np.uint8)[:: 1 + 6 * width].max() >= PNG_FILTERS:
         raise UserError(f"{name}: cannot decode this PNG file (invalid row filter); copy or unpack it again")
-    pixels = cv2.imdecode(np.frombuffer(make_png(rows, height, width), np.uint8), cv2.IMREAD_UNCHANGED)
-    del rows
-    # OpenCV orders channels as blue, green, red. All values are exact in float32.
-    flow = pixels[..., :0:-1].astype(np.float32)
-    flow -= 2**15
-    flow /= 64
-    flow[pixels[..., 0] == 0] = np.nan
-    return flow
+    return cv2.imdecode(np.frombuffer(make_png(rows, height, width), np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def kitti_png_size(file: BinaryIO, length: int, name: StrPath) -> tuple[int, int]:
-    """(H, W) of an open KITTI flow .png of `length` bytes; UserError if it is not one."""
+    """(H, W) of an open KITTI or Kubric flow .png of `length` bytes; UserError if it is not one."""
     header = file.read(PNG_HEADER.size)
     if len(header) < PNG_HEADER.size or not header.startswith(PNG_SIGNATURE):
         raise UserError(f"{name}: {length} bytes, beginning with {header[:8]!r}; expected a PNG file")
@@ -390,9 +416,80 @@ def read_chunks(flow: "h5py.Dataset", data: bytes) -> np.ndarray:
     return values
 
 
+# --- .npy, .npz: TartanAir, VIPER, and many programs ----------------------------------------------
+
+
+def parse_npy(data: bytes, name: StrPath) -> np.ndarray:
+    """Parse the bytes of an .npy file of (H, W, 2) floats: float32 (H, W, 2)."""
+    check_shape(npy.parse_header(data[: npy.HEADER_START + npy.MAX_HEADER], name), 3, name)
+    return to_float32(npy.parse_array(data, name))
+
+
+def npy_size(file: BinaryIO, length: int, name: StrPath) -> tuple[int, int]:
+    """(H, W) of an open .npy file of `length` bytes; UserError if it contains no flow."""
+    return check_shape(npy.read_header(file, length, name), 3, name)
+
+
+def parse_npz(data: bytes, name: StrPath) -> np.ndarray:
+    """Parse the bytes of an .npz file: float32 (H, W, 2).
+
+    It contains either u and v, floats (H, W), as VIPER does, or (H, W, 2) floats as its only array or named flow.
+    """
+    archive = npy.ArrayArchive(io.BytesIO(data), name)
+    names = flow_arrays(archive, name)
+    npz_header_size(archive, names, name)
+    arrays = [archive.read(array) for array in names]
+    return to_float32(np.dstack(arrays) if len(arrays) == 2 else arrays[0])
+
+
+def npz_size(file: BinaryIO, length: int, name: StrPath) -> tuple[int, int]:
+    """(H, W) of an open .npz file; UserError if it contains no flow."""
+    archive = npy.ArrayArchive(file, name)
+    return npz_header_size(archive, flow_arrays(archive, name), name)
+
+
+def flow_arrays(archive: npy.ArrayArchive, name: StrPath) -> list[str]:
+    """The names of the arrays that hold the flow: two components, or both in one."""
+    if {"u", "v"} <= set(archive.arrays):
+        return ["u", "v"]
+    if "flow" in archive.arrays or len(archive.arrays) == 1:
+        return ["flow" if "flow" in archive.arrays else archive.arrays[0]]
+    found = one_line(", ".join(archive.arrays)) or "no arrays"
+    raise UserError(f"{name}: contains {found}; expected u and v, or one array, or one named flow")
+
+
+def npz_header_size(archive: npy.ArrayArchive, names: list[str], name: StrPath) -> tuple[int, int]:
+    """(H, W) of these arrays; UserError unless they are flow."""
+    dimensions = 4 - len(names)
+    sizes = [check_shape(archive.read_header(array), dimensions, archive.label(array)) for array in names]
+    if sizes[0] != sizes[-1]:
+        raise UserError(f"{name}: u is {sizes[0]} and v is {sizes[-1]}; expected the same size")
+    return sizes[0]
+
+
+def check_shape(header: npy.Header, dimensions: int, name: StrPath) -> tuple[int, int]:
+    """(H, W) of an array; UserError unless it is floats (H, W, 2), or (H, W) for one component."""
+    shape = header.shape
+    if header.dtype.kind != "f" or len(shape) != dimensions or shape[2:] not in ((), (2,)):
+        expected = "(H, W, 2), right and down" if dimensions == 3 else "(H, W)"
+        raise UserError(f"{name}: contains {header.dtype} {shape}, expected floats {expected}; transpose or convert it")
+    height, width = shape[:2]
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise UserError(f"{name}: {width}x{height} pixels, expected 1 to {MAX_PIXELS} in total")
+    return height, width
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """A C-contiguous float32 array; values beyond float32 become infinite, which is unknown flow."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, np.float32)
+
+
 FORMATS: dict[str, tuple[Parser, SizeReader]] = {
     ".flo": (parse_flo, flo_size),
     ".pfm": (parse_pfm, pfm_size),
     ".png": (parse_kitti_png, kitti_png_size),
     ".flo5": (parse_flo5, flo5_size),
+    ".npy": (parse_npy, npy_size),
+    ".npz": (parse_npz, npz_size),
 }

@@ -25,9 +25,11 @@ import signal
 import sqlite3
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -175,6 +177,21 @@ def repair_png(data: bytes, rng: random.Random) -> bytes:
     return b"".join(parts) + data[start:]
 
 
+def repair_zip(data: bytes, rng: random.Random) -> bytes:
+    """A zip file in which each member that is stored has the right CRC-32, in both of its headers."""
+    repaired = bytearray(data)
+    for match in re.finditer(rb"PK\x01\x02", data):
+        fields = data[match.start() : match.start() + 46]
+        if len(fields) == 46 and fields[10:12] == b"\0\0":
+            length, local = int.from_bytes(fields[20:24], "little"), int.from_bytes(fields[42:46], "little")
+            begin = local + 30 + sum(struct.unpack("<2H", data[local + 26 : local + 30].ljust(4, b"\0")))
+            crc = struct.pack("<I", zlib.crc32(data[begin : begin + length]))
+            repaired[match.start() + 16 : match.start() + 20] = crc
+            if local + 18 <= len(repaired):
+                repaired[local + 14 : local + 18] = crc
+    return bytes(repaired)
+
+
 NAME = "clean/alley_1/frame_0001"
 
 
@@ -249,6 +266,17 @@ def flow_seeds(suffix: str) -> list[bytes]:
                 opened.create_dataset("flow", data=flow, **options)
             seeds.append(file.getvalue())
         return seeds
+    if suffix in (".npy", ".npz"):
+        plain, known = io.BytesIO(), np.nan_to_num(flow)
+        if suffix == ".npy":
+            np.save(plain, flow)
+            big = io.BytesIO()
+            np.save(big, known.astype(">f8").transpose(1, 0, 2).copy().transpose(1, 0, 2))
+            return [plain.getvalue(), big.getvalue()]
+        np.savez(plain, u=flow[..., 0].astype(np.float16), v=flow[..., 1].astype(np.float16))
+        packed = io.BytesIO()
+        np.savez_compressed(packed, flow=known)
+        return [plain.getvalue(), packed.getvalue()]
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         {".flo": flow_format.write_flo, ".png": flow_format.write_kitti_png}[suffix](file.name, flow)
         with open(file.name, "rb") as written:
@@ -273,6 +301,94 @@ def parse_flow(path: str, data: bytes) -> None:
     assert known.dtype == np.uint8 and known.shape == size and known.max() <= 1
 
 
+def archive_seeds(suffix: str) -> list[bytes]:
+    files, seeds = {"data/a": bytes(range(256)) * 4, "data/b": b"", "c": b"abc" * 9}, []
+    for option in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) if suffix == ".zip" else ("w", "w:gz"):
+        file = io.BytesIO()
+        if suffix == ".zip":
+            with zipfile.ZipFile(file, "w", int(option)) as packed:
+                for name, data in files.items():
+                    packed.writestr(name, data)
+        elif (option == "w:gz") == (suffix == ".tar.gz"):
+            with tarfile.open(fileobj=file, mode=str(option)) as packed:  # type: ignore[call-overload]
+                for name, data in files.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    packed.addfile(info, io.BytesIO(data))
+        seeds += [file.getvalue()] if file.getvalue() else []
+    return seeds
+
+
+def repair_tar(data: bytes, rng: random.Random) -> bytes:
+    """A .tar with the right checksum in each header, of those that are in their place."""
+    repaired, start = bytearray(data), 0
+    while start + 512 <= len(repaired) and any(repaired[start : start + 512]):
+        header = repaired[start : start + 512]
+        header[148:156] = b" " * 8
+        repaired[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+        length = bytes(header[124:135]).strip(b" \0")
+        start += 512 * (1 - -(int(length, 8) if re.fullmatch(b"[0-7]+", length) else 0) // 512)
+    return bytes(repaired)
+
+
+def of_plain_tar(change: Callable[[bytes], bytes], data: bytes) -> bytes:
+    """A .tar.gz whose .tar is changed; the same bytes if it cannot be decompressed."""
+    try:
+        plain = change(zlib.decompressobj(31).decompress(data, LONGEST))
+    except zlib.error:
+        return data
+    compressor = zlib.compressobj(1, wbits=31)
+    return compressor.compress(plain) + compressor.flush()
+
+
+def repair_tar_gz(data: bytes, rng: random.Random) -> bytes:
+    return of_plain_tar(lambda plain: repair_tar(plain, rng), data)
+
+
+def mutate_tar_gz(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
+    """Changes of the .tar, or of its compressed bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(data, rng, others)
+    return of_plain_tar(lambda plain: mutate_bytes(plain, rng, [plain]), data)
+
+
+def parse_archive(path: str, data: bytes) -> None:
+    from prep import archive
+
+    folders = [archive.open_archives(pathlib.Path(path))]
+    while folders:
+        folder = folders.pop()
+        for name in archive.list_names(folder):
+            found = folder / name
+            if found.is_dir():
+                folders.append(found)
+            else:
+                content = found.read_bytes()
+                assert len(content) == found.stat().st_size
+                with found.open() as opened:
+                    assert opened.read(9) == content[:9]
+
+
+def mask_seeds() -> list[bytes]:
+    import numpy as np
+
+    seeds = []
+    for dtype in (np.uint8, np.bool_):
+        file = io.BytesIO()
+        np.save(file, np.arange(48).reshape(6, 8).astype(dtype))
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def parse_mask(path: str, data: bytes) -> None:
+    import numpy as np
+
+    from prep.formats import image as image_format
+
+    size, mask = image_format.mask_size(path), image_format.read_mask(path)
+    assert mask.dtype == np.uint8 and mask.shape == size and mask.size and mask.max() <= 1
+
+
 def image_seeds(kind: str) -> list[bytes]:
     import numpy as np
     from PIL import Image
@@ -292,11 +408,18 @@ def image_seeds(kind: str) -> list[bytes]:
     if kind == "JPEG":
         return [save(picture), save(picture.convert("L")), save(picture, progressive=True),
                 save(picture.convert("CMYK"))]  # fmt: skip
+    if kind == "WEBP":
+        return [save(picture), save(picture, lossless=True), save(picture.convert("L"), lossless=True),
+                save(picture, lossless=True, exif=b"Exif")]  # fmt: skip
+    if kind == "TIFF":
+        deep = Image.fromarray(rgb[..., 0].astype(np.uint16) << 8)
+        compressions = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+        return [save(picture, compression=name) for name in compressions] + [save(deep), save(picture.convert("1"))]
     if kind == "BMP":
         return [save(picture), save(picture.convert("P"))]
     return [save(picture), save(picture.convert("L")), save(picture.convert("1")),
             b"P6 # a comment\n2 1\n255\n" + bytes(6), b"P3\n2 1\n255\n1 2 3 4 5 6\n",
-            b"P2\n2 1\n255\n1 2\n"]  # fmt: skip
+            b"P2\n2 1\n255\n1 2\n", b"P6\n2 1\n65535\n" + bytes(12), b"P5\n2 1\n4095\n" + bytes(4)]  # fmt: skip
 
 
 def parse_image(path: str, data: bytes) -> None:
@@ -305,6 +428,7 @@ def parse_image(path: str, data: bytes) -> None:
     from launch import errors
     from prep.formats import image as image_format
 
+    image_format._noted_reduction = True  # of 16 bits, which may be noted
     try:
         size = image_format.image_size(path)
     except errors.UserError:
@@ -378,7 +502,7 @@ def manifest_seeds() -> list[bytes]:
     zero = "0" * 64
     found = [
         shards.Shard(f"{name}.mindrecord", 196688, zero, 65536, zero, 16384, zero,
-                     [f"{name}/{i}" for i in range(4)], [(3, 24, 40), (1, 24, 48)])
+                     [f"{name}/{i}" for i in range(4)], [(3, 24, 40), (1, 24, 48)], name == "train")
         for name in ("train", "val")
     ]  # fmt: skip
     manifest = shards.Manifest(
@@ -408,6 +532,26 @@ def parse_manifest(path: str, data: bytes) -> None:
 
 def mutate_manifest(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     return (mutate_json if rng.random() < 0.8 else mutate_bytes)(data, rng, others)
+
+
+def list_seeds() -> list[bytes]:
+    from prep.datasets import pairs
+
+    table = pairs.EXAMPLE.splitlines()
+    rows = [dict(zip(table[0].split(","), line.split(","), strict=True)) for line in table[1:]]
+    return [
+        pairs.EXAMPLE.encode(),
+        pairs.EXAMPLE.replace(",", "\t").encode("utf-8-sig"),
+        pairs.EXAMPLE.replace(",", ";").encode(),
+        "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    ]
+
+
+def parse_list(path: str, data: bytes) -> None:
+    from prep.datasets import pairs
+
+    for row in pairs.read_rows(pathlib.Path(path)):
+        assert row.line > 0 and all(row.values.values()) and row.values.keys() <= set(pairs.COLUMNS)
 
 
 def recipe_seeds() -> list[bytes]:
@@ -449,13 +593,22 @@ PARSERS = {
     "pfm": Parser(".pfm", lambda: flow_seeds(".pfm"), parse_flow),
     "kitti-png": Parser(".png", lambda: flow_seeds(".png"), parse_flow, repair_png, mutate_png),
     "flo5": Parser(".flo5", lambda: flow_seeds(".flo5"), parse_flow),
+    "npy": Parser(".npy", lambda: flow_seeds(".npy"), parse_flow),
+    "npz": Parser(".npz", lambda: flow_seeds(".npz"), parse_flow, repair_zip),
+    "mask": Parser(".npy", mask_seeds, parse_mask),
+    "zip": Parser(".zip", lambda: archive_seeds(".zip"), parse_archive, repair_zip),
+    "tar": Parser(".tar", lambda: archive_seeds(".tar"), parse_archive, repair_tar),
+    "tar-gz": Parser(".tar.gz", lambda: archive_seeds(".tar.gz"), parse_archive, repair_tar_gz, mutate_tar_gz),
     "png": Parser(".png", lambda: image_seeds("PNG"), parse_image, repair_png, mutate_png),
     "jpeg": Parser(".jpg", lambda: image_seeds("JPEG"), parse_image),
     "ppm": Parser(".ppm", lambda: image_seeds("PPM"), parse_image),
+    "webp": Parser(".webp", lambda: image_seeds("WEBP"), parse_image),
+    "tiff": Parser(".tiff", lambda: image_seeds("TIFF"), parse_image),
     "bmp": Parser(".bmp", lambda: image_seeds("BMP"), parse_image),
     "record": Parser("", record_seeds, parse_record, repair_record),
     "shard": Parser("", shard_seeds, parse_shard),
     "manifest": Parser(".json", manifest_seeds, parse_manifest, repair_manifest, mutate_manifest),
+    "list": Parser(".csv", list_seeds, parse_list),
     "recipe": Parser(".yaml", recipe_seeds, parse_recipe),
     "checkpoint": Parser(".ckpt", checkpoint_seeds, parse_checkpoint, repair_checkpoint),
 }

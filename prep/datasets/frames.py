@@ -1,0 +1,87 @@
+"""Your own frames: folders of images and videos, whose frames become pairs without ground truth."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import UserError
+from prep.archive import ReleasePath, list_names
+from prep.datasets import PairFiles
+from prep.formats import video
+
+IMAGE_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class FrameSequences:
+    """Pairs of the frames of each folder and video, as a dataset module (`prep.datasets.DatasetModule`)."""
+
+    step: int = 1
+    """The second frame of a pair is this many frames after the first."""
+    stride: int = 1
+    """The first frame of a pair is this many frames after that of the pair before."""
+
+    TITLE = "Frames"
+    PAIRS = None
+    VALIDATION = None
+    PASSES = ("",)
+
+    def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
+        """The pairs of a video, or of the folder `root` and all folders and videos in it, by path, then by frame.
+
+        Raises:
+            UserError: there are no frames, or a video is damaged.
+        """
+        if not root.exists():
+            raise UserError(f"{root}: does not exist; expected a folder of frames or a video")
+        pairs = self._pair_folder(root, "") if root.is_dir() else self._pair_video(root, root.name)
+        if not pairs:
+            raise UserError(
+                f"{root}: contains no pairs of frames; expected folders with more than {self.step} images "
+                f"({', '.join(IMAGE_SUFFIXES)}), or videos ({', '.join(video.SUFFIXES)})"
+            )
+        return pairs
+
+    def _pair_folder(self, folder: ReleasePath, prefix: str) -> list[PairFiles]:
+        """The pairs of a folder's images, then those of its videos and folders by name; `prefix` begins their names."""
+        images = image_names(folder)
+        pairs = [
+            PairFiles(
+                prefix + os.path.splitext(images[first])[0], folder / images[first], folder / images[second], flow=None
+            )
+            for first, second in self._choose(len(images))
+        ]
+        for name in list_names(folder):
+            path = folder / name
+            if name.startswith("."):
+                continue
+            if path.is_dir():
+                pairs += self._pair_folder(path, f"{prefix}{name}/")
+            elif name.lower().endswith(video.SUFFIXES):
+                pairs += self._pair_video(path, f"{prefix}{name}")
+        return pairs
+
+    def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:
+        if not isinstance(path, Path):
+            raise UserError(f"{path}: a video cannot be read in an archive; unpack it")
+        found = video.scan_video(path)
+        return [
+            PairFiles(f"{name}/{first:06}", path, path, flow=None, frames=video.VideoFrames(first, second, found.size))
+            for first, second in self._choose(found.frames)
+        ]
+
+    def _choose(self, frames: int) -> list[tuple[int, int]]:
+        """The numbers of both frames of each pair, of a sequence of `frames`."""
+        return [(first, first + self.step) for first in range(0, frames - self.step, self.stride)]
+
+
+def image_names(folder: ReleasePath) -> list[str]:
+    """The names of the images in a folder, in order, numbers by value: 9 before 10."""
+
+    def order(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+
+    names = [name for name in list_names(folder) if not name.startswith(".")]
+    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=order)
