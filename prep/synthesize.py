@@ -181,9 +181,7 @@ def write_pairs(folder: Path, recipe: Recipe, workers: int) -> None:
     """Write all pairs in worker processes, with a progress bar."""
     parts = jobs(recipe)
     # A new interpreter for each worker, because forking a process with threads can deadlock.
-    pool = ProcessPoolExecutor(
-        min(workers, len(parts)), multiprocessing.get_context("spawn"), memory.keep_freed_blocks
-    )
+    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), memory.keep_freed_blocks)
     processes = []
     try:
         # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the

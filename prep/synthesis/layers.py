@@ -129,9 +129,7 @@ def blur_motion(painted: np.ndarray, flow: np.ndarray, shutter: float) -> np.nda
 
     def shifted(image: np.ndarray, steps: float) -> np.ndarray:
         along = flow * np.float32(steps * step)
-        return cv2.remap(
-            image, x + along[..., 0], y + along[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        return cv2.remap(image, x + along[..., 0], y + along[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
     painted = shifted(painted, (1 - 2**passes) / 2)
     for number in range(passes):

@@ -27,7 +27,9 @@ def ingredient(default: float, help: str) -> Any:
 class Ingredients:
     """How often each ingredient appears: probabilities from 0 to 1."""
 
-    nonrigid: float = ingredient(0.5, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals")
+    nonrigid: float = ingredient(
+        0.5, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals"
+    )
     perspective: float = ingredient(0.5, "of a layer to tilt")
     thin: float = ingredient(0.5, "of a pair to have thin structures: branches, fences, wires, outlines")
     soft_edges: float = ingredient(0.4, "of a layer to have a soft edge")
