@@ -24,7 +24,7 @@ import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Recipe:
     profile: int = 2
     """The version of the pairs: a new one whenever the same seed gives other bytes."""
     format: str = "ppm"
-    ingredients: Ingredients = Ingredients()
+    ingredients: Ingredients = field(default_factory=Ingredients)
     textures: Photographs | None = None
 
     def fields(self) -> dict[str, Any]:

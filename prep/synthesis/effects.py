@@ -83,9 +83,9 @@ def add_noise(rng: np.random.Generator, image: np.ndarray, sigma: float, grain: 
         sigma: standard deviation in grey levels.
         grain: standard deviation in pixels of the blur that correlates neighbours; 0 for white noise.
     """
-    noise = np.empty(image.shape, np.float32)
-    cv2.setRNGSeed(int(rng.integers(2**31)))  # OpenCV draws normal numbers several times faster than NumPy
-    cv2.randn(noise, 0, sigma)
+    # OpenCV draws normal numbers several times faster than NumPy, of one mean and deviation per channel.
+    cv2.setRNGSeed(int(rng.integers(2**31)))
+    noise = cv2.randn(np.empty(image.shape, np.float32), np.zeros(3), np.full(3, sigma))
     if grain:
         # Blurring divides the deviation by about 2 sqrt(pi) times that of the blur.
         noise = cv2.GaussianBlur(noise, (0, 0), grain) * np.float32(max(1, 2 * np.sqrt(np.pi) * grain))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from prep.synthesis.motion import Box, Motion, Planes, mesh, transform
+from prep.synthesis.motion import Box, Motion, Planes, inverse, mesh, transform
 
 MAX_BLUR = 16  # pixels: as many as 2^4 samples, one per pixel, can cover
 
@@ -46,12 +46,12 @@ class Layer:
             source: for frame 2, where its pixels were in frame 1.
         """
         border = cv2.BORDER_REFLECT_101 if self.patch.shape[2] == 3 else cv2.BORDER_CONSTANT
-        to_patch = cv2.invert(self.pose)[1]
+        to_patch = inverse(self.pose)
         if frame == 2 and self.motion.deformation:
             x, y = transform(to_patch, *source)
             return cv2.remap(self.patch, x, y, cv2.INTER_LINEAR, borderMode=border)
         if frame == 2:
-            to_patch = to_patch @ cv2.invert(self.motion.matrix)[1]
+            to_patch = to_patch @ inverse(self.motion.matrix)
         to_patch = to_patch @ np.array([[1, 0, box[0]], [0, 1, box[1]], [0, 0, 1]])
         size = (box[2] - box[0], box[3] - box[1])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -85,7 +85,8 @@ class Frame:
             frame: 1 or 2, which this is.
             shutter: the share of the time between the frames during which the shutter is open.
         """
-        box = layer.box(*self.label.shape, frame)
+        height, width = self.label.shape
+        box = layer.box(height, width, frame)
         if box is None:
             return
         window = np.s_[box[1] : box[3], box[0] : box[2]]
@@ -99,7 +100,7 @@ class Frame:
             self.flow[window] = flow
             self.image[window] = blur_motion(painted, flow, shutter)
             return
-        covered = cv2.compare(cv2.extractChannel(painted, 3), 128, cv2.CMP_GE)
+        covered = cv2.inRange(cv2.extractChannel(painted, 3), np.array(128), np.array(255))
         np.copyto(self.label[window], index, where=covered != 0)
         cv2.copyTo(flow, covered, self.flow[window])
         painted = blur_motion(painted, flow, shutter)

@@ -1,4 +1,4 @@
-"""Version 1 of the synthetic pairs: stacks of textured shapes, each with its own affine motion, without photometric effects.
+"""Version 1 of the synthetic pairs: stacks of textured shapes, each with its own affine motion.
 
 The same seed gives the same bytes as in release 0.9, so do not change what this draws.
 """
