@@ -15,7 +15,8 @@ class Layer:
     """A textured patch and its motion."""
 
     patch: np.ndarray
-    """uint8 (h, w, 4) RGB and alpha; (h, w, 3) for the background, which repeats, mirrored, outside."""
+    """uint8 (h, w, 4) RGB and alpha, opaque only within a circle; for the background, which repeats, mirrored, outside,
+    (h, w, 3)."""
     pose: np.ndarray
     """3x3 matrix from the patch to frame 1."""
     motion: Motion
@@ -24,7 +25,7 @@ class Layer:
         """The part of frame 1 or 2 that the patch may cover; None if there is none."""
         if self.patch.shape[2] == 3:
             return 0, 0, width, height
-        x, y = self.corners()
+        x, y = self.outline()
         if frame == 2:
             pad = self.motion.deformation.largest() + 1 if self.motion.deformation else 0
             x = np.array([x.min() - pad, x.max() + pad])[[0, 1, 1, 0]]
@@ -34,10 +35,12 @@ class Layer:
         top, bottom = np.clip([np.floor(y.min()), np.ceil(y.max()) + 1], 0, height).astype(int)
         return (int(left), int(top), int(right), int(bottom)) if left < right and top < bottom else None
 
-    def corners(self) -> Planes:
-        """x and y of the patch's corners in frame 1."""
+    def outline(self) -> Planes:
+        """x and y in frame 1 of the circle within the patch, beyond which it is transparent."""
         rows, columns = self.patch.shape[:2]
-        return transform(self.pose, np.array([0, columns - 1, columns - 1, 0]), np.array([0, 0, rows - 1, rows - 1]))
+        angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+        x, y = np.cos(angle) * columns / 2 + (columns - 1) / 2, np.sin(angle) * rows / 2 + (rows - 1) / 2
+        return transform(self.pose, x, y)
 
     def paint(self, box: Box, frame: int, source: Planes) -> np.ndarray:
         """The layer in a box of frame 1 or 2, as uint8 (h, w, channels).

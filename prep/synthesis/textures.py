@@ -17,6 +17,7 @@ from prep.synthesis.version1 import draw_palette, to_fixed_point
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
+CANDIDATES = 3
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp")
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
@@ -48,15 +49,21 @@ class Photographs:
         return cls(tuple(found[name] for name in sorted(found)), digest.hexdigest())
 
     def draw(self, rng: np.random.Generator, side: int) -> np.ndarray:
-        """A random square part of a random photograph, mirrored or not, as uint8 (side, side, 3)."""
+        """A square part of a random photograph, mirrored or not, as uint8 (side, side, 3).
+
+        Of several random parts, this is the one with the most detail: nothing can be matched in a sky.
+        """
         path = self.paths[rng.integers(len(self.paths))]
         photograph = read_photograph(path, side)
         height, width = photograph.shape[:2]
-        part = max(1, int(min(height, width) * rng.uniform(0.6, 1.0)))
-        top, left = rng.integers(height - part + 1), rng.integers(width - part + 1)
-        photograph = photograph[top : top + part, left : left + part, :: rng.choice([-1, 1])]
-        shrinks = part > side
-        return cv2.resize(photograph, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+        parts = []
+        for _ in range(CANDIDATES):
+            part = max(1, int(min(height, width) * rng.uniform(0.6, 1.0)))
+            top, left = rng.integers(height - part + 1), rng.integers(width - part + 1)
+            method = cv2.INTER_AREA if part > side else cv2.INTER_CUBIC
+            resized = cv2.resize(photograph[top : top + part, left : left + part], (side, side), interpolation=method)
+            parts.append(cv2.flip(resized, 1) if rng.random() < 0.5 else resized)
+        return max(parts, key=lambda part: float(cv2.Laplacian(part, cv2.CV_32F).std()))
 
 
 def read_photograph(path: Path, side: int) -> np.ndarray:
@@ -105,7 +112,7 @@ class Textures:
 def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Random gain, contrast and gamma of each channel, and random order of channels: uint8 (H, W, 3)."""
     gamma = np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.08, 3))
-    gain = np.exp(rng.normal(-0.1, 0.2) + rng.normal(0, 0.08, 3))
+    gain = np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.08, 3))
     base = np.linspace(0, 1, 256)[:, None]
     table = np.clip(np.rint(255 * gain * base**gamma), 0, 255).astype(np.uint8)
     recoloured = cv2.LUT(image, table[None])
@@ -119,14 +126,14 @@ def draw_procedural(rng: np.random.Generator, side: int) -> np.ndarray:
     image[:] = palette[0]
     draw_leaves(rng, image, palette)
     texture = image.astype(np.float32)
-    for _ in range(rng.integers(0, 3)):
+    if rng.random() < 0.3:
         add_pattern(rng, texture)
     # Light varies over a surface, and so does its roughness: much of a real image is almost flat.
     texture *= np.exp(0.35 * upsample(rng, 3, side))
     grain = draw_grain(rng, side) * rng.uniform(3, 20)
     texture += grain * np.exp(0.8 * upsample(rng, 5, side))
     # Blur detail that resampling would lose.
-    texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.8), np.log(1.6))))
+    texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.6), np.log(1.2))))
     return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
 
 
@@ -137,8 +144,8 @@ def draw_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray
     the same at all scales, as in natural images. The number of leaves is limited, because their drawing takes the time.
     """
     side = len(image)
-    smallest = side * np.exp(rng.uniform(np.log(0.004), np.log(0.04)))
-    largest = 0.4 * side
+    smallest = np.exp(rng.uniform(np.log(1.2), np.log(8)))
+    largest = max(0.4 * side, 2 * smallest)
     mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
     count = int(min(rng.uniform(0.5, 2.5) * side**2 / mean_area, 2000))
     radius = (smallest**-2 - rng.random((count, 1)) * (smallest**-2 - largest**-2)) ** -0.5

@@ -28,16 +28,16 @@ class Ingredients:
     """How often each ingredient appears: probabilities from 0 to 1."""
 
     nonrigid: float = ingredient(
-        0.5, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals"
+        0.6, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals"
     )
     perspective: float = ingredient(0.5, "of a layer to tilt")
-    thin: float = ingredient(0.5, "of a pair to have thin structures: branches, fences, wires, outlines")
-    soft_edges: float = ingredient(0.4, "of a layer to have a soft edge")
-    motion_blur: float = ingredient(0.4, "of a pair to be blurred by its motion")
-    shadow: float = ingredient(0.3, "of a pair to have shadows, which move on their own")
-    fog: float = ingredient(0.15, "of a pair to have fog")
-    exposure: float = ingredient(0.5, "of the second frame to be exposed otherwise than the first")
-    noise: float = ingredient(0.6, "of a pair to have noise, other in each frame")
+    thin: float = ingredient(0.3, "of a pair to have thin structures: branches, fences, wires, outlines")
+    soft_edges: float = ingredient(0.3, "of a layer to have a soft edge")
+    motion_blur: float = ingredient(0.25, "of a pair to be blurred by its motion")
+    shadow: float = ingredient(0.2, "of a pair to have shadows, which move on their own")
+    fog: float = ingredient(0.1, "of a pair to have fog")
+    exposure: float = ingredient(0.4, "of the second frame to be exposed otherwise than the first")
+    noise: float = ingredient(0.5, "of a pair to have noise, other in each frame")
     photographs: float = ingredient(0.8, "of a texture to be a photograph, if there are any")
 
 
@@ -99,7 +99,8 @@ class PairMaker:
         self.ingredients = ingredients or Ingredients()
         side = min(max(height, width), MAX_SIDE)
         self.textures = Textures(seed, side, photographs, self.ingredients.photographs)
-        self.scale = width / CHAIRS_WIDTH
+        # Small frames are as much parts of larger ones as reduced ones, so their motions are scaled half as much.
+        self.scale = (width / CHAIRS_WIDTH) ** 0.5
 
     def make(self, number: int) -> SyntheticPair:
         """Make pair `number`, a pure function of it and the arguments of the dataset."""
@@ -128,7 +129,7 @@ class PairMaker:
         air = effects.draw_air(rng, self.height, self.width, chances.shadow, chances.fog)
         tables = effects.draw_exposures(rng, chances.exposure)
         noisy = rng.random() < chances.noise
-        sigma = np.exp(rng.uniform(0, np.log(12)))
+        sigma = np.exp(rng.uniform(0, np.log(8)))
         grain = rng.choice([0, 0.6, 1.0])
         images = []
         for number, (frame, table) in enumerate(zip(frames, tables, strict=True), 1):
@@ -142,7 +143,7 @@ class PairMaker:
         """The background and the layers in front of it, from back to front."""
         camera = self.draw_camera(rng)
         layers = [self.draw_background(rng, block, camera)]
-        count = int(rng.integers(2, 8))
+        count = int(rng.integers(3, 9))
         thin = int(rng.integers(1, 3)) if rng.random() < self.ingredients.thin else 0
         # Near layers cover far ones and follow the camera more.
         nearness = np.sort(np.exp(rng.uniform(0, np.log(2.5), count + thin)))
@@ -152,12 +153,13 @@ class PairMaker:
         return layers
 
     def draw_camera(self, rng: np.random.Generator) -> Camera:
-        """The camera's motion: in most pairs small, in some large."""
-        pace = np.exp(rng.normal(0, 0.8))
-        shift = np.clip(rng.normal(0, 1, 2) * (5.5, 3) * pace, -80, 80) * self.scale
+        """The camera's motion: none in some pairs, in the others of a wide range of speeds."""
+        pace = np.exp(rng.normal(0, 0.6))
+        moves = rng.random() < 0.85
+        shift = np.clip(rng.normal(0, 1, 2) * (7, 5.5) * pace * self.scale, -0.15 * self.width, 0.15 * self.width)
         zoom = float(np.clip(rng.normal(0, 0.02) * pace, -0.2, 0.25))
         turn = float(np.deg2rad(np.clip(rng.normal(0, 0.8) * pace, -12, 12)))
-        return Camera(((self.width - 1) / 2, (self.height - 1) / 2), shift, zoom, turn, pace)
+        return Camera(((self.width - 1) / 2, (self.height - 1) / 2), moves * shift, moves * zoom, moves * turn, pace)
 
     def draw_background(self, rng: np.random.Generator, block: int, camera: Camera) -> Layer:
         """The layer at the back, which fills the frame."""
@@ -175,21 +177,24 @@ class PairMaker:
 
     def draw_layer(self, rng: np.random.Generator, block: int, camera: Camera, near: float, thin: bool) -> Layer:
         """A layer in front of the background, with the camera's motion and, mostly, its own."""
-        radius = self.width * np.exp(rng.uniform(np.log(0.12 if thin else 0.04), np.log(0.35)))
-        side = max(int(2 * radius) + 8, 16)
-        if thin:
-            mask = shapes.draw_thin(rng, side, max(1.0, self.scale * np.exp(rng.uniform(np.log(1.5), np.log(7)))))
-        else:
-            mask = shapes.draw_solid(rng, side)
+        radius = self.width * np.exp(rng.uniform(np.log(0.12 if thin else 0.06), np.log(0.35)))
+        side = max(int(2 * radius), 16)
+        softness = 0.0
         if rng.random() < self.ingredients.soft_edges:
-            softness = np.exp(rng.uniform(np.log(0.7), np.log(1.5 if thin else 4)))
-            mask = cv2.GaussianBlur(mask, (0, 0), max(0.5, softness * self.scale), borderType=cv2.BORDER_CONSTANT)
+            softness = max(0.5, self.scale * np.exp(rng.uniform(np.log(0.7), np.log(1.5 if thin else 4))))
+        margin = 2 + 2 * softness
+        if thin:
+            mask = shapes.draw_thin(rng, side, margin, self.scale * np.exp(rng.uniform(np.log(1.5), np.log(7))))
+        else:
+            mask = shapes.draw_solid(rng, side, margin)
+        if softness:
+            mask = cv2.GaussianBlur(mask, (0, 0), softness, borderType=cv2.BORDER_CONSTANT)
         patch = cv2.merge([self.cut(rng, self.textures.pick(rng, block), side), mask])
         centre = (rng.uniform(0, self.width), rng.uniform(0, self.height))
         pose = similarity(rng.uniform(0, 2 * np.pi), 1.0)
         pose[:2, 2] = centre - pose[:2, :2] @ ((side - 1) / 2, (side - 1) / 2)
         matrix = camera.matrix(near)
-        if rng.random() < 0.75:
+        if rng.random() < 0.85:
             matrix = matrix @ about(centre, self.draw_own_motion(rng, camera.pace))
         x, y = np.array(centre)
         reach = int(1.5 * radius) + 8
@@ -207,7 +212,7 @@ class PairMaker:
 
     def draw_own_motion(self, rng: np.random.Generator, pace: float) -> np.ndarray:
         """3x3 matrix of an object's motion, about the origin."""
-        shift = np.clip(rng.standard_t(3, 2) * 5 * pace, -120, 120) * self.scale
+        shift = np.clip(rng.standard_t(3, 2) * 7 * pace * self.scale, -0.25 * self.width, 0.25 * self.width)
         turn = np.deg2rad(np.clip(rng.standard_t(3) * 2.5 * pace, -35, 35))
         zoom = np.exp(np.clip(rng.standard_t(3) * 0.02 * pace, -0.25, 0.25))
         stretch = np.exp(np.clip(rng.standard_t(3) * 0.015 * pace, -0.15, 0.15))
@@ -230,8 +235,8 @@ class PairMaker:
             matrix = matrix @ about(middle, tilt)
         if rng.random() >= self.ingredients.nonrigid:
             return Motion(matrix)
-        amplitude = rng.uniform(0.2, 1.0) * min(0.012 * width, 4 * self.scale) * camera.pace
-        bend = smooth_field(rng, box, int(rng.integers(3, 8)), 2) * np.float32(amplitude)
+        amplitude = rng.uniform(0.2, 1.5) * min(0.03 * width, 8 * self.scale) * camera.pace
+        bend = smooth_field(rng, box, int(rng.integers(2, 7)), 2) * np.float32(amplitude)
         if depth:
             relief = smooth_field(rng, box, int(rng.integers(2, 6)), 1) * np.float32(rng.uniform(0, 0.5))
             x = np.arange(box[0], box[2], dtype=np.float32)[None] - np.float32(camera.centre[0])
