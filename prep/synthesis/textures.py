@@ -17,7 +17,6 @@ from prep.synthesis.version1 import draw_palette, to_fixed_point
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
-CANDIDATES = 3
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp")
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
@@ -49,21 +48,15 @@ class Photographs:
         return cls(tuple(found[name] for name in sorted(found)), digest.hexdigest())
 
     def draw(self, rng: np.random.Generator, side: int) -> np.ndarray:
-        """A square part of a random photograph, mirrored or not, as uint8 (side, side, 3).
-
-        Of several random parts, this is the one with the most detail: nothing can be matched in a sky.
-        """
+        """A random square part of a random photograph, mirrored or not, as uint8 (side, side, 3)."""
         path = self.paths[rng.integers(len(self.paths))]
         photograph = read_photograph(path, side)
         height, width = photograph.shape[:2]
-        parts = []
-        for _ in range(CANDIDATES):
-            part = max(1, int(min(height, width) * rng.uniform(0.6, 1.0)))
-            top, left = rng.integers(height - part + 1), rng.integers(width - part + 1)
-            method = cv2.INTER_AREA if part > side else cv2.INTER_CUBIC
-            resized = cv2.resize(photograph[top : top + part, left : left + part], (side, side), interpolation=method)
-            parts.append(cv2.flip(resized, 1) if rng.random() < 0.5 else resized)
-        return max(parts, key=lambda part: float(cv2.Laplacian(part, cv2.CV_32F).std()))
+        part = max(1, int(min(height, width) * rng.uniform(0.6, 1.0)))
+        top, left = rng.integers(height - part + 1), rng.integers(width - part + 1)
+        method = cv2.INTER_AREA if part > side else cv2.INTER_CUBIC
+        texture = cv2.resize(photograph[top : top + part, left : left + part], (side, side), interpolation=method)
+        return cv2.flip(texture, 1) if rng.random() < 0.5 else texture
 
 
 def read_photograph(path: Path, side: int) -> np.ndarray:
@@ -130,7 +123,7 @@ def draw_procedural(rng: np.random.Generator, side: int) -> np.ndarray:
         add_pattern(rng, texture)
     # Light varies over a surface, and so does its roughness: much of a real image is almost flat.
     texture *= np.exp(0.35 * upsample(rng, 3, side))
-    grain = draw_grain(rng, side) * rng.uniform(3, 20)
+    grain = draw_grain(rng, side) * np.exp(rng.uniform(np.log(0.5), np.log(18)))
     texture += grain * np.exp(0.8 * upsample(rng, 5, side))
     # Blur detail that resampling would lose.
     texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.6), np.log(1.2))))
@@ -144,7 +137,7 @@ def draw_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray
     the same at all scales, as in natural images. The number of leaves is limited, because their drawing takes the time.
     """
     side = len(image)
-    smallest = np.exp(rng.uniform(np.log(1.2), np.log(8)))
+    smallest = np.exp(rng.uniform(np.log(1.2), np.log(0.1 * side + 2)))
     largest = max(0.4 * side, 2 * smallest)
     mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
     count = int(min(rng.uniform(0.5, 2.5) * side**2 / mean_area, 2000))
