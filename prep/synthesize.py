@@ -96,9 +96,12 @@ def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
 
 
 def write_png(path: str, image: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) RGB or (H, W) as PNG, fast rather than small."""
+    """Write uint8 (H, W, 3) RGB or (H, W) as PNG.
+
+    Run-length encoding of the rows' differences makes frames with noise both faster and smaller than zlib's default.
+    """
     ordered = image[..., ::-1] if image.ndim == 3 else image
-    _, data = cv2.imencode(".png", ordered, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    _, data = cv2.imencode(".png", ordered, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
     files.write_bytes(path, data.tobytes())
 
 
