@@ -11,7 +11,8 @@ cd "$root"
 step() { printf '\n== %s\n' "$*" >&2; }
 
 step "1/4 example data: data/example"
-python prep/synthesize.py --out data/example
+# Profile 1, of which a network learns more within minutes, is what the figures in README.md were measured with.
+python prep/synthesize.py --out data/example --profile 1
 
 step "2/4 conversion to MindRecord: data/example-mindrecord"
 python prep/convert.py flyingchairs --root data/example --out data/example-mindrecord \

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Make example data: image pairs of moving textured shapes with exact flow, in the layout of FlyingChairs.
+"""Make synthetic data: image pairs of moving textured layers with exact flow, in the layout of FlyingChairs.
 
-A pair is a stack of layers: a textured background and several textured shapes in front of it, each with its own affine
-motion. Both frames sample the same textures, so the flow is exact; a pixel's flow is that of its frontmost layer.
+A pair is a stack of layers: a textured background and several shapes in front of it, each with its own motion. Both
+frames sample the same textures, so the flow is exact; a pixel's flow is that of its frontmost layer. Profile 2 adds
+what makes such pairs resemble real ones. The package prep.synthesis draws the pairs; this command writes them.
 """
 
 import os
@@ -15,18 +16,17 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
-import functools
 import json
 import multiprocessing
 import re
 import shlex
 import shutil
 import signal
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,316 +34,15 @@ import numpy as np
 from launch import files, progress
 from launch.arguments import Parser
 from launch.errors import UserError, counted, run
+from prep import memory
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
+from prep.synthesis.textures import BLOCK, Photographs
+from prep.synthesis.version1 import make_pair
+from prep.synthesis.version2 import Ingredients, PairMaker
 
-CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384x512
 MIN_SIDE, MAX_SIDE = 32, 2048
 MAX_PAIRS = 99999  # names have five digits, and name order must be number order
-VERSION = 1  # of the pairs: incremented whenever the same seed gives other bytes
-
-
-@dataclass(frozen=True)
-class MotionParameter:
-    """The distribution of one number of a motion.
-
-    By the rule of FlyingChairs (FlowNet, ICCV 2015), it is clip(sign(g) |g|^power, low, high) with g ~ N(0, sigma) and
-    the given probability, else 0. The powers make the tail heavy: most motions are small, a few very large.
-    """
-
-    power: int
-    sigma: float
-    low: float
-    high: float
-    probability: float
-
-    def draw(self, rng: np.random.Generator) -> float:
-        """Draw a number."""
-        value = rng.normal(0, self.sigma)
-        if rng.random() >= self.probability:
-            return 0.0
-        return float(np.clip(np.sign(value) * abs(value) ** self.power, self.low, self.high))
-
-
-@dataclass(frozen=True)
-class MotionParameters:
-    """The distribution of affine motions."""
-
-    shift: MotionParameter
-    """In pixels of CHAIRS_WIDTH, horizontally and vertically."""
-    turn: MotionParameter
-    """In degrees."""
-    zoom: MotionParameter
-    """Relative change of size."""
-    squeeze: MotionParameter
-    """Logarithm of the stretch along a random axis."""
-
-
-# Chosen for a mean displacement of about 11 pixels at 384x512, as in FlyingChairs.
-BACKGROUND_MOTION = MotionParameters(
-    shift=MotionParameter(2, 1.8, -40, 40, 1.0),
-    turn=MotionParameter(2, 1.2, -10, 10, 0.3),
-    zoom=MotionParameter(2, 0.1, -0.07, 0.07, 0.6),
-    squeeze=MotionParameter(2, 0.1, -0.07, 0.07, 0.3),
-)
-SHAPE_MOTION = MotionParameters(
-    shift=MotionParameter(3, 2.0, -120, 120, 1.0),
-    turn=MotionParameter(2, 2.3, -30, 30, 0.7),
-    zoom=MotionParameter(2, 0.18, -0.2, 0.2, 0.7),
-    squeeze=MotionParameter(2, 0.18, -0.2, 0.2, 0.5),
-)
-
-FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
-
-
-class SyntheticPair(NamedTuple):
-    """An image pair with its flow."""
-
-    image1: np.ndarray
-    """uint8 (H, W, 3) RGB."""
-    image2: np.ndarray
-    flow: np.ndarray
-    """float32 (H, W, 2) in pixels, from image 1 to image 2."""
-    occluded: np.ndarray
-    """bool (H, W): whether a pixel of image 1 is hidden in image 2 by another layer or has left the frame."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A textured patch and its motion. Matrices are 3x3, for homogeneous coordinates (x, y, 1) in pixels."""
-
-    patch: np.ndarray
-    """uint8 (h, w, 4) RGB and alpha."""
-    border: int
-    """OpenCV's border mode: how the patch continues outside."""
-    pose: np.ndarray
-    """From the patch to frame 1."""
-    motion: np.ndarray
-    """From frame 1 to frame 2."""
-
-
-def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
-    """Make one image pair with its flow.
-
-    Args:
-        rng_or_seed: a numpy Generator, or what numpy.random.default_rng accepts as a seed.
-        height, width: of the frames in pixels; displacements scale with the width.
-    """
-    rng = np.random.default_rng(rng_or_seed)
-    background = draw_background(rng, height, width)
-    layers = [background]
-    for _ in range(rng.integers(3, 9)):
-        layers.append(draw_shape(rng, height, width, background.motion))
-    image1, label1 = render(layers, [layer.pose for layer in layers], height, width)
-    image2, label2 = render(layers, [layer.motion @ layer.pose for layer in layers], height, width)
-    flow = flow_from_labels(label1, [layer.motion for layer in layers])
-    # The exposure is that of the scene, the same in both frames.
-    gain, gamma = rng.uniform(0.75, 1.0), np.exp(rng.normal(0, 0.25))
-    exposed = np.rint(255 * gain * (np.arange(256) / 255) ** gamma).astype(np.uint8)
-    return SyntheticPair(exposed[image1], exposed[image2], flow, find_occluded(flow, label1, label2))
-
-
-def draw_background(rng: np.random.Generator, height: int, width: int) -> Layer:
-    """The layer at the back: an opaque texture that extends beyond the frame on all sides."""
-    rows, columns = int(1.25 * height), int(1.25 * width)
-    alpha = np.full((rows, columns), 255, np.uint8)
-    centre = ((width - 1) / 2, (height - 1) / 2)
-    pose = place_patch(rng.uniform(-0.15, 0.15), (columns, rows), centre)
-    motion = draw_motion(rng, BACKGROUND_MOTION, centre, width)
-    return Layer(np.dstack([draw_texture(rng, rows, columns), alpha]), cv2.BORDER_REFLECT_101, pose, motion)
-
-
-def draw_shape(rng: np.random.Generator, height: int, width: int, background_motion: np.ndarray) -> Layer:
-    """A layer in front: a textured shape on a transparent patch, with the background's motion and its own."""
-    radius = width * np.exp(rng.uniform(np.log(0.07), np.log(0.3)))
-    side = int(2 * radius) + 8
-    alpha = np.zeros((side, side), np.uint8)
-    contours = [side / 2 + radius * contour for contour in draw_contours(rng)]
-    cv2.fillPoly(alpha, [to_fixed_point(contour) for contour in contours], (255,), cv2.LINE_AA, FIXED_POINT)
-    centre = (rng.uniform(0, width), rng.uniform(0, height))
-    pose = place_patch(rng.uniform(0, 2 * np.pi), (side, side), centre)
-    motion = background_motion @ draw_motion(rng, SHAPE_MOTION, centre, width)
-    return Layer(np.dstack([draw_texture(rng, side, side), alpha]), cv2.BORDER_CONSTANT, pose, motion)
-
-
-def place_patch(angle: float, patch_size: tuple[int, int], centre: tuple[float, float]) -> np.ndarray:
-    """3x3 matrix that rotates a patch of (W, H) by an angle in radians and puts its middle on `centre` (x, y)."""
-    middle = (np.array(patch_size) - 1) / 2
-    matrix = np.eye(3)
-    matrix[:2, :2] = rotation(angle)
-    matrix[:2, 2] = centre - matrix[:2, :2] @ middle
-    return matrix
-
-
-def draw_motion(
-    rng: np.random.Generator, parameters: MotionParameters, centre: tuple[float, float], width: int
-) -> np.ndarray:
-    """3x3 matrix of a random affine motion about `centre` (x, y), from frame 1 to frame 2, in pixels."""
-    shift = [parameters.shift.draw(rng) * width / CHAIRS_WIDTH for _ in range(2)]
-    turn = np.deg2rad(parameters.turn.draw(rng))
-    zoom = 1 + parameters.zoom.draw(rng)
-    # Wider by this factor along a random axis, and narrower across it.
-    squeeze = np.exp(parameters.squeeze.draw(rng))
-    axis = rotation(rng.uniform(0, np.pi))
-    matrix = np.eye(3)
-    matrix[:2, :2] = zoom * rotation(turn) @ axis @ np.diag([squeeze, 1 / squeeze]) @ axis.T
-    matrix[:2, 2] = centre + np.array(shift) - matrix[:2, :2] @ centre
-    return matrix
-
-
-def rotation(angle: float) -> np.ndarray:
-    """2x2 matrix of a rotation by an angle in radians."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.array([[cos, -sin], [sin, cos]])
-
-
-def draw_contours(rng: np.random.Generator) -> list[np.ndarray]:
-    """Closed contours of a random shape, (N, 2) inside the unit circle; a second one is a hole."""
-    kind = rng.choice(["ellipse", "polygon", "star", "blob"])
-    angle = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-    radius = np.ones_like(angle)
-    if kind == "polygon":
-        angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
-        radius = np.ones_like(angle)
-    elif kind == "star":
-        angle = np.linspace(0, 2 * np.pi, 2 * rng.integers(4, 9), endpoint=False)
-        radius = np.ones_like(angle)
-        radius[1::2] = rng.uniform(0.3, 0.75)
-    elif kind == "blob":
-        order = np.arange(2, 8)[:, None]
-        waves = rng.normal(0, 1, (6, 1)) * np.cos(order * angle + rng.uniform(0, 6.3, (6, 1)))
-        radius = np.exp(0.6 * (waves / order).sum(0))
-        radius /= radius.max()
-    contour = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-    contour[:, 1] *= rng.uniform(0.3, 1.0)
-    # Holes show what is behind, as between the legs of FlyingChairs' chairs.
-    return [contour, contour * rng.uniform(0.4, 0.75)] if rng.random() < 0.2 else [contour]
-
-
-def to_fixed_point(points: np.ndarray) -> np.ndarray:
-    """Pixel coordinates as int32 in units of 1/16 pixel, for OpenCV's drawing functions."""
-    return np.round(points * 2**FIXED_POINT).astype(np.int32)
-
-
-def draw_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A texture with the statistics of natural images: dead leaves with 1/f noise; uint8 (H, W, 3)."""
-    palette = draw_palette(rng)
-    image = np.empty((height, width, 3), np.uint8)
-    image[:] = palette[0]
-    draw_dead_leaves(rng, image, palette)
-    grain = draw_pink_noise(rng, height, width) * rng.uniform(4, 24)
-    texture = cv2.add(image, grain, dtype=cv2.CV_32F)
-    # Blur detail that resampling would lose: warped frames must agree to a few grey levels.
-    texture = cv2.GaussianBlur(texture, (0, 0), rng.uniform(0.6, 0.8))
-    return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
-
-
-def draw_palette(rng: np.random.Generator) -> np.ndarray:
-    """Matching colours, near one hue or all around the wheel: float32 (P, 3) RGB."""
-    count = rng.integers(3, 8)
-    hue = rng.uniform(0, 360) + rng.normal(0, rng.choice([15, 40, 120]), count)
-    saturation = rng.beta(1.5, 2.5, count) * rng.uniform(0.3, 1)
-    value = np.clip(rng.normal(rng.uniform(0.25, 0.75), 0.25, count), 0.03, 1)
-    hsv = np.stack([hue % 360, saturation, value], 1).astype(np.float32)
-    return 255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-
-
-def draw_dead_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray) -> None:
-    """Cover an image, uint8 (H, W, 3), with overlapping leaves whose radii follow r^-3.
-
-    Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: this distribution makes edges and contrast
-    the same at all scales, as in natural images.
-    """
-    height, width = image.shape[:2]
-    smallest = np.exp(rng.uniform(np.log(1.2), np.log(5)))
-    largest = max(0.4 * max(height, width), 2 * smallest)
-    mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
-    count = int(rng.uniform(0.5, 2.5) * height * width / mean_area)
-    uniform = rng.random((count, 1))
-    radius = (smallest**-2 - uniform * (smallest**-2 - largest**-2)) ** -0.5
-    # Sixteen points around an ellipse; in leaves with fewer corners, several points coincide.
-    corners = rng.choice([3, 4, 5, 16], (count, 1))
-    angle = np.floor(np.arange(16) * corners / 16) / corners * 2 * np.pi
-    angle += rng.uniform(0, 2 * np.pi, (count, 1))
-    x = radius * np.cos(angle)
-    y = radius * np.sin(angle) * rng.uniform(0.25, 1.0, (count, 1))
-    turn = rng.uniform(0, 2 * np.pi, (count, 1))
-    points = np.stack(
-        [
-            x * np.cos(turn) - y * np.sin(turn) + rng.uniform(0, width, (count, 1)),
-            x * np.sin(turn) + y * np.cos(turn) + rng.uniform(0, height, (count, 1)),
-        ],
-        -1,
-    )
-    colour = palette[rng.integers(0, len(palette), count)]
-    colour = colour * rng.uniform(0.7, 1.3, (count, 1)) + rng.normal(0, 8, (count, 3))
-    for leaf, shade in zip(to_fixed_point(points), np.clip(colour, 0, 255).tolist(), strict=True):
-        cv2.fillConvexPoly(image, leaf, shade, cv2.LINE_AA, FIXED_POINT)
-
-
-def draw_pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise of about unit variance with equal power in every octave (1/f): float32 (H, W, 3)."""
-    noise = np.zeros((height, width, 3), np.float32)
-    steps = [2**octave for octave in range(int(np.log2(min(height, width))))]
-    for step in steps:
-        grid = rng.standard_normal((height // step + 2, width // step + 2, 3), np.float32)
-        noise += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
-    noise /= np.sqrt(len(steps))
-    grey = noise[..., :1] + noise[..., 1:2]
-    return 0.6 * grey + 0.4 * noise  # more in brightness than in colour, as in natural images
-
-
-def render(layers: list[Layer], poses: list[np.ndarray], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Paint layers from back to front, each under its pose (3x3, patch to frame).
-
-    Returns:
-        The image, uint8 (H, W, 3), and the index of each pixel's frontmost layer, int64 (H, W).
-    """
-    image = np.zeros((height, width, 3), np.float32)
-    label = np.zeros((height, width), np.int64)
-    for index, (layer, pose) in enumerate(zip(layers, poses, strict=True)):
-        rows, columns = layer.patch.shape[:2]
-        left, top, right, bottom = 0, 0, width, height
-        if index > 0:  # only the part of the frame that the patch covers
-            corners = np.array([[0, columns, columns, 0], [0, 0, rows, rows], [1, 1, 1, 1]])
-            x, y, _ = pose @ corners
-            left, right = np.clip([np.floor(x.min()), np.ceil(x.max()) + 1], 0, width).astype(int)
-            top, bottom = np.clip([np.floor(y.min()), np.ceil(y.max()) + 1], 0, height).astype(int)
-            if left == right or top == bottom:
-                continue
-        local = pose[:2] - [[0, 0, left], [0, 0, top]]
-        warped = cv2.warpAffine(
-            layer.patch,
-            local,
-            (int(right - left), int(bottom - top)),
-            flags=cv2.INTER_CUBIC,
-            borderMode=layer.border,
-        )
-        alpha = warped[..., 3:].astype(np.float32) / 255
-        view = image[top:bottom, left:right]
-        view += alpha * (warped[..., :3] - view)
-        label[top:bottom, left:right][warped[..., 3] >= 128] = index
-    return np.rint(image).astype(np.uint8), label
-
-
-def flow_from_labels(label: np.ndarray, motions: list[np.ndarray]) -> np.ndarray:
-    """The flow, float32 (H, W, 2), of a frame whose pixels move by the motion (3x3) of their label (H, W)."""
-    y, x = np.indices(label.shape)
-    change = np.stack(motions) - np.eye(3)
-    return np.stack(
-        [change[label, row, 0] * x + change[label, row, 1] * y + change[label, row, 2] for row in (0, 1)], -1
-    ).astype(np.float32)
-
-
-def find_occluded(flow: np.ndarray, label1: np.ndarray, label2: np.ndarray) -> np.ndarray:
-    """Where the flow leads to another layer or out of the frame: bool (H, W)."""
-    height, width = label1.shape
-    y, x = np.indices(label1.shape)
-    x, y = x + flow[..., 0], y + flow[..., 1]
-    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    column = np.rint(np.clip(x, 0, width - 1)).astype(int)
-    row = np.rint(np.clip(y, 0, height - 1)).astype(int)
-    return ~inside | (label2[row, column] != label1)
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -357,19 +56,64 @@ class Recipe:
     height: int
     width: int
     seed: int
+    profile: int = 2
+    """The version of the pairs: a new one whenever the same seed gives other bytes."""
+    format: str = "ppm"
+    ingredients: Ingredients = field(default_factory=Ingredients)
+    textures: Photographs | None = None
 
     def fields(self) -> dict[str, Any]:
         """The content of synthesize.json."""
-        return {"made by": "prep/synthesize.py", "version": VERSION, **asdict(self)}
+        numbers = {"pairs": self.pairs, "height": self.height, "width": self.width, "seed": self.seed}
+        content = {"made by": "prep/synthesize.py", "version": self.profile, **numbers}
+        if self.profile == 1:
+            return content
+        textures = self.textures.sha256 if self.textures else None
+        return {**content, "format": self.format, "textures": textures, **asdict(self.ingredients)}
 
 
-def write_pair(folder: Path, number: int, recipe: Recipe) -> None:
-    """Write pair `number` (from 1) as NNNNN_img1.ppm, NNNNN_img2.ppm and NNNNN_flow.flo."""
-    # Each pair has its own random numbers, so its bytes depend neither on the worker nor on the number of pairs.
-    pair = make_pair(np.random.SeedSequence([recipe.seed, number]), recipe.height, recipe.width)
-    image_format.write_ppm(folder / f"{number:05d}_img1.ppm", pair.image1)
-    image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
-    flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
+def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
+    """Write pairs, numbered from 1, in the layout of FlyingChairs; profile 2 as FlyingChairsOcc, with its masks."""
+    cv2.setNumThreads(1)
+    if recipe.profile == 1:
+        for number in numbers:
+            # Each pair has its own random numbers: its bytes depend neither on the worker nor on the number of pairs.
+            pair = make_pair(np.random.SeedSequence([recipe.seed, number]), recipe.height, recipe.width)
+            image_format.write_ppm(folder / f"{number:05d}_img1.ppm", pair.image1)
+            image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
+            flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
+        return
+    maker = PairMaker(recipe.seed, recipe.height, recipe.width, recipe.ingredients, recipe.textures)
+    write_image = image_format.write_ppm if recipe.format == "ppm" else write_png
+    for number in numbers:
+        stem, pair = f"{folder}/{number:05d}", maker.make(number)
+        write_image(f"{stem}_img1.{recipe.format}", pair.image1)
+        write_image(f"{stem}_img2.{recipe.format}", pair.image2)
+        flow_format.write_flo(f"{stem}_flow.flo", pair.flow)
+        flow_format.write_flo(f"{stem}_flow_b.flo", pair.flow_back)
+        write_png(f"{stem}_occ1.png", 255 * pair.occluded.view(np.uint8))
+        write_png(f"{stem}_occ2.png", 255 * pair.occluded_back.view(np.uint8))
+
+
+def write_png(path: str, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB or (H, W) as PNG.
+
+    Run-length encoding of the rows' differences makes frames with noise both faster and smaller than zlib's default.
+    """
+    ordered = image[..., ::-1] if image.ndim == 3 else image
+    _, data = cv2.imencode(".png", ordered, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
+    files.write_bytes(path, data.tobytes())
+
+
+def pair_list(recipe: Recipe) -> str:
+    """The content of pairs.csv, which names all files of each pair."""
+    validation = validation_indices(recipe.pairs)
+    lines = ["name,image1,image2,flow,occluded,split"]
+    for index in range(recipe.pairs):
+        stem, split = f"{index + 1:05d}", "val" if index in validation else "train"
+        images = f"{stem}_img1.{recipe.format},{stem}_img2.{recipe.format}"
+        lines.append(f"{stem},{images},{stem}_flow.flo,{stem}_occ1.png,{split}")
+    return "\n".join(lines) + "\n"
 
 
 def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
@@ -395,6 +139,8 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
             "",
         ]
         files.write_bytes(partial / "validation.txt", "\n".join(lines).encode())
+        if recipe.profile != 1:
+            files.write_bytes(partial / "pairs.csv", pair_list(recipe).encode())
         files.write_bytes(partial / "synthesize.json", json.dumps(recipe.fields(), indent=2).encode() + b"\n")
         partial.rename(folder)
     finally:
@@ -426,25 +172,39 @@ def validation_indices(pairs: int) -> range:
     return range(min(9, pairs - 1), pairs, 10)
 
 
+def jobs(recipe: Recipe) -> list[range]:
+    """The numbers of the pairs that a worker makes at a time: those that share textures, from profile 2 on."""
+    size = 4 if recipe.profile == 1 else BLOCK
+    # Block n of textures is for the pairs from n * BLOCK on, and numbers begin at 1.
+    starts = [1, *range(size, recipe.pairs + 1, size)]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], recipe.pairs + 1], strict=True)]
+
+
 def write_pairs(folder: Path, recipe: Recipe, workers: int) -> None:
     """Write all pairs in worker processes, with a progress bar."""
+    parts = jobs(recipe)
     # A new interpreter for each worker, because forking a process with threads can deadlock.
-    pool = ProcessPoolExecutor(
-        min(workers, recipe.pairs), multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)
-    )
-    write = functools.partial(write_pair, folder, recipe=recipe)
+    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), memory.keep_freed_blocks)
+    processes = []
     try:
         # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the
         # first job, inherit the blocked signal.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        written = pool.map(write, range(1, recipe.pairs + 1), chunksize=4)
+        written = {pool.submit(write_some, folder, numbers, recipe): len(numbers) for numbers in parts}
+        processes = multiprocessing.active_children()
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        for _ in progress.bar(written, total=recipe.pairs, unit="pair", desc="synthesizing"):
-            pass
+        with progress.bar(total=recipe.pairs, unit="pair", desc="synthesizing") as bar:
+            for future in as_completed(written):
+                future.result()
+                bar.update(written[future])
     except BrokenProcessPool:
         raise UserError(
             f"{folder}: a worker process was killed (out of memory?); try again with fewer --workers"
         ) from None
+    except BaseException:
+        for process in processes:  # do not wait for what they are making
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -465,8 +225,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(
-        description="Make example data: image pairs of moving textured shapes with exact flow, in the layout of "
-        "FlyingChairs. The same options always give the same bytes.",
+        description="Make synthetic data: image pairs of moving textured layers with exact flow and occlusions, in the "
+        "layout of FlyingChairs. The same options always give the same bytes.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs (default: %(default)s)")
@@ -481,11 +241,28 @@ def parse_options() -> argparse.Namespace:
         metavar="N",
         help="worker processes (default: one per core, here %(default)s)",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="2, or 1 for the pairs of release 0.9: sharp shapes in affine motion (default: %(default)s)",
+    )
+    group = parser.add_argument_group("profile 2")
+    group.add_argument("--textures", type=Path, metavar="DIR", help="photographs to use as textures")
+    group.add_argument("--format", choices=("ppm", "png"), help="of the frames (default: ppm)")
+    for ingredient in fields(Ingredients):
+        group.add_argument(
+            f"--{ingredient.name.replace('_', '-')}",
+            type=float,
+            metavar="P",
+            help=f"probability {ingredient.metadata['help']} (default: {ingredient.default})",
+        )
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse_options()
+def make_recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that the options ask for; UserError if one is out of range."""
     height, width = parse_size(options.size)
     if not 1 <= options.pairs <= MAX_PAIRS:
         raise UserError(f"--pairs {options.pairs}: expected 1 to {MAX_PAIRS}")
@@ -493,12 +270,38 @@ def main() -> None:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
-    folder, recipe = options.out.absolute(), Recipe(options.pairs, height, width, options.seed)
+    names = [ingredient.name for ingredient in fields(Ingredients)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.profile == 1:
+        extra = [name for name in ("textures", "format") if getattr(options, name) is not None] + list(given)
+        if extra:
+            raise UserError(f"--{extra[0].replace('_', '-')}: needs --profile 2; profile 1 has no such option")
+    for name, value in given.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected a probability from 0 to 1")
+    textures = Photographs.load(options.textures) if options.textures else None
+    if "photographs" in given and not textures:
+        raise UserError("--photographs: needs --textures, the folder with photographs")
+    return Recipe(
+        options.pairs,
+        height,
+        width,
+        options.seed,
+        options.profile,
+        options.format or "ppm",
+        Ingredients(**given),
+        textures,
+    )
+
+
+def main() -> None:
+    options = parse_options()
+    folder, recipe = options.out.absolute(), make_recipe(options)
     written = write_dataset(folder, recipe, options.workers)
     validation = len(validation_indices(recipe.pairs))
     out = shlex.quote(str(options.out))
     print(
-        f"{options.out}: {counted(recipe.pairs, 'pair')} of {height}x{width}, seed {recipe.seed}, "
+        f"{options.out}: {counted(recipe.pairs, 'pair')} of {recipe.height}x{recipe.width}, seed {recipe.seed}, "
         f"{validation} for validation" + ("" if written else "; already complete, nothing to do")
     )
     print(

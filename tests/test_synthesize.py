@@ -1,5 +1,7 @@
-"""Synthetic pairs: reproducible bytes, exact flow, occlusions, displacements, command line."""
+"""The synthesize command, and version 1 of the pairs: reproducible bytes, exact flow, occlusions, displacements."""
 
+import csv
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,8 +18,11 @@ from scipy import ndimage
 
 from launch.errors import UserError
 from prep import synthesize
+from prep.datasets import flyingchairs
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
+from prep.synthesis import version1
+from prep.synthesis.textures import BLOCK
 
 SCRIPT = Path(synthesize.__file__)
 
@@ -37,14 +42,14 @@ def pull_back(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return np.clip(np.stack(channels, -1), 0, 255)
 
 
-def square_layer(left: int, top: int, shift_x: int, grey: int) -> synthesize.Layer:
+def square_layer(left: int, top: int, shift_x: int, grey: int) -> version1.Layer:
     """An opaque 20x20 square at (left, top) that moves `shift_x` pixels to the right."""
     patch = np.full((20, 20, 4), grey, np.uint8)
     patch[..., 3] = 255
     pose, motion = np.eye(3), np.eye(3)
     pose[:2, 2] = left, top
     motion[0, 2] = shift_x
-    return synthesize.Layer(patch, cv2.BORDER_CONSTANT, pose, motion)
+    return version1.Layer(patch, cv2.BORDER_CONSTANT, pose, motion)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
@@ -52,27 +57,64 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     synthesize.main()
 
 
-def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_path: Path) -> None:
-    recipe = synthesize.Recipe(pairs=5, height=48, width=64, seed=7)
+@pytest.mark.parametrize("profile", [1, 2])
+def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_path: Path, profile: int) -> None:
+    pairs = BLOCK + 1 if profile == 2 else 5  # in two jobs
+    recipe = synthesize.Recipe(pairs, height=48, width=64, seed=7, profile=profile)
     synthesize.write_dataset(tmp_path / "one", recipe, workers=1)
     synthesize.write_dataset(tmp_path / "two", recipe, workers=2)
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two")
-    synthesize.write_pair(tmp_path, 5, replace(recipe, pairs=9))
-    alone = (tmp_path / "00005_img2.ppm").read_bytes()
-    assert alone == (tmp_path / "two" / "00005_img2.ppm").read_bytes()
-    synthesize.write_pair(tmp_path, 5, replace(recipe, seed=8))
-    assert alone != (tmp_path / "00005_img2.ppm").read_bytes()
+    name = f"{pairs:05d}_img2.ppm"
+    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(recipe, pairs=99))
+    alone = (tmp_path / name).read_bytes()
+    assert alone == (tmp_path / "two" / name).read_bytes()
+    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(recipe, seed=8))
+    assert alone != (tmp_path / name).read_bytes()
 
 
-def test_it_has_the_flyingchairs_layout_and_a_validation_list(tmp_path: Path) -> None:
-    synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(12, 32, 48, 0), workers=2)
-    expected = {f"{number:05d}_{part}" for number in range(1, 13) for part in ("img1.ppm", "img2.ppm", "flow.flo")}
-    assert set(all_bytes(tmp_path / "set")) == expected | {"validation.txt", "synthesize.json"}
+def test_profile_1_still_makes_the_bytes_of_release_0_9(tmp_path: Path) -> None:
+    """The hash is of that release's files; synthesize.json is the same too, so its datasets count as complete."""
+    recipe = synthesize.Recipe(pairs=6, height=48, width=64, seed=7, profile=1)
+    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+    written = all_bytes(tmp_path / "set")
+    names = ["00005_img1.ppm", "00005_img2.ppm", "00005_flow.flo", "synthesize.json", "validation.txt"]
+    digest = hashlib.sha256(b"".join(written[name] for name in names))
+    assert digest.hexdigest() == "08fb1db18c63a40c43240a942261a1022ffbf6ff88c07b4e5e1bd68f49aa2f1b"
+    assert len(written) == 6 * 3 + 2
+
+
+@pytest.mark.parametrize("profile, parts", [(1, ()), (2, ("flow_b.flo", "occ1.png", "occ2.png"))])
+def test_it_has_the_flyingchairs_layout_and_a_validation_list(
+    tmp_path: Path, profile: int, parts: tuple[str, ...]
+) -> None:
+    synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(12, 32, 48, 0, profile), workers=2)
+    parts = ("img1.ppm", "img2.ppm", "flow.flo", *parts)
+    expected = {f"{number:05d}_{part}" for number in range(1, 13) for part in parts}
+    lists = {"validation.txt", "synthesize.json"} | ({"pairs.csv"} if profile == 2 else set())
+    assert set(all_bytes(tmp_path / "set")) == expected | lists
+    assert len(flyingchairs.list_pairs(tmp_path / "set", "")) == 12
     assert image_format.read_image(str(tmp_path / "set/00001_img1.ppm")).shape == (32, 48, 3)
     assert flow_format.read_flo(str(tmp_path / "set/00012_flow.flo")).shape == (32, 48, 2)
     title, *indices = (tmp_path / "set/validation.txt").read_text().splitlines()
     assert title.startswith("#") and indices == ["9"]
     assert not (tmp_path / "set.partial").exists()
+
+
+def test_png_frames_have_the_same_pixels_and_the_list_names_all_files(tmp_path: Path) -> None:
+    recipe = synthesize.Recipe(11, 32, 48, 3)
+    synthesize.write_dataset(tmp_path / "ppm", recipe, workers=1)
+    synthesize.write_dataset(tmp_path / "png", replace(recipe, format="png"), workers=1)
+    with open(tmp_path / "png/pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["split"] for row in rows] == 9 * ["train"] + ["val", "train"]
+    for row in rows:
+        for column in ("image1", "image2"):
+            pixels = image_format.read_image(tmp_path / "png" / row[column])
+            ppm = tmp_path / "ppm" / row[column].replace(".png", ".ppm")
+            assert np.array_equal(pixels, image_format.read_image(ppm))
+        assert flow_format.read_flo(tmp_path / "png" / row["flow"]).shape == (32, 48, 2)
+        mask = image_format.read_image(tmp_path / "png" / row["occluded"])
+        assert mask.shape == (32, 48, 3) and set(np.unique(mask)) <= {0, 255}
 
 
 @pytest.mark.parametrize("pairs, expected", [(1, [0]), (4, [3]), (10, [9]), (31, [9, 19, 29])])
@@ -82,7 +124,7 @@ def test_about_a_tenth_is_for_validation_and_one_at_least(pairs: int, expected: 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_second_image_warped_by_the_flow_is_the_first_where_not_occluded(seed: int) -> None:
-    image1, image2, flow, occluded = synthesize.make_pair(seed, 128, 192)
+    image1, image2, flow, occluded = version1.make_pair(seed, 128, 192)
     assert image1.dtype == image2.dtype == np.uint8 and flow.dtype == np.float32
     assert image1.shape == image2.shape == (128, 192, 3) and flow.shape == (128, 192, 2)
     visible = ~occluded
@@ -97,7 +139,7 @@ def test_second_image_warped_by_the_flow_is_the_first_where_not_occluded(seed: i
 
 @pytest.mark.parametrize("seed", range(6))
 def test_occluded_pixels_are_not_found_again(seed: int) -> None:
-    image1, image2, flow, occluded = synthesize.make_pair(seed, 128, 192)
+    image1, image2, flow, occluded = version1.make_pair(seed, 128, 192)
     difference = np.abs(pull_back(image2, flow) - image1).mean(-1)
     assert difference[occluded].mean() > 5 * difference[~occluded].mean()
     _, columns = np.indices(occluded.shape)
@@ -109,12 +151,12 @@ def test_layer_in_front_decides_the_flow_and_hides_what_it_moves_over() -> None:
     back = replace(square_layer(0, 0, 0, 50), border=cv2.BORDER_REFLECT_101)  # repeated: it fills the frame
     middle, front = square_layer(10, 10, 0, 100), square_layer(25, 10, -8, 200)
     layers = [back, middle, front]
-    image1, label1 = synthesize.render(layers, [layer.pose for layer in layers], 40, 60)
-    _, label2 = synthesize.render(layers, [layer.motion @ layer.pose for layer in layers], 40, 60)
-    flow = synthesize.flow_from_labels(label1, [layer.motion for layer in layers])
+    image1, label1 = version1.render(layers, [layer.pose for layer in layers], 40, 60)
+    _, label2 = version1.render(layers, [layer.motion @ layer.pose for layer in layers], 40, 60)
+    flow = version1.flow_from_labels(label1, [layer.motion for layer in layers])
     assert image1[15, 28].tolist() == [200] * 3  # both squares are here, the later is in front
     assert flow[15, 28].tolist() == [-8, 0] and flow[15, 20].tolist() == [0, 0]
-    occluded = synthesize.find_occluded(flow, label1, label2)
+    occluded = version1.find_occluded(flow, label1, label2)
     expected = np.zeros((40, 60), bool)
     expected[10:30, 17:25] = True  # the front square arrives there
     assert (occluded == expected).all()
@@ -122,7 +164,7 @@ def test_layer_in_front_decides_the_flow_and_hides_what_it_moves_over() -> None:
 
 @pytest.mark.parametrize("height, width", [(48, 64), (96, 128)])
 def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(height: int, width: int) -> None:
-    flows = [synthesize.make_pair([1, seed], height, width)[2] for seed in range(120)]
+    flows = [version1.make_pair([1, seed], height, width)[2] for seed in range(120)]
     length = np.linalg.norm(flows, axis=-1) * 512 / width
     assert 8 < length.mean() < 14  # FlyingChairs: 11
     assert np.median(length) < 0.6 * length.mean()  # many small ones
@@ -130,7 +172,7 @@ def test_displacements_are_like_those_of_flyingchairs_and_scale_with_the_size(he
 
 
 def test_images_are_textured_bright_and_dark() -> None:
-    images = np.stack([synthesize.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
+    images = np.stack([version1.make_pair(seed, 64, 96)[0] for seed in range(40)]).astype(float)
     brightness = images.mean(axis=(1, 2, 3))
     assert brightness.std() > 20
     assert 60 < brightness.mean() < 160
@@ -149,6 +191,9 @@ def test_images_are_textured_bright_and_dark() -> None:
         ["--pairs", "100000"],
         ["--seed", "-1"],
         ["--workers", "0"],
+        ["--fog", "1.5"],
+        ["--soft-edges", "-0.1"],
+        ["--noise", "nan"],
     ],
 )
 def test_bad_arguments_are_user_errors_that_name_the_option(
@@ -157,6 +202,31 @@ def test_bad_arguments_are_user_errors_that_name_the_option(
     with pytest.raises(UserError, match=f"^{arguments[0]} {arguments[1]}: expected"):
         run_main(monkeypatch, "--out", tmp_path / "set", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--profile", "1", "--fog", "0"], "--fog: needs --profile 2"),
+        (["--profile", "1", "--format", "png"], "--format: needs --profile 2"),
+        (["--photographs", "1"], "--photographs: needs --textures"),
+        (["--textures", "missing"], "--textures missing: is not a folder"),
+    ],
+)
+def test_options_that_contradict_each_other_are_user_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        run_main(monkeypatch, "--out", tmp_path / "set", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_photograph_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs/broken.jpg").write_bytes(b"not a photograph")
+    with pytest.raises(UserError, match=r"broken\.jpg: not a readable image"):
+        run_main(monkeypatch, "--out", tmp_path / "set", "--textures", tmp_path / "photographs", "--pairs", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -177,6 +247,10 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(
     assert "already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="pairs 2 instead of 3"):
         run_main(monkeypatch, *common, "--pairs", 3)
+    with pytest.raises(UserError, match=r"fog 0\.1 instead of 0\.5"):
+        run_main(monkeypatch, *common, "--pairs", 2, "--fog", 0.5)
+    with pytest.raises(UserError, match="version 2 instead of 1"):
+        run_main(monkeypatch, *common, "--pairs", 2, "--profile", 1)
     assert all_bytes(tmp_path / "set") == before
 
 

@@ -111,7 +111,8 @@ def make_data(folder: pathlib.Path) -> list[pathlib.Path]:
     for number, pairs in enumerate((600, 40)):
         raw, converted = folder / f"raw-{number}", folder / f"data-{number}"
         if not converted.exists():
-            run([sys.executable, "prep/synthesize.py", "--out", str(raw), "--seed", str(number), "--pairs", str(pairs)])
+            numbers = ["--seed", str(number), "--pairs", str(pairs), "--profile", "1"]
+            run([sys.executable, "prep/synthesize.py", "--out", str(raw), *numbers])
             run(
                 [
                     sys.executable,

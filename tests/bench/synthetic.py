@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Measure what synthetic pairs teach: train on each variant at the same budget, and test on real images.
+
+The test never sees a synthetic pair. It has four parts:
+  affine, smooth   photographs that Python packages ship, moved by known motions, at 192x256 and at 384x512 (2x)
+  chairs           the pair of FlyingChairs in ../shared/samples, where there is one, at half size
+  stereo           scikit-image's motorcycle, a real stereo pair with measured disparity, at a third of its size
+
+Interrupted, the same command continues. The table has the median over the seeds of the end-point error (EPE) in pixels,
+and the geometric mean of all parts relative to the first variant.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)  # `prep`, and not this folder's neighbours
+
+import cv2
+import numpy as np
+
+from prep.datasets import flyingchairs, read_pair
+from prep.formats.image import read_image
+
+SAMPLES = ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
+PHOTOGRAPHS = {
+    "skimage": [f"data/{name}" for name in ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+    "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
+}
+SIZE = (192, 256)  # (H, W) of most pairs that are made from photographs; the others are twice as large
+
+INGREDIENTS = ("nonrigid", "perspective", "thin", "soft-edges", "motion-blur", "shadow", "fog", "exposure", "noise")
+VARIANTS = {
+    "profile 1": ["--profile", "1"],
+    "profile 2": [],
+    "with photographs": ["--textures", "TEXTURES"],
+    **{f"without {name}": [f"--{name}", "0"] for name in INGREDIENTS},
+    "none of these": [word for name in INGREDIENTS for word in (f"--{name}", "0")],
+}
+
+
+@dataclass(frozen=True)
+class TestPair:
+    """A real image pair with known flow."""
+
+    part: str
+    image1: np.ndarray
+    """uint8 (H, W, 3)."""
+    image2: np.ndarray
+    flow: np.ndarray
+    """float32 (H, W, 2) in pixels."""
+    valid: np.ndarray
+    """bool (H, W)."""
+
+
+# --- Test pairs -----------------------------------------------------------------------------------
+
+
+def find_photographs() -> list[Path]:
+    """The photographs of installed packages."""
+    found = []
+    for package, names in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        found += [Path(folder) / name for folder in folders for name in names if (Path(folder) / name).exists()]
+    return found
+
+
+def move_photograph(photograph: np.ndarray, rng: np.random.Generator, part: str, size: tuple[int, int]) -> TestPair:
+    """A pair from one photograph, uint8 (H, W, 3), moved by some per cent of the frame's width."""
+    height, width = size
+    scale = min(photograph.shape[0] / height, photograph.shape[1] / width) / 1.3
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+    shift = rng.normal(0, 0.015 * width, 2)
+    if part.startswith("affine"):
+        angle, zoom, shear = rng.normal(0, np.deg2rad(2.5)), rng.normal(0, 0.03), rng.normal(0, 0.02)
+        change = np.array([[zoom, -angle + shear], [angle, zoom]])
+        flow = np.stack(
+            [
+                change[row, 0] * (x - centre_x) + change[row, 1] * (y - centre_y) + shift[row]
+                for row in range(2)
+            ],
+            -1,
+        )  # fmt: skip
+    else:
+        grid = rng.normal(0, 0.012 * width, (4, 5, 2)).astype(np.float32)
+        flow = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC) + shift
+    flow = flow.astype(np.float32)
+    # Both frames are sampled from the photograph, the first at where its pixels will be, so the flow is exact.
+    smooth = cv2.GaussianBlur(photograph, (0, 0), max(0.01, 0.5 * (scale - 1))) if scale > 1 else photograph
+    middle_y, middle_x = (np.array(photograph.shape[:2]) - 1) / 2
+
+    def sample(at_x: np.ndarray, at_y: np.ndarray) -> np.ndarray:
+        source_x, source_y = middle_x + scale * (at_x - centre_x), middle_y + scale * (at_y - centre_y)
+        return cv2.remap(
+            smooth, source_x.astype(np.float32), source_y.astype(np.float32), cv2.INTER_CUBIC,
+            borderMode=cv2.BORDER_REFLECT_101,
+        )  # fmt: skip
+
+    image1, image2 = sample(x + flow[..., 0], y + flow[..., 1]), sample(x, y)
+    return TestPair(part, image1, image2, flow, np.ones(size, bool))
+
+
+def shrink(pair: TestPair, factor: int) -> TestPair:
+    """A pair at a fraction of its size; a pixel's flow is the mean of the valid ones that it replaces."""
+    height, width = (side // factor for side in pair.flow.shape[:2])
+    cut = np.s_[: height * factor, : width * factor]
+
+    def blocks(array: np.ndarray) -> np.ndarray:
+        return array[cut].reshape(height, factor, width, factor, -1).astype(np.float64).sum((1, 3))
+
+    image1, image2 = (np.rint(blocks(image) / factor**2).astype(np.uint8) for image in (pair.image1, pair.image2))
+    count = blocks(pair.valid[..., None])
+    flow = blocks(np.where(pair.valid[..., None], pair.flow, 0)) / np.maximum(count, 1) / factor
+    return TestPair(pair.part, image1, image2, flow.astype(np.float32), count[..., 0] > factor**2 / 2)
+
+
+def make_test() -> list[TestPair]:
+    """All test pairs."""
+    photographs = find_photographs()
+    if not photographs:
+        sys.exit("error: no photographs found; pip install scikit-image scikit-learn matplotlib")
+    pairs = []
+    for number, path in enumerate(photographs):
+        photograph = read_image(path)
+        for part in ("affine", "smooth"):
+            for variation in range(3):
+                rng = np.random.default_rng([number, variation, part == "smooth"])
+                pairs.append(move_photograph(photograph, rng, part, SIZE))
+            rng = np.random.default_rng([number, 9, part == "smooth"])
+            pairs.append(move_photograph(photograph, rng, f"{part} 2x", (2 * SIZE[0], 2 * SIZE[1])))
+    if SAMPLES.is_dir():
+        sample = read_pair(flyingchairs.list_pairs(SAMPLES, "")[0])
+        pair = TestPair("chairs", sample["image1"], sample["image2"], sample["flow"], sample["valid"] != 0)
+        pairs.append(shrink(pair, 2))
+    motorcycle = [path.parent for path in photographs if path.parent.parent.name == "skimage"][:1]
+    if motorcycle and (motorcycle[0] / "motorcycle_disp.npz").exists():
+        left, right = (read_image(motorcycle[0] / f"motorcycle_{side}.png") for side in ("left", "right"))
+        disparity = np.load(motorcycle[0] / "motorcycle_disp.npz")["arr_0"].astype(np.float32)
+        valid = np.isfinite(disparity)
+        disparity = np.where(valid, disparity, 0)
+        flow = np.stack([-disparity, np.zeros_like(disparity)], -1)
+        pairs.append(shrink(TestPair("stereo", left, right, flow, valid), 3))
+    return pairs
+
+
+def measure(checkpoint: Path, pairs: list[TestPair]) -> dict[str, float]:
+    """EPE of a network in pixels, by part of the test: the mean over pixels, then over pairs."""
+    import model
+
+    network = model.load(checkpoint)
+    return mean_by_part(pairs, [network.flow(pair.image1, pair.image2) for pair in pairs])
+
+
+def mean_by_part(pairs: list[TestPair], flows: list[np.ndarray]) -> dict[str, float]:
+    """Mean EPE in pixels by part."""
+    errors: dict[str, list[float]] = {}
+    for pair, flow in zip(pairs, flows, strict=True):
+        error = np.linalg.norm(flow - pair.flow, axis=-1)[pair.valid].mean()
+        errors.setdefault(pair.part, []).append(float(error))
+    return {part: float(np.mean(values)) for part, values in errors.items()}
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def run(*words: object) -> None:
+    """Run a command of the project."""
+    command = [sys.executable, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with status {done.returncode}\n{done.stderr[-3000:]}")
+
+
+def train(variant: str, seed: int, options: argparse.Namespace) -> Path:
+    """Make a variant's pairs and train on them; returns the last checkpoint."""
+    name = variant.replace(" ", "-")
+    raw, data = options.out / f"{name}-raw", options.out / f"{name}-data"
+    if not data.exists():
+        words = [str(options.textures) if word == "TEXTURES" else word for word in VARIANTS[variant]]
+        run("prep/synthesize.py", "--out", raw, "--pairs", options.pairs, "--size", options.size, *words)
+        run("prep/convert.py", "flyingchairs", "--root", raw, "--out", data, "--shards", 4,
+            "--split-file", raw / "validation.txt")  # fmt: skip
+        shutil.rmtree(raw)
+    runs = options.out / f"{name}-{seed}"
+    run("train/main.py", "--config", "example", "--data", data, "--out", runs, f"steps={options.steps}",
+        f"seed={seed}", f"validate_every={options.steps}", "checkpoint_every=50", *options.set)  # fmt: skip
+    return runs / "checkpoints" / f"step-{options.steps:08}.ckpt"
+
+
+def print_table(results: dict[str, dict[str, dict[str, float]]], still: dict[str, float]) -> None:
+    """Print the medians over seeds as a table in Markdown."""
+    parts = list(still)
+    print("| trained on | seeds | " + " | ".join(parts) + " | relative |")
+    print("| --- | ---: |" + " ---: |" * (len(parts) + 1))
+    print("| nothing: zero flow | | " + " | ".join(f"{still[part]:.2f}" for part in parts) + " | |")
+    first: np.ndarray | None = None
+    for variant, by_seed in results.items():
+        if not by_seed:
+            continue
+        epe = np.array([[values[part] for part in parts] for values in by_seed.values()])
+        first = epe if first is None else first
+        relative = np.exp(np.mean(np.log(np.median(epe, 0) / np.median(first, 0))))
+        cells = " | ".join(f"{value:.2f}" for value in np.median(epe, 0))
+        print(f"| {variant} | {len(by_seed)} | {cells} | {relative:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and results")
+    parser.add_argument("--textures", type=Path, help="photographs for the variant with photographs; none of the test")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["profile 1", "profile 2"], metavar="NAME",
+        help="some of: " + ", ".join(VARIANTS) + " (default: profile 1, profile 2)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--pairs", type=int, default=1200, help="default: %(default)s")
+    parser.add_argument("--size", default="128x192", help="of the synthetic pairs (default: %(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
+    options = parser.parse_args()
+    options.out, results_file = options.out.resolve(), options.out.resolve() / "results.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if "with photographs" in options.variants and not options.textures:
+        sys.exit("error: the variant with photographs needs --textures")
+    pairs = make_test()
+    still = mean_by_part(pairs, [np.zeros_like(pair.flow) for pair in pairs])
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    for seed in options.seeds:
+        for variant in options.variants:
+            if str(seed) in results.get(variant, {}):
+                continue
+            checkpoint = train(variant, seed, options)
+            results.setdefault(variant, {})[str(seed)] = measure(checkpoint, pairs)
+            results_file.write_text(json.dumps(results, indent=1))
+            print_table({name: results.get(name, {}) for name in options.variants}, still)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
