@@ -669,7 +669,7 @@ def profile_step(options: Namespace) -> Result:
     parts = {
         "forward": median(lambda: forward(*tensors).asnumpy()),
         "forward and backward": median(lambda: train_step.add(*tensors).asnumpy()),
-        "update": median(lambda: train_step.update(Tensor(LEARNING_RATE, mindspore.float32))[0].asnumpy()),
+        "update": median(lambda: train_step.do_update(LEARNING_RATE).losses.asnumpy()),
     }
     rng = np.random.default_rng(0)
     operators: dict[str, float] = {}  # milliseconds, summed over the levels
