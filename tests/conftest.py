@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 pytest_plugins = ["training_runs"]
 
 os.environ.setdefault("GLOG_v", "3")
+# OpenMP's threads wait for work by spinning otherwise, on cores that other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tests that a shell starts in the background ignore Ctrl-C, and the commands they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
