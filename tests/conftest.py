@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 pytest_plugins = ["training_runs"]
 
 os.environ.setdefault("GLOG_v", "3")
+# OpenMP's threads wait for work by spinning otherwise, on cores that other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tests that a shell starts in the background ignore Ctrl-C, and the commands they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,7 +42,7 @@ def graph_mode() -> Iterator[None]:
     from launch.ranks import Rank
 
     before = mindspore.get_context("mode")
-    session.start_mindspore(Rank(), "cpu")
+    session.start_mindspore(Rank(cores=frozenset([0])), "cpu")  # one thread, because idle ones wait by spinning
     yield
     mindspore.set_context(mode=before)
 

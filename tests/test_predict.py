@@ -33,10 +33,11 @@ def write_frames(folder: Path, numbers: Iterable[int], size: tuple[int, int] = O
 
 
 def write_video(path: Path, count: int, size: tuple[int, int] = (64, 96)) -> Path:
-    """A Motion JPEG video in AVI; returns its path."""
+    """A Motion JPEG video in AVI of four different frames in turn; returns its path."""
+    frames = [make_pair(number, *size)[0][..., ::-1].copy() for number in range(4)]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, size[::-1])
     for number in range(count):
-        writer.write(make_pair(number, *size)[0][..., ::-1].copy())
+        writer.write(frames[number % 4])
     writer.release()
     return path
 
