@@ -85,14 +85,14 @@ class FlowPredictor:
         flow = self.network(Tensor(self.prepare(images1)), Tensor(self.prepare(images2)))[-1].asnumpy()
         _, height, width, _ = images1.shape
         scale = np.array([width / round_up(width), height / round_up(height)], np.float32) / np.float32(DIV_FLOW)
-        flow = np.ascontiguousarray(flow.transpose(0, 2, 3, 1)) * scale
-        return resize_array(flow, (height, width), self.align_corners)
+        flow = resize_array(flow * scale.reshape(2, 1, 1), (height, width), self.align_corners)
+        return np.ascontiguousarray(flow.transpose(0, 2, 3, 1))
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 RGB to the network's (N, 3, H', W') float32 in [0, 1]."""
         _, height, width, _ = images.shape
-        resized = resize_array(images.astype(np.float32), (round_up(height), round_up(width)), self.align_corners)
-        return np.ascontiguousarray(resized.transpose(0, 3, 1, 2)) / np.float32(255)
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) / np.float32(255)
+        return resize_array(planes, (round_up(height), round_up(width)), self.align_corners)
 
 
 def load_predictor(path: str | pathlib.Path, backend: Backend = "native", precision: str = "float32") -> FlowPredictor:

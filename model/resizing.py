@@ -32,16 +32,16 @@ def interpolation_matrix(before: int, after: int, align_corners: bool) -> Tensor
 
 
 def resize_array(images: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
-    """`resize` of a NumPy array, (N, H, W, C) float32 to (N, *size, C), outside of a graph."""
-    for axis in (1, 2):
-        before, after = images.shape[axis], size[axis - 1]
+    """`resize` of a NumPy array, (N, C, H, W) float32 to (N, C, *size), outside of a graph."""
+    for axis in (2, 3):
+        before, after = images.shape[axis], size[axis - 2]
         if before != after:
             positions = sample_positions(before, after, align_corners)
             lower = np.minimum(positions.astype(int), max(before - 2, 0))
             upper = np.minimum(lower + 1, before - 1)
             share = (positions - lower).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-            resized = images.take(lower, axis)
-            images = images.take(upper, axis)
+            resized = images.take(lower, axis, mode="clip")
+            images = images.take(upper, axis, mode="clip")
             images -= resized
             images *= share
             images += resized
