@@ -5,6 +5,8 @@ manifest.json, which lists every shard with its size, hashes and pairs. A record
 with the payloads (prep/codec.py) of FIELDS. prep/README.md describes the format with an example.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -372,8 +374,7 @@ def write_shard(
         writer.set_header_size(layout.header)
         writer.add_schema(SCHEMA, "optical flow pair")
         runs: list[tuple[int, int, int]] = []
-        for pair in pairs:
-            sample = read_pair(pair)
+        for pair, sample in zip(pairs, read_ahead(pairs), strict=True):
             height, width = sample["valid"].shape
             if runs and runs[-1][1:] == (height, width):
                 runs[-1] = (runs[-1][0] + 1, height, width)
@@ -411,6 +412,21 @@ def write_shard(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shard
+
+
+def read_ahead(pairs: Iterable[PairFiles]) -> Iterator[Sample]:
+    """Read pairs in order, in a thread: each while the one before it is used.
+
+    The files may be far away or compressed; neither needs Python's lock.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead: collections.deque[concurrent.futures.Future[Sample]] = collections.deque()
+        for pair in pairs:
+            ahead.append(pool.submit(read_pair, pair))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def free_bytes(folder: Path) -> int:
