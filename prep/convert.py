@@ -82,7 +82,7 @@ DATASETS: dict[str, DatasetModule] = {
     "tartanair": tartanair,
     "viper": viper,
 }
-CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown"), "frames": ("step", "stride")}
+CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown", "example"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
 PLAN = "plan.json"
 """In the work folder: the description of the conversion."""
@@ -189,6 +189,14 @@ def parse_options() -> argparse.Namespace:
         help="0-based indices of the validation pairs, one per line (default: the dataset's fixed list in prep/splits, "
         "or the pairs that the release itself holds out)",
     )
+    add_own_options(parser)
+    options = parser.parse_args()
+    check_own_options(parser, options)
+    return options
+
+
+def add_own_options(parser: Parser) -> None:
+    """Add the options for the user's own data."""
     pairs = parser.add_argument_group("pairs", "Your own pairs, with flow or without:")
     pairs.add_argument(
         "--list",
@@ -217,19 +225,22 @@ def parse_options() -> argparse.Namespace:
     frames.add_argument(
         "--stride", type=int, default=1, metavar="N", help="a pair begins at every Nth frame of a folder or video"
     )
-    options = parser.parse_args()
-    if options.example and options.dataset == "pairs":
-        return options
-    for dataset, names in (*CUSTOM.items(), ("pairs", ("example",))):
+
+
+def check_own_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with an error if an option does not belong to the dataset, or one is missing; complete `root`."""
+    for dataset, names in CUSTOM.items():
         for name in names:
-            if name in parser.given and dataset != options.dataset:
+            given = name in parser.given or getattr(options, name) is True  # a flag takes no value
+            if given and dataset != options.dataset:
                 parser.error(f"--{name.replace('_', '-')} is an option of {dataset}, not of {options.dataset}")
-    if options.dataset == "pairs" and options.list and not options.root:
+    if options.example:
+        return
+    if options.list and not options.root:
         options.root = options.list.parent
-    needed = (*(["list"] if options.dataset == "pairs" else []), "root", "out")
+    needed = ("list", "root", "out") if options.dataset == "pairs" else ("root", "out")
     if missing := [f"--{name}" for name in needed if not getattr(options, name)]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return options
 
 
 # --- The plan: which pairs go into which shard ----------------------------------------------------
@@ -287,8 +298,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         "shards": [shard.file for shard in plan.planned],
     }
     if options.dataset in CUSTOM:
-        values = {name: getattr(options, name) for name in CUSTOM[options.dataset] if name != "list"}
-        plan.description["options"] = values | ({"list": hash_list(options.list)} if options.list else {})
+        own = {name: getattr(options, name) for name in CUSTOM[options.dataset]}
+        plan.description["options"] = own | ({"list": hash_list(options.list)} if options.list else {})
     return plan
 
 

@@ -187,6 +187,8 @@ def test_options_of_other_datasets_are_refused(files: Path, tmp_path: Path) -> N
     for words, message in (
         (["frames", "--root", files, "--val-share", 0.1], "--val-share is an option of pairs, not of frames"),
         (["sintel", "--root", files, "--step", 2], "--step is an option of frames, not of sintel"),
+        (["sintel", "--root", files, "--example"], "--example is an option of pairs, not of sintel"),
+        (["frames", "--root", files, "--nan-is-unknown"], "--nan-is-unknown is an option of pairs, not of frames"),
         (["frames"], "required: --root"),
         (["pairs"], "required: --list"),
         (["frames", "--root", files, "--step", 0], "expected numbers of at least 1"),
