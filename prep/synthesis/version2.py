@@ -70,8 +70,6 @@ class Camera:
     """In radians."""
     pace: float
     """Scale of all motions of the pair."""
-    moves: bool
-    """Whether it moves at all."""
 
     def matrix(self, nearness: float) -> np.ndarray:
         """3x3 matrix of the motion of what is nearer than the background by a factor."""
@@ -157,13 +155,11 @@ class PairMaker:
     def draw_camera(self, rng: np.random.Generator) -> Camera:
         """The camera's motion: none in some pairs, in the others of a wide range of speeds."""
         pace = np.exp(rng.normal(0, 0.6))
-        moves = bool(rng.random() < 0.8)
+        moves = rng.random() < 0.85
         shift = np.clip(rng.normal(0, 1, 2) * (7, 5.5) * pace * self.scale, -0.15 * self.width, 0.15 * self.width)
         zoom = float(np.clip(rng.normal(0, 0.02) * pace, -0.2, 0.25))
         turn = float(np.deg2rad(np.clip(rng.normal(0, 0.8) * pace, -12, 12)))
-        return Camera(
-            ((self.width - 1) / 2, (self.height - 1) / 2), moves * shift, moves * zoom, moves * turn, pace, moves
-        )
+        return Camera(((self.width - 1) / 2, (self.height - 1) / 2), moves * shift, moves * zoom, moves * turn, pace)
 
     def draw_background(self, rng: np.random.Generator, block: int, camera: Camera) -> Layer:
         """The layer at the back, which fills the frame."""
@@ -177,7 +173,7 @@ class PairMaker:
         margin_x, margin_y = self.width // 4, self.height // 4
         box = (-margin_x, -margin_y, self.width + margin_x, self.height + margin_y)
         motion = self.bend(rng, camera.matrix(1.0), camera, box, depth=True)
-        return Layer(texture, pose, motion if camera.moves else Motion(np.eye(3)))
+        return Layer(texture, pose, motion)
 
     def draw_layer(self, rng: np.random.Generator, block: int, camera: Camera, near: float, thin: bool) -> Layer:
         """A layer in front of the background, with the camera's motion and, mostly, its own."""
