@@ -118,9 +118,7 @@ def draw_procedural(rng: np.random.Generator, side: int) -> np.ndarray:
     image = np.empty((side, side, 3), np.uint8)
     image[:] = palette[0]
     draw_leaves(rng, image, palette)
-    # Many surfaces have little contrast.
-    mean = image.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-    texture = mean + (image - mean) * np.float32(np.exp(rng.uniform(np.log(0.5), np.log(1.2))))
+    texture = image.astype(np.float32)
     if rng.random() < 0.3:
         add_pattern(rng, texture)
     # Light varies over a surface, and so does its roughness: much of a real image is almost flat.
@@ -142,7 +140,7 @@ def draw_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray
     smallest = np.exp(rng.uniform(np.log(1.2), np.log(0.1 * side + 2)))
     largest = max(0.4 * side, 2 * smallest)
     mean_area = 2 * np.pi * 0.6 * smallest**2 * np.log(largest / smallest)
-    count = int(min(rng.uniform(0.3, 2.0) * side**2 / mean_area, 2000))
+    count = int(min(rng.uniform(0.5, 2.5) * side**2 / mean_area, 2000))
     radius = (smallest**-2 - rng.random((count, 1)) * (smallest**-2 - largest**-2)) ** -0.5
     # Sixteen points around an ellipse; in leaves with fewer corners, several points coincide.
     corners = rng.choice([3, 4, 5, 16], (count, 1))

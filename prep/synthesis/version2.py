@@ -155,7 +155,7 @@ class PairMaker:
     def draw_camera(self, rng: np.random.Generator) -> Camera:
         """The camera's motion: none in some pairs, in the others of a wide range of speeds."""
         pace = np.exp(rng.normal(0, 0.6))
-        moves = rng.random() < 0.8
+        moves = rng.random() < 0.85
         shift = np.clip(rng.normal(0, 1, 2) * (7, 5.5) * pace * self.scale, -0.15 * self.width, 0.15 * self.width)
         zoom = float(np.clip(rng.normal(0, 0.02) * pace, -0.2, 0.25))
         turn = float(np.deg2rad(np.clip(rng.normal(0, 0.8) * pace, -12, 12)))
