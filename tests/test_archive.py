@@ -5,8 +5,6 @@ import io
 import os
 import random
 import stat
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -417,17 +415,3 @@ def test_any_bytes_are_an_archive_or_an_error(
             for name in archive.list_names(folder):
                 if (folder / name).is_file():
                     assert len((folder / name).read_bytes()) == (folder / name).stat().st_size
-
-
-def test_archives_are_read_without_python_isal(tmp_path: Path) -> None:
-    """It is optional: it only makes .zip faster."""
-    make(tmp_path / "deflated.zip", {"a": b"abc" * 9999})
-    code = f"""if True:
-        import pathlib, sys, zlib
-        sys.modules["isal"] = sys.modules["isal.isal_zlib"] = None
-        from prep import archive
-        assert archive.inflater is zlib
-        root = archive.open_archives(pathlib.Path({str(tmp_path / "deflated.zip")!r}))
-        assert (root / "a").read_bytes() == b"abc" * 9999
-    """
-    subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, check=True)
