@@ -20,7 +20,7 @@ python prep/convert.py flyingchairs --root data/example --out data/example-mindr
 
 step "3/4 training on two ranks: runs/example"
 mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example-mindrecord \
-    --out runs/example "$@"
+    --out runs/example precision=auto "$@"
 
 step "4/4 evaluation"
 checkpoints=(runs/example/checkpoints/step-????????.ckpt)
