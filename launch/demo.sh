@@ -8,6 +8,9 @@ help_if_asked "" "$@"
 set_up tensorboard
 cd "$root"
 
+precision=precision=auto
+[[ " $* " == *" precision="* ]] && precision=
+
 step() { printf '\n== %s\n' "$*" >&2; }
 
 step "1/4 example data: data/example"
@@ -20,7 +23,7 @@ python prep/convert.py flyingchairs --root data/example --out data/example-mindr
 
 step "3/4 training on two ranks: runs/example"
 mpirun --oversubscribe -n 2 launch/train.sh --config example --data data/example-mindrecord \
-    --out runs/example precision=auto "$@"
+    --out runs/example ${precision:+"$precision"} "$@"
 
 step "4/4 evaluation"
 checkpoints=(runs/example/checkpoints/step-????????.ckpt)
