@@ -304,10 +304,10 @@ def main() -> None:
         f"{options.out}: {counted(recipe.pairs, 'pair')} of {recipe.height}x{recipe.width}, seed {recipe.seed}, "
         f"{validation} for validation" + ("" if written else "; already complete, nothing to do")
     )
-    print(
-        f"next: python prep/convert.py flyingchairs --root {out} --out {out}-mindrecord "
-        f"--split-file {out}/validation.txt"
-    )
+    what = f"flyingchairs --root {out} --split-file {out}/validation.txt"
+    if recipe.format == "png":  # FlyingChairs itself has PPM files only
+        what = f"pairs --list {out}/pairs.csv"
+    print(f"next: python prep/convert.py {what} --out {out}-mindrecord")
 
 
 if __name__ == "__main__":
