@@ -304,9 +304,9 @@ def main() -> None:
         f"{options.out}: {counted(recipe.pairs, 'pair')} of {recipe.height}x{recipe.width}, seed {recipe.seed}, "
         f"{validation} for validation" + ("" if written else "; already complete, nothing to do")
     )
-    what = f"flyingchairs --root {out} --split-file {out}/validation.txt"
-    if recipe.format == "png":  # FlyingChairs itself has PPM files only
-        what = f"pairs --list {out}/pairs.csv"
+    what = f"pairs --list {out}/pairs.csv"
+    if recipe.profile == 1:  # without masks, so without a list
+        what = f"flyingchairs --root {out} --split-file {out}/validation.txt"
     print(f"next: python prep/convert.py {what} --out {out}-mindrecord")
 
 
