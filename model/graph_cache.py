@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import mindspore
 from mindspore.common import api
 
+import launch
 from launch import ranks, versions
 from launch.files import cache_folder
 from model.native import build
@@ -87,9 +88,10 @@ def hash_sources() -> str:
 @contextlib.contextmanager
 def use(folder: pathlib.Path) -> Iterator[None]:
     """A context in which MindSpore's compile cache is this folder."""
-    # MindSpore reads the program that runs and all that it imports, to see whether something has changed, and fails
-    # if the program is no file. The folder's name covers that, so give it a file that it can read.
-    api.entry_script_path = __file__
+    # To see whether something has changed, MindSpore reads the program that runs and all that it imports. It fails if
+    # the program is no file, and to look for a module it makes a new one, with which sys loses its redirected streams.
+    # The folder's name covers all changes, so give it a file that imports nothing.
+    api.entry_script_path = launch.__file__
     mindspore.set_context(enable_compile_cache=True, compile_cache_path=str(folder))
     try:
         yield

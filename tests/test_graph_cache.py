@@ -11,7 +11,8 @@ import tiny
 from launch.files import cache_folder
 
 PROGRAM = """
-import sys
+import io, sys
+sys.stderr = stream = io.StringIO()
 from launch import ranks, session
 session.start_mindspore(ranks.Rank(), "cpu")
 import mindspore
@@ -34,6 +35,7 @@ with graph_cache.cached("line", slope):
 with graph_cache.cached("other"):  # only the first set of a process is kept
     other.compile(x)
 print(line(x), other(x))
+assert sys.stderr is stream, "compiling must not change where messages go"
 """
 
 
