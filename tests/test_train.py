@@ -148,7 +148,7 @@ def test_pairs_without_ground_truth_in_a_mixture(
     assert ", 1 pair without ground truth left out" in out + err
     result = json.loads((run / "result.json").read_text())
     assert result["pairs"] == 3 and result["unlabelled"] == 1 and result["pixels"] == 2 * 64 * 96
-    assert np.isfinite(result["epe"]) and result["sets"].keys() == {"set-64"}
+    assert np.isfinite(result["epe"]) and result["sets"].keys() == {"set-128"}
     assert 0.0 in read_curves(run, "train/loss").values(), "a batch without ground truth"
 
     best = run / "checkpoints" / "best.ckpt"
