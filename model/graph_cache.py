@@ -64,14 +64,9 @@ def find_folder(parts: tuple[object, ...]) -> pathlib.Path | None:
     if cache is None or mindspore.get_context("device_target") != "CPU":
         return None
     library = build.load_library("CPU")
-    known = (
-        *parts,
-        versions.software(),
-        sys.version,
-        library and library._name,
-        ranks.current().threads,
-        hash_sources(),
-    )
+    # The library's name stands for the processor; oneDNN's variable makes it another one.
+    machine = library and library._name, os.environ.get("ONEDNN_MAX_CPU_ISA"), ranks.current().threads
+    known = (*parts, *machine, versions.software(), sys.version, hash_sources())
     return cache / "graphs" / hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:32]
 
 
