@@ -24,10 +24,9 @@ def count_flops(network: PWCNet, height: int, width: int) -> int:
     total = 0
     for level, layers in enumerate(network.feature_pyramid_extractor.convs, 1):
         total += 2 * sum_layers(layers, height >> level, width >> level)
-    for index, estimator in enumerate(network.flow_estimators):
-        total += sum_layers(estimator, height >> (levels - index), width >> (levels - index))
-    for index, upsampling in enumerate(network.upsamplings):
-        total += sum_layers(upsampling, height >> (levels - index), width >> (levels - index))
+    for cells in (network.flow_estimators, network.upsamplings):
+        for index, cell in enumerate(cells):
+            total += sum_layers(cell, height >> (levels - index), width >> (levels - index))
     finest = levels - OUTPUT_LEVELS + 1
     return total + sum_layers(network.context_networks, height >> finest, width >> finest)
 

@@ -28,6 +28,8 @@ KEPT = 20
 ROOT = pathlib.Path(__file__).parent.parent
 VARIABLE = "PWCNET_GRAPH_CACHE"
 """Environment variable that, set to 0, disables the cache."""
+GRAPHS, DIGEST = "compile_*", "digest"
+"""In a folder: pattern of the names of the files that MindSpore writes, and the file with their hash."""
 _was_used = False
 
 
@@ -73,11 +75,7 @@ def find_folder(parts: tuple[object, ...]) -> pathlib.Path | None:
 @functools.cache
 def hash_sources() -> str:
     """A hash of the code that graphs are made from."""
-    digest = hashlib.sha256()
-    for folder in ("model", "train"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{file}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return hash_files(ROOT / "model", "*.py") + hash_files(ROOT / "train", "*.py")
 
 
 @contextlib.contextmanager
@@ -97,7 +95,7 @@ def use(folder: pathlib.Path) -> Iterator[None]:
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether a folder has what was written to it; removes one that is damaged."""
     try:
-        if (folder / "digest").read_text() == hash_files(folder):
+        if (folder / DIGEST).read_text() == hash_files(folder, GRAPHS):
             return True
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:
@@ -105,12 +103,11 @@ def is_complete(folder: pathlib.Path) -> bool:
     return False
 
 
-def hash_files(folder: pathlib.Path) -> str:
-    """A hash of all files below a folder, apart from the one that stores it."""
+def hash_files(folder: pathlib.Path, pattern: str) -> str:
+    """A hash of the files below a folder whose names match a pattern."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != "digest":
-            digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for file in sorted(folder.rglob(pattern)):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -127,7 +124,7 @@ def writing(folder: pathlib.Path) -> Iterator[None]:
         with use(partial):
             yield
         with contextlib.suppress(OSError):  # another process was faster, or the disk is full
-            (partial / "digest").write_text(hash_files(partial))
+            (partial / DIGEST).write_text(hash_files(partial, GRAPHS))
             partial.rename(folder)
             remove_old(folder.parent)
     finally:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from scipy import ndimage
+from warping import pull_back
 
 from launch.errors import UserError
 from prep.synthesis import effects, shapes
@@ -19,17 +20,6 @@ from prep.synthesis.version2 import Ingredients, PairMaker
 EFFECTS = ("motion_blur", "shadow", "fog", "exposure", "noise")
 CLEAN = Ingredients(**dict.fromkeys(EFFECTS, 0.0))
 """Layers as they are: what one frame shows, the other shows unchanged."""
-
-
-def pull_back(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """The image, (H, W, channels), at where the flow leads, with the splines of a library that rendered nothing."""
-    rows, columns = np.indices(flow.shape[:2])
-    places = [rows + flow[..., 1], columns + flow[..., 0]]
-    channels = [
-        ndimage.map_coordinates(channel.astype(float), places, order=1, mode="nearest")
-        for channel in np.moveaxis(image, -1, 0)
-    ]
-    return np.stack(channels, -1)
 
 
 def bent_motion(seed: int = 0) -> Motion:
@@ -63,11 +53,11 @@ def test_each_image_warped_by_its_flow_is_the_other_where_not_occluded(number: i
     ):
         assert image.dtype == np.uint8 and flow.dtype == np.float32 and occluded.dtype == bool
         assert image.shape == (128, 192, 3) and flow.shape == (128, 192, 2) and occluded.shape == (128, 192)
-        difference = np.abs(pull_back(other, flow) - image).mean(-1)
+        difference = np.abs(pull_back(other, flow, order=1) - image).mean(-1)
         assert (~occluded).mean() > 0.4
         error = difference[~occluded].mean()
         assert error < 4
-        assert np.abs(pull_back(other, -flow) - image).mean(-1)[~occluded].mean() > 2 * error
+        assert np.abs(pull_back(other, -flow, order=1) - image).mean(-1)[~occluded].mean() > 2 * error
         if occluded.any():
             assert difference[occluded].mean() > 4 * error
 
@@ -76,7 +66,7 @@ def test_each_image_warped_by_its_flow_is_the_other_where_not_occluded(number: i
 def test_forward_and_backward_flow_cancel_where_not_occluded(number: int) -> None:
     """To a few thousandths of a pixel, except at edges, where the pixel found belongs to two layers."""
     pair = PairMaker(3, 128, 192, CLEAN).make(number)
-    there_and_back = pair.flow + pull_back(pair.flow_back, pair.flow)
+    there_and_back = pair.flow + pull_back(pair.flow_back, pair.flow, order=1)
     distance = np.linalg.norm(there_and_back, axis=-1)[~pair.occluded]
     assert np.median(distance) < 0.004
     assert np.percentile(distance, 80) < 0.02

@@ -43,7 +43,7 @@ class TrainStep:
         size = sum(weight.size for weight in self.weights)
         self.state = State(network, size, self.options)
         self.sums = buffer("losses", loss.length), buffer("gradient", size)
-        self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulation_steps > 1)
+        self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulates)
         passes = comm.size * self.options.accumulation_steps
         parts = self.weights, self.state, self.sums, self.options, passes
         self.update: GraphUpdate | NativeUpdate

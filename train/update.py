@@ -40,6 +40,21 @@ class StepOptions:
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, such as 0.999. 0: no average."""
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether an update follows several forward and backward passes."""
+        return self.accumulation_steps > 1
+
+    @property
+    def l2_decay(self) -> float:
+        """Share of each weight added to its gradient."""
+        return 0.0 if self.decoupled_decay else self.weight_decay
+
+    @property
+    def adamw_decay(self) -> float:
+        """Share of each weight, times the learning rate, subtracted from it."""
+        return self.weight_decay if self.decoupled_decay else 0.0
+
 
 def buffer(name: str, *shape: int, value: float = 0.0, dtype: mindspore.dtype.Type = float32) -> Parameter:
     """A Parameter without gradient, filled with one value."""
@@ -97,11 +112,11 @@ class GraphUpdate(nn.Cell):
         self.losses, self.gradient = sums
         self.change = buffer("change", *self.gradient.shape)
         self.passes = passes
-        self.accumulate = options.accumulation_steps > 1
+        self.accumulate = options.accumulates
         self.clip_norm = options.clip_norm
         self.loss_scaling = options.loss_scaling
-        self.decay = 0.0 if options.decoupled_decay else options.weight_decay
-        self.decoupled_decay = options.weight_decay if options.decoupled_decay else 0.0
+        self.decay = options.l2_decay
+        self.decoupled_decay = options.adamw_decay
         self.ema_decay = options.ema_decay
         self.all_reduce = all_reduce
         self.adam = ops.Adam()
@@ -171,7 +186,12 @@ class Settings(ctypes.Structure):
     """`AdamSettings` of model/native/cpu/adam.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("factor", "decay", "beta1", "beta2", "rate", "epsilon")),
+        ("factor", ctypes.c_float),
+        ("decay", ctypes.c_float),
+        ("beta1", ctypes.c_float),
+        ("beta2", ctypes.c_float),
+        ("rate", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
         ("decoupled_decay", ctypes.c_float),
         ("ema_decay", ctypes.c_float),
         ("clear", ctypes.c_int32),
@@ -213,16 +233,13 @@ class NativeUpdate:
         losses, gradient = (parameter.asnumpy() for parameter in self.sums)
         mean_losses = Tensor(losses / np.float32(self.passes))
         factor = 1 / (float(state.loss_scale) * self.passes)
-        norm = (
-            self.sum_of_squares(ctypes.c_void_p(address(self.sums[1])), ctypes.c_int64(gradient.size)) ** 0.5 * factor
-        )
+        norm = self.sum_of_squares(address(self.sums[1]), ctypes.c_int64(gradient.size)) ** 0.5 * factor
         finite = bool(np.isfinite(norm))
-        accumulate = options.accumulation_steps > 1
         if finite:
             if options.clip_norm > 0:
                 factor *= min(options.clip_norm / (norm + 1e-6), 1.0)
-            self.apply(learning_rate, factor, accumulate)
-        if accumulate:
+            self.apply(learning_rate, factor)
+        if options.accumulates:
             losses[...] = 0
             if not finite:
                 gradient[...] = 0
@@ -230,31 +247,31 @@ class NativeUpdate:
             self.adjust_loss_scale(finite)
         return StepResult(mean_losses, norm, finite)
 
-    def apply(self, learning_rate: float, factor: float, clear: bool) -> None:
-        """Change weights and moments; `factor` scales the gradient, which is cleared if `clear`."""
+    def apply(self, learning_rate: float, factor: float) -> None:
+        """Change weights and moments; `factor` scales the gradient, which is cleared if it is a sum of several."""
         state, options = self.state, self.options
         power1, power2 = state.beta1_power.asnumpy(), state.beta2_power.asnumpy()
         power1 *= BETA1
         power2 *= BETA2
         settings = Settings(
             factor=factor,
-            decay=0.0 if options.decoupled_decay else options.weight_decay,
+            decay=options.l2_decay,
             beta1=BETA1,
             beta2=BETA2,
             rate=learning_rate * float(1 - power2) ** 0.5 / float(1 - power1),
             epsilon=EPSILON,
-            decoupled_decay=options.weight_decay * learning_rate if options.decoupled_decay else 0.0,
+            decoupled_decay=options.adamw_decay * learning_rate,
             ema_decay=options.ema_decay,
-            clear=clear,
+            clear=options.accumulates,
         )
         self.adam(
             ctypes.c_int64(len(self.weights)),
-            (ctypes.c_void_p * len(self.weights))(*map(address, self.weights)),
+            (ctypes.c_void_p * len(self.weights))(*(address(weight).value for weight in self.weights)),
             self.sizes,
-            ctypes.c_void_p(address(self.sums[1])),
-            ctypes.c_void_p(address(state.moment1)),
-            ctypes.c_void_p(address(state.moment2)),
-            ctypes.c_void_p(address(state.average_offset) if options.ema_decay else None),
+            address(self.sums[1]),
+            address(state.moment1),
+            address(state.moment2),
+            address(state.average_offset) if options.ema_decay else None,
             ctypes.byref(settings),
         )
 
@@ -272,9 +289,9 @@ class NativeUpdate:
             steps[...] = 0
 
 
-def address(parameter: Parameter) -> int:
+def address(parameter: Parameter) -> ctypes.c_void_p:
     """Where the values of a parameter are in memory."""
-    return parameter.asnumpy().ctypes.data
+    return ctypes.c_void_p(parameter.asnumpy().ctypes.data)
 
 
 to_row = ops.MultitypeFuncGraph("to_row")

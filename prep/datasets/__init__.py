@@ -264,6 +264,11 @@ def check_present(paths: Iterable[ReleasePath | None], remedy: str) -> None:
         raise missing_files(missing, remedy)
 
 
+def check_complete(pairs: Iterable[PairFiles]) -> None:
+    """Raise UserError if a file of a pair is missing."""
+    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+
+
 def check_consecutive(numbers: list[int], path_of: Callable[[int], ReleasePath]) -> None:
     """Raise UserError unless the frame numbers run from 1 without a gap; `path_of(number)` is a frame's file."""
     last = max(numbers, default=0)

@@ -7,7 +7,7 @@ prep/splits/autoflow_val.txt are held out. Source: https://autoflow-google.githu
 import re
 
 from prep.archive import ReleasePath, list_folders
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present, splits
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, splits
 
 TITLE = "AutoFlow"
 PAIRS = 40000
@@ -37,5 +37,5 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     ]
     if not pairs:
         raise NoRelease(f"{root}: contains no pairs; expected files such as static_40k_png_1_of_4/NAME/forward.flo")
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs

@@ -8,7 +8,7 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.e
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_present, find_folder
+from prep.datasets import NoRelease, PairFiles, check_complete, find_folder
 
 TITLE = "ChairsSDHom"
 PAIRS = None
@@ -35,5 +35,5 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     ]
     if not pairs:
         raise NoRelease(f"{data}: contains no pairs; expected files such as train/flow/00001.pfm")
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs

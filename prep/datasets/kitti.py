@@ -8,7 +8,7 @@ it is sparse. Source: https://www.cvlibs.net/datasets/kitti/eval_flow.php
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present, find_folder
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, find_folder
 
 FLOW = re.compile(r"(\d{6})_10\.png")
 
@@ -37,5 +37,5 @@ def list_kitti(root: ReleasePath, frame_folders: tuple[str, ...]) -> list[PairFi
         )
         for number in numbers
     ]
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs

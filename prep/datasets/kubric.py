@@ -9,7 +9,7 @@ import re
 
 from launch.errors import UserError, one_line
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, check_present
 from prep.formats.flow import KubricScale
 
 TITLE = "Kubric"
@@ -33,7 +33,7 @@ def list_scenes(root: ReleasePath, swapped: bool) -> list[PairFiles]:
     pairs = [pair for scene in list_folders(root) for pair in _list_scene(root / scene, swapped)]
     if not pairs:
         raise NoRelease(f"{root}: contains no pairs; expected files such as SCENE/forward_flow_00000.png")
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs
 
 

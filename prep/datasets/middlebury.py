@@ -4,7 +4,7 @@ other-data/SCENE/frame10.png, frame11.png and other-gt-flow/SCENE/flow10.flo. So
 """
 
 from prep.archive import ReleasePath, list_folders
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder
 
 TITLE = "Middlebury"
 PAIRS = 8
@@ -29,5 +29,5 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     ]
     if not pairs:
         raise NoRelease(f"{flows}: contains no pairs; expected files such as RubberWhale/flow10.flo")
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs

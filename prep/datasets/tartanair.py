@@ -8,7 +8,7 @@ Source: https://github.com/castacks/tartanair_tools
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder
 
 TITLE = "TartanAir"
 PAIRS = None
@@ -31,7 +31,7 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         raise NoRelease(
             f"{root}: contains no pairs; expected files such as SCENE/Easy/P000/flow/000000_000001_flow.npy"
         )
-    check_present([path for pair in pairs for path in pair.files()], "restore the missing file")
+    check_complete(pairs)
     return pairs
 
 

@@ -5,16 +5,15 @@ import logging
 import os
 import re
 import struct
-import sys
 import warnings
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from launch import ranks
 from launch.errors import UserError, one_line
 from launch.files import write_bytes
+from launch.logs import print_note
 from prep.archive import file_length, open_file, read_file
 from prep.formats import MAX_EXPANSION, MAX_PIXELS, StrPath, npy
 
@@ -204,8 +203,7 @@ def note_reduction(name: StrPath, depth: int) -> None:
     global _noted_reduction
     if depth > 8 and not _noted_reduction:
         _noted_reduction = True
-        if ranks.current().rank == 0:
-            print(f"note: {name}: {depth} bits per channel; of such images, the upper 8 bits are used", file=sys.stderr)
+        print_note(f"{name}: {depth} bits per channel; of such images, the upper 8 bits are used")
 
 
 def unsupported_maximum(name: StrPath, largest: int) -> UserError:

@@ -1,4 +1,4 @@
-// The 3x3 convolution with bias, and LeakyReLU on the CPU by oneDNN, and its gradient.
+// The 3x3 convolution with bias and LeakyReLU on the CPU by oneDNN, and its gradient.
 //
 // Defined by `Convolution` in model/layers.py. oneDNN computes in the layouts that it is fastest in.
 

@@ -23,16 +23,17 @@ namespace pwcnet {
 namespace {
 
 constexpr int kLayers = 5, kTaps = 9;
-constexpr std::array<int64_t, kLayers> kGrowth = {128, 128, 96, 64,
-                                                  32};  // channels of the layers; multiples of a block
-constexpr int64_t kGrown = 128 + 128 + 96 + 64 + 32;
+// Channels of the layers' results; multiples of a block.
+constexpr std::array<int64_t, kLayers> kGrowth = {128, 128, 96, 64, 32};
 
 // Channels of the results of the layers `first` to `last` - 1.
-int64_t channels_of(int first, int last) {
+constexpr int64_t channels_of(int first, int last) {
   int64_t sum = 0;
   for (int layer = first; layer < last; ++layer) sum += kGrowth[layer];
   return sum;
 }
+
+constexpr int64_t kGrown = channels_of(0, kLayers);
 
 // Elements of a buffer: float, or the upper half of one.
 struct Bfloat16 {
@@ -82,7 +83,6 @@ struct Shape {
   int64_t total() const { return kGrown + c; }
   int64_t plane() const { return h * w; }
   memory::data_type type() const { return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32; }
-  int64_t element() const { return bfloat16 ? sizeof(Bfloat16) : sizeof(float); }
   // Elements of a buffer with so many channels.
   int64_t elements(int64_t channels) const { return round_up(channels, block) * rows() * w; }
 
@@ -126,8 +126,7 @@ void pack(const Shape& s, const float* images, int64_t total, int64_t channels, 
     }
 }
 
-// Copies a float32 or bfloat16 buffer of `channels` to the first channels of NCHW images of `total` channels, or adds
-// it.
+// Copies a float32 or bfloat16 buffer of `channels` to the first channels of NCHW images of `total` channels.
 template <class T>
 void unpack(const Shape& s, const T* buffer, memory::data_type type, int64_t channels, float* images, int64_t total) {
   const int64_t whole = channels / s.block * s.block, rest = channels - whole, row = s.w * s.block;
@@ -262,28 +261,21 @@ class DenseBlock {
   }
 };
 
-// Calls `function` with a DenseBlock for the elements that a call's settings ask for.
-template <class Function>
-Status dispatch(const Shape& shape, Function function) {
-  if (shape.bfloat16) {
-    function(DenseBlock<Bfloat16>(shape));
-  } else {
-    function(DenseBlock<float>(shape));
-  }
-  return kOk;
-}
-
 constexpr TensorSpec kX{"x", "float32", 4, {kN, kC, kH, kW}};
 constexpr TensorSpec kY{"y", "float32", 4, {kN, kOutC, kH, kW}};
 constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kOutC, kH, kW}};
 constexpr TensorSpec kXGradient{"x_gradient", "float32", 4, {kN, kC, kH, kW}};
 constexpr TensorSpec kSettings{"settings", "int32", 1, {1}};  // whether to compute in bfloat16
 
-// Adds the weights of all layers, then the biases, of a block with `channels` of input.
-void add_parameters(const char* weight, const char* bias, int64_t channels, std::vector<TensorSpec>* specs) {
+// Adds the weights of all layers of a block with `channels` of input, or their gradients.
+void add_weights(const char* name, int64_t channels, std::vector<TensorSpec>* specs) {
   for (int k = 0; k < kLayers; ++k)
-    specs->push_back({weight, "float32", 4, {kGrowth[k], channels_of(0, k) + channels, 3, 3}});
-  for (int k = 0; k < kLayers; ++k) specs->push_back({bias, "float32", 1, {kGrowth[k]}});
+    specs->push_back({name, "float32", 4, {kGrowth[k], channels_of(0, k) + channels, 3, 3}});
+}
+
+// Adds the biases of all layers, or their gradients.
+void add_biases(const char* name, std::vector<TensorSpec>* specs) {
+  for (int k = 0; k < kLayers; ++k) specs->push_back({name, "float32", 1, {kGrowth[k]}});
 }
 
 template <class Pointer>
@@ -327,7 +319,8 @@ extern "C" int has_dense_block(int bfloat16) {
 // x, five weights, five biases, settings (bfloat16) -> y
 PWCNET_OPERATOR(DenseBlock) {
   std::vector<TensorSpec> specs = {kX};
-  add_parameters("weight", "bias", call.ranks[0] == 4 ? call.shapes[0][1] : 0, &specs);
+  add_weights("weight", call.ranks[0] == 4 ? call.shapes[0][1] : 0, &specs);
+  add_biases("bias", &specs);
   specs.insert(specs.end(), {kSettings, kY});
   return run(call, specs, [&](const Sizes& sizes) {
     return dispatch(call, sizes, 11, [&](auto block) {
@@ -341,10 +334,10 @@ PWCNET_OPERATOR(DenseBlock) {
 PWCNET_OPERATOR(DenseBlockGradient) {
   const int64_t channels = call.count > 5 && call.ranks[5] == 4 ? call.shapes[5][1] - kGrown : 0;
   std::vector<TensorSpec> specs;
-  add_parameters("weight", "bias", channels, &specs);
-  specs.resize(kLayers);
+  add_weights("weight", channels, &specs);
   specs.insert(specs.end(), {kY, kGradient, kSettings, kXGradient});
-  add_parameters("weight_gradient", "bias_gradient", channels, &specs);
+  add_weights("weight_gradient", channels, &specs);
+  add_biases("bias_gradient", &specs);
   return run(call, specs, [&](const Sizes& sizes) {
     return dispatch(call, sizes, 7, [&](auto block) {
       block.gradient(pointers<const float*>(call, 0), call.data<float>(5), call.data<float>(6), call.data<float>(8),
