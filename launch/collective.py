@@ -4,7 +4,9 @@ The training step uses one of three objects with the same interface: `in_graph` 
 inside a graph, or None; a call sums Parameters between two graphs.
 """
 
+import ctypes
 import socket
+import sys
 
 import mindspore
 import numpy as np
@@ -12,6 +14,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from launch.communicator import Communicator
 from launch.logs import print_note
+
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of madvise(2)
 
 
 class NoSum:
@@ -36,13 +41,32 @@ class HostSum(NoSum):
     def __init__(self, comm: Communicator, in_place: bool) -> None:
         self._comm = comm
         self._in_place = in_place
+        self._advised: set[int] = set()
 
     def __call__(self, *parameters: Parameter) -> None:
-        for parameter in parameters:
-            array = parameter.asnumpy() if self._in_place else parameter.asnumpy().copy()
-            self._comm.sum(array)
-            if not self._in_place:
+        arrays = [parameter.asnumpy() if self._in_place else parameter.asnumpy().copy() for parameter in parameters]
+        if self._in_place:
+            for array in arrays:
+                if array.ctypes.data not in self._advised:
+                    self._advised.add(array.ctypes.data)
+                    use_huge_pages(array)
+        self._comm.sum(*arrays)
+        if not self._in_place:
+            for parameter, array in zip(parameters, arrays, strict=True):
                 ops.assign(parameter, Tensor(array))  # compiled graphs do not see the effect of `set_data`
+
+
+def use_huge_pages(array: np.ndarray) -> None:
+    """Ask the kernel to keep an array's memory in pages of 2 MiB, which halves the time of its sum over ranks.
+
+    Open MPI reads the other rank's memory directly, and each time the kernel looks up every page of it. The kernel may
+    refuse: before Linux 6.1, it changes the pages only gradually.
+    """
+    start = -(-array.ctypes.data // HUGE_PAGE) * HUGE_PAGE
+    length = (array.ctypes.data + array.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+    if length > 0 and sys.platform == "linux":
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 class Sum(nn.Cell):

@@ -47,8 +47,8 @@ class Communicator:
         """Return rank 0's value on every rank; `encode` lists the types allowed."""
         return value
 
-    def sum(self, array: np.ndarray) -> None:
-        """Replace a contiguous array by its elementwise sum over all ranks, in its own dtype."""
+    def sum(self, *arrays: np.ndarray) -> None:
+        """Replace contiguous arrays by their elementwise sums over all ranks, each in its own dtype."""
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
         """Call `read()` on rank 0 and return its result on every rank.
@@ -114,9 +114,10 @@ class MPICommunicator(Communicator):
         with self._together():
             return self._world.bcast(value)
 
-    def sum(self, array: np.ndarray) -> None:
+    def sum(self, *arrays: np.ndarray) -> None:
         with self._together():
-            self._world.Allreduce(self._mpi.IN_PLACE, array)
+            for array in arrays:
+                self._world.Allreduce(self._mpi.IN_PLACE, array)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
