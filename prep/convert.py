@@ -19,7 +19,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from launch import files, progress, ranks
 from launch.arguments import Parser
 from launch.errors import UserError, counted, drop_output, run
 from launch.lock import Lock
+from launch.logs import print_note
 from prep import codec, schema, shards
 from prep.datasets import (
     BadPair,
@@ -84,8 +85,10 @@ DATASETS: dict[str, DatasetModule] = {
 }
 CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown", "example"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
+CORRECTIONS = ("nan_is_unknown",)
+"""Those that an error about a pair may advise to add."""
 PLAN = "plan.json"
-"""In the work folder: the description of the conversion."""
+"""In the work folder: the command that writes it."""
 LOCK = "lock"
 """In the work folder: held by the conversion that writes it."""
 
@@ -115,26 +118,23 @@ def main() -> None:
         print(f"{out}: already complete, nothing to do; {next_steps(out, plan)}")
         return
     layout = shards.PageLayout.fitting(largest_image(plan.pairs), max(len(shard.pairs) for shard in plan.planned))
+    plan.planned = [shard._replace(inputs=hash_inputs(shard.pairs, layout)) for shard in plan.planned]
     lock = None
     if rank.rank == 0:
-        lock = open_partial(partial, out, plan)
+        lock = open_partial(partial, plan)
     else:
         # Rank 0 may even have finished, if no shard of this rank was left to write.
-        wait_for(lambda: read_plan(partial) == plan.description or is_complete(out, plan))
+        wait_for(lambda: read_plan(partial) == plan.command or is_complete(out, plan))
         if is_complete(out, plan):
             return
     try:
         write_shards(partial, plan.planned[rank.rank :: rank.size], options, layout, rank)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
-    except BadPair:
-        if lock and rank.size == 1 and options.dataset in CUSTOM:
-            # With a corrected file it would be another conversion, which could not resume this one.
-            lock.release()
-            shutil.rmtree(partial)
-        raise
+    except BadPair as error:
+        raise BadPair(f"{error}; then run the same command again to resume from {partial}") from None
     if lock:
-        wait_for(lambda: all(read_finished_shard(partial / shard.file) for shard in plan.planned))
+        wait_for(lambda: all(read_finished_shard(partial, shard) for shard in plan.planned))
         finish(partial, out, plan, options)
         lock.release()
 
@@ -251,6 +251,8 @@ class PlannedShard(NamedTuple):
 
     file: str
     pairs: list[PairFiles]
+    inputs: str = ""
+    """Hash of what it is made from. A later run keeps a finished shard if this is still the same."""
 
 
 @dataclass
@@ -263,12 +265,14 @@ class Plan:
     """Shard files of each split."""
     validation: shards.Validation = field(default_factory=lambda: shards.Validation(file=None, sha256=None))
     description: dict[str, Any] = field(default_factory=dict)
-    """What distinguishes this conversion from others."""
+    """What distinguishes the result from that of other conversions."""
+    command: str = ""
+    """What may resume this conversion: the command, without options that an error may advise to add."""
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """List the pairs, split them and assign them to shards; report the numbers."""
-    dataset, plan = open_dataset(options), Plan()
+    dataset, plan = open_dataset(options), Plan(command=make_command(options, corrections=False))
     path = options.split_file or (splits.FOLDER / dataset.VALIDATION if dataset.VALIDATION else None)
     split_file = splits.read_split_file(path) if path else None
     if path and split_file:
@@ -301,6 +305,18 @@ def make_plan(options: argparse.Namespace) -> Plan:
         own = {name: getattr(options, name) for name in CUSTOM[options.dataset]}
         plan.description["options"] = own | ({"list": hash_list(options.list)} if options.list else {})
     return plan
+
+
+def make_command(options: argparse.Namespace, *, corrections: bool = True) -> str:
+    """The command with the options that decide what is written, with or without `CORRECTIONS`."""
+    words = ["prep/convert.py", options.dataset, "--root", str(options.root)]
+    words += ["--shards", str(options.shards), "--codec", options.codec]
+    words += ["--split-file", str(options.split_file)] if options.split_file else []
+    for name in CUSTOM.get(options.dataset, ()):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if corrections or name not in CORRECTIONS:
+            words += [option] if value is True else [option, str(value)] if value else []
+    return shlex.join(words)
 
 
 def open_dataset(options: argparse.Namespace) -> DatasetModule:
@@ -348,6 +364,12 @@ def fingerprint(pairs: list[PairFiles]) -> str:
     return digest.hexdigest()
 
 
+def hash_inputs(pairs: list[PairFiles], layout: shards.PageLayout) -> str:
+    """SHA-256 over everything that a shard is made from: the pairs' files, how they are read, the layout."""
+    parts = [fingerprint(pairs), repr(layout), *(pair.how_to_read() for pair in pairs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def assign_to_shards(stem: str, pairs: list[PairFiles], number: int) -> list[PlannedShard]:
     """Divide pairs, in order and evenly, among at most `number` shards."""
     count = min(number, len(pairs))
@@ -365,7 +387,7 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
         + (f"; {unlabelled} without ground truth" if unlabelled else "")
     )
     if dataset.PAIRS not in (None, pairs) and not custom:
-        print(
+        print(  # on stdout, with the numbers that it explains
             f"note: found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
             "(--split-file: use another)"
         )
@@ -374,7 +396,7 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
     remedy = "--val-share: hold some out" if isinstance(dataset, PairList) else "--split-file: use another split"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
-            print(f"note: no pairs for {name} ({remedy})", file=sys.stderr)
+            print_note(f"no pairs for {name} ({remedy})")
 
 
 def check_names(pairs: list[PairFiles]) -> None:
@@ -388,7 +410,9 @@ def check_names(pairs: list[PairFiles]) -> None:
 
 def largest_image(pairs: list[PairFiles]) -> int:
     """Number of pixels of the largest image. Checks the headers of all files; UserError for the first that is wrong."""
-    bar = progress.bar(pairs, desc="checking", unit="pair", disable=len(pairs) < 5000, leave=False)
+    bar = progress.bar(
+        pairs, desc="checking", unit="pair", disable=len(pairs) < 5000 or ranks.current().rank != 0, leave=False
+    )
     return max(height * width for height, width in map(pair_size, bar))
 
 
@@ -418,49 +442,60 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def read_plan(partial: Path) -> dict[str, Any] | None:
-    """The description of the conversion that began `partial`, None if there is none."""
+def read_plan(partial: Path) -> str | None:
+    """The command that writes the work folder `partial`, "" if that is unreadable, None if it is no work folder."""
     try:
-        return json.loads((partial / PLAN).read_text("utf-8"))
+        return str(json.loads((partial / PLAN).read_text("utf-8"))["command"])
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
-        return {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
-def open_partial(partial: Path, out: Path, plan: Plan) -> Lock:
-    """Create the work folder, or reuse that of an interrupted conversion with the same plan; return its lock."""
+def open_partial(partial: Path, plan: Plan) -> Lock:
+    """Create the work folder, or reuse that of an interrupted run of the same command; return its lock."""
     if os.path.lexists(partial) and (not partial.is_dir() or os.listdir(partial)):
         found = read_plan(partial)
         if found is None:
             raise UserError(f"{partial}: already exists and is not an unfinished conversion; move it away")
-        if found != plan.description:
+        if found != plan.command:
             raise UserError(
-                f"{partial}: an unfinished conversion of other files or with other options; remove it, or finish it "
-                "with the command that began it"
+                f"{partial}: an unfinished conversion with other options ({f'`{found}`' if found else 'unknown'}); "
+                "remove it, or finish it with that command"
             )
     else:
         partial.mkdir(parents=True, exist_ok=True)
-        files.write_json(partial / PLAN, plan.description)
-    return Lock(partial / LOCK, "conversion")
+        files.write_json(partial / PLAN, {"command": plan.command})
+    lock = Lock(partial / LOCK, "conversion")
+    # With other files, an earlier run may have divided them into other shards.
+    planned = tuple(shard.file for shard in plan.planned)
+    remove(path for path in partial.iterdir() if ".mindrecord" in path.name and not path.name.startswith(planned))
+    return lock
 
 
-def read_finished_shard(path: Path) -> shards.Shard | None:
-    """The complete shard `path` of this or an earlier run, or None."""
+def read_finished_shard(partial: Path, planned: PlannedShard) -> shards.Shard | None:
+    """A shard that this or an earlier run has completed from the same inputs, or None."""
     try:
-        shard = schema.read(shards.Shard, json.loads(Path(f"{path}.json").read_text("utf-8")))
-        shard.check_files(path.parent)
+        found = json.loads((partial / f"{planned.file}.json").read_text("utf-8"))
+        if found["inputs"] != planned.inputs:
+            return None
+        shard = schema.read(shards.Shard, found["shard"])
+        shard.check_files(partial)
         return shard
-    except (OSError, ValueError, RecursionError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
 
 
 def remove_leftovers(partial: Path, planned: list[PlannedShard]) -> None:
     """Remove what killed processes left of unfinished shards."""
     names = tuple(shard.file for shard in planned)
-    for path in list(partial.iterdir()):
-        if ".partial-" in path.name and path.name.startswith(names):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(path for path in partial.iterdir() if ".partial-" in path.name and path.name.startswith(names))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, and folders with all that is in them."""
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -474,7 +509,7 @@ def write_shards(
     rank: ranks.Rank,
 ) -> None:
     """Write those shards that are not finished yet, in worker processes, with a progress bar."""
-    remaining = [shard for shard in planned if not read_finished_shard(partial / shard.file)]
+    remaining = [shard for shard in planned if not read_finished_shard(partial, shard)]
     remove_leftovers(partial, planned)  # the space may be needed
     if not remaining:
         return
@@ -483,13 +518,16 @@ def write_shards(
     os.set_blocking(counter, False)
 
     def write(index: int) -> None:
-        shards.write_shard(
-            partial / remaining[index].file,
-            remaining[index].pairs,
+        file, pairs, inputs = remaining[index]
+        shard = shards.write_shard(
+            partial / file,
+            pairs,
             codec_name=options.codec,
             layout=layout,
             progress=lambda: os.write(done, b"."),
         )
+        # Last: it tells later runs that the shard is complete.
+        files.write_json(partial / f"{file}.json", {"inputs": inputs, "shard": shard.to_json()})
 
     total, to_do = (sum(len(shard.pairs) for shard in some) for some in (planned, remaining))
     title = "converting" if rank.size == 1 else f"converting, rank 0 of {rank.size}"
@@ -523,13 +561,7 @@ def write_shards(
 
 def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) -> None:
     """Write the manifest and rename the folder."""
-    finished = [shard for planned in plan.planned if (shard := read_finished_shard(partial / planned.file))]
-    command = ["prep/convert.py", options.dataset, "--root", str(options.root)]
-    command += ["--shards", str(options.shards), "--codec", options.codec]
-    command += ["--split-file", str(options.split_file)] if options.split_file else []
-    for name in CUSTOM.get(options.dataset, ()):
-        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        command += [option] if value is True else [option, str(value)] if value else []
+    finished = [shard for planned in plan.planned if (shard := read_finished_shard(partial, planned))]
     manifest = shards.Manifest(
         dataset=options.dataset,
         schema_version=schema_version(plan.pairs),
@@ -537,7 +569,7 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
         shards={shard.file: shard for shard in finished},
         validation=plan.validation,
         made={
-            "command": shlex.join(command),
+            "command": make_command(options),
             "plan": plan.description,
             "versions": {"mindspore": version("mindspore"), "python": platform.python_version()},
         },

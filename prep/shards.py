@@ -351,8 +351,8 @@ def write_shard(
 ) -> Shard:
     """Write pairs as the shard `path`.
 
-    The shard and its index appear under their names only when they are complete and on disk; `path`.json, written
-    last, tells a later run so. `progress` is called after each pair.
+    The shard and its index appear under their names only when they are complete and on disk. `progress` is called after
+    each pair.
 
     Args:
         pairs: all with ground truth, or all without.
@@ -401,7 +401,6 @@ def write_shard(
         for written in (index, unfinished):
             written.chmod(work.stat().st_mode & 0o666)  # MindRecord's own mode is 0600
             written.replace(folder / written.name)
-        write_json(f"{path}.json", shard.to_json())
     except RuntimeError as error:  # from MindRecord; reading raises UserError or OSError
         # MindRecord or another process may already have deleted what filled the disk: report the minimum.
         free = min(free, free_bytes(folder))

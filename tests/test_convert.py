@@ -307,9 +307,9 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(root: P
 
 def test_an_unfinished_conversion_with_other_options_is_left_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "plan.json").write_text("{}")
+    (tmp_path / "out.partial" / "plan.json").write_text('{"command": "prep/convert.py sintel"}')
     line = stop("flyingchairs", root, tmp_path / "out")
-    assert "out.partial: an unfinished conversion of other files or with other options" in line
+    assert "out.partial: an unfinished conversion with other options (`prep/convert.py sintel`)" in line
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -359,6 +359,33 @@ def test_a_damaged_input_file_is_named(root: Path, tmp_path: Path, file: str, ho
     line = stop("flyingchairs", broken, tmp_path / "out", "--shards", 2)
     assert message in line and f"with space é/{file}" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_conversion_resumes_after_a_damaged_file_is_corrected(root: Path, tmp_path: Path, ranks: int) -> None:
+    """It keeps the shards that were complete, whatever the number of ranks, and only those: another file changes, too."""
+    whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 6)
+    data = shutil.copytree(root, tmp_path / "data")
+    damage(data / "00009_img1.ppm", "cut")
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ["flyingchairs", "--root", data, "--out", out, "--shards", 6, "--workers", 1]
+    words = [sys.executable, "prep/convert.py", *command] if ranks == 1 else ["prep/convert.py", *command]
+    process = tiny.mpirun(ranks, *words)
+    _, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(lines) == 1, err
+    assert "00009_img1.ppm: " in lines[0] and lines[0].endswith(f"run the same command again to resume from {partial}")
+    with pytest.raises(UserError, match="run the same command again to resume"):
+        Manifest.load(out)
+    before = {path.name: path.stat().st_ino for path in partial.glob("*.mindrecord")}
+    assert "train-00000-of-00006.mindrecord" in before and "train-00004-of-00006.mindrecord" not in before
+    shutil.copy2(root / "00009_img1.ppm", data)
+    os.utime(data / "00001_flow.flo")
+    tiny.convert(*command[:1], data, out, "--shards", 6)
+    kept = {name for name, inode in before.items() if (out / name).stat().st_ino == inode}
+    assert kept == before.keys() - {"train-00000-of-00006.mindrecord"}
+    shards = [folder.glob("*.mindrecord") for folder in (out, whole)]
+    assert [*map(Path.read_bytes, sorted(shards[0]))] == [*map(Path.read_bytes, sorted(shards[1]))]
 
 
 @pytest.mark.parametrize("image,message", [

@@ -42,11 +42,12 @@ def convert(*words: Any, out: Path) -> Path:
 
 
 def refusal(*words: Any, out: Path) -> str:
-    """The line of error of a conversion that must fail and leave nothing behind."""
+    """The line of error of a conversion that must fail, and leave nothing behind unless that line says so."""
     done = run_convert(*words, "--out", out)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert not list(out.parent.glob(f"{out.name}*"))
+    left = [f"{out.name}.partial"] if lines[0].endswith(f"to resume from {out}.partial") else []
+    assert [path.name for path in out.parent.glob(f"{out.name}*")] == left
     return lines[0]
 
 
@@ -219,7 +220,7 @@ def write_as(suffix: str, flow: np.ndarray, path: Path) -> Path:
 
 
 def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
-    """The list may mix them; of 16 bits, the upper 8 are used, with one note."""
+    """The list may mix them, in any case; of 16 bits, the upper 8 are used, with one note."""
     flow = np.round(64 * tiny.flow(np.random.default_rng(1), HEIGHT, WIDTH)) / 64  # what KITTI's format can say
     image = np.asarray(Image.open(files / "1.png"))
     frames = ["a.png", "a.ppm", "a.webp", "a.tif", "a.bmp", "deep.png", "deep.tif"]
@@ -228,7 +229,8 @@ def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
     for name in ("deep.png", "deep.tif"):
         cv2.imwrite(str(files / name), image[..., ::-1].astype(np.uint16) << 8)
     suffixes = (".flo", ".pfm", ".png", ".flo5", ".npy", ".npz")
-    flows = [write_as(suffix, flow.astype(np.float32), files / "flow").name for suffix in suffixes]
+    flows = [write_as(suffix, flow.astype(np.float32), files / "flow") for suffix in suffixes]
+    flows = [path.rename(path.with_suffix(path.suffix.upper())).name for path in flows]
     rows = [
         {"image1": name, "image2": "2.png", "flow": flows[i % len(flows)], "name": name}
         for i, name in enumerate(frames)
@@ -333,7 +335,7 @@ def resize(folder: Path, name: str) -> None:
 def test_files_that_contradict_each_other_are_named_with_their_line(
     files: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str
 ) -> None:
-    """Nothing is left behind, although pairs before it were fine."""
+    """What a header shows is found before anything is written."""
     spoil(files)
     list_file = write_list(files / "pairs.csv", *rows_of(*ROWS))
     line = refusal("pairs", "--list", list_file, "--workers", 1, out=tmp_path / "out")
@@ -355,6 +357,23 @@ def test_nan_may_mean_unknown_if_a_mask_or_an_option_says_so(files: Path, tmp_pa
     tiny.save(files / "mask.png", mask)
     line = refusal("pairs", "--list", files / "a.csv", out=tmp_path / "c")
     assert "mask.png: marks 1 pixels as valid at which 2.flo is NaN or over 1e9, the first at row 0, column 2" in line
+
+
+def test_a_list_may_be_corrected_in_any_way_before_it_is_resumed(files: Path, tmp_path: Path) -> None:
+    """Without the wrong pair, the others are in other shards; with the advised option, they are in the same ones."""
+    spoil_flow(files, np.nan, 3)
+    list_file = write_list(files / "pairs.csv", *rows_of(*ROWS))
+    for corrected, options in ((rows_of(ROWS[0], ROWS[2]), []), (rows_of(*ROWS), ["--nan-is-unknown"])):
+        write_list(list_file, *rows_of(*ROWS))
+        assert "NaN at 3" in refusal("pairs", "--list", list_file, "--workers", 1, out=tmp_path / "out")
+        write_list(list_file, *corrected)
+        resumed = convert("pairs", "--list", list_file, *options, out=tmp_path / "out")
+        fresh = convert("pairs", "--list", list_file, *options, out=tmp_path / "fresh")
+        assert {path.name: path.read_bytes() for path in resumed.iterdir()} == {
+            path.name: path.read_bytes() for path in fresh.iterdir()
+        }
+        shutil.rmtree(resumed)
+        shutil.rmtree(fresh)
 
 
 def test_the_same_list_is_recognised_and_a_changed_one_is_not(files: Path, tmp_path: Path) -> None:
@@ -450,11 +469,31 @@ def test_a_truncated_video_is_refused(tmp_path: Path, suffix: str, codec: str) -
      "shots: contains no pairs of frames; expected folders with more than 1 images"),
     (lambda folder: resize(folder, "walk/7.png"), "walk/7.png: 8x8 pixels, expected 96x64 as in 6.png"),
     (lambda folder: (folder / "walk/7.png").write_bytes(b"x"), "walk/7.png: not a readable image"),
+    (lambda folder: (folder / "walk/11.PNG").touch(), "walk/11.png: 11.PNG has the same name; remove or rename one"),
     (lambda folder: (folder / "ride.avi").write_bytes(b"x" * 99), "ride.avi: is not a video that OpenCV can decode"),
 ])  # fmt: skip
 def test_a_mistake_in_frames_is_named(shots: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(shots)
     assert message in refusal("frames", "--root", shots, out=tmp_path / "out")
+
+
+def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -> None:
+    """Data sets are often made of links. What is left out is said."""
+    (shots / "again").symlink_to("walk")
+    (shots / "walk" / "up").symlink_to("..")
+    (shots / "lost").symlink_to("nowhere")
+    done = run_convert("frames", "--root", shots, "--out", tmp_path / "out", "--step", 6)
+    assert done.returncode == 0, done.stderr
+    names = reader.DatasetSplit.open(tmp_path / "out", "train").names
+    expected = {"again": 6, "ride.avi": 4, "walk": 6}
+    assert {folder: sum(name.startswith(folder + "/") for name in names) for folder in expected} == expected
+    assert len(names) == 16
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: {shots}/again/up: a link to a folder around it; left out",
+        f"note: {shots}/lost: a broken link; left out",
+        f"note: {shots}/walk/up: a link to a folder around it; left out",
+    ]
 
 
 def test_another_step_is_another_dataset(shots: Path, tmp_path: Path) -> None:
@@ -481,9 +520,10 @@ def test_pairs_and_frames_are_read_from_an_archive(files: Path, shots: Path, tmp
 
 
 def test_numbers_in_names_count_by_value(tmp_path: Path) -> None:
-    for name in ("10.png", "9.png", "a2.jpg", "a10.jpg", ".9.png", "9.txt"):
+    for name in ("10.png", "9.PNG", "a2.jpg", "a10.jpg", ".9.png", "9.txt"):
         (tmp_path / name).touch()
-    assert frames.image_names(tmp_path) == ["9.png", "10.png", "a2.jpg", "a10.jpg"]
+    (tmp_path / "11.png").mkdir()
+    assert frames.image_names(tmp_path) == ["9.PNG", "10.png", "a2.jpg", "a10.jpg"]
 
 
 def test_a_pair_of_a_video_lists_its_file(shots: Path) -> None:

@@ -5,6 +5,7 @@ how to add one.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,13 @@ class PairFiles:
     def masks(self) -> list[ReleasePath]:
         """The masks that exist for this pair."""
         return [path for path in (self.invalid, self.valid, self.occluded) if path]
+
+    def how_to_read(self) -> str:
+        """All that decides what is read for this pair, apart from the content of its files."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("name", "row", "held_out"):
+            del fields[name]
+        return repr({name: "a file" if isinstance(value, ReleasePath) else value for name, value in fields.items()})
 
     @contextlib.contextmanager
     def naming_row(self) -> Iterator[None]:
@@ -183,7 +191,7 @@ def _read_pair(pair: PairFiles) -> Sample:
         mask = read(pair.valid, read_mask)
         check_mask(pair.valid, mask, pair.flow, valid)
         valid = mask
-    elif not pair.nan_is_unknown and pair.flow.suffix not in MARKS_UNKNOWN:
+    elif not pair.nan_is_unknown and pair.flow.suffix.lower() not in MARKS_UNKNOWN:
         check_nan(pair.flow, flow)
     if pair.row and not valid.any():
         raise UserError(f"{pair.flow}: no flow in it is known; leave the column flow empty if there is no ground truth")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import UserError
-from prep.archive import ReleasePath, list_names
-from prep.datasets import PairFiles
+from launch.logs import print_note
+from prep.archive import ReleasePath, list_folders, list_names
+from prep.datasets import NoRelease, PairFiles
 from prep.formats import video
 
 IMAGE_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -31,35 +32,50 @@ class FrameSequences:
         """The pairs of a video, or of the folder `root` and all folders and videos in it, by path, then by frame.
 
         Raises:
-            UserError: there are no frames, or a video is damaged.
+            NoRelease: there are no frames.
+            UserError: two frames of a folder have the same name, or a video is damaged.
         """
         if not root.exists():
             raise UserError(f"{root}: does not exist; expected a folder of frames or a video")
-        pairs = self._pair_folder(root, "") if root.is_dir() else self._pair_video(root, root.name)
+        pairs = self._pair_folder(root, "", ()) if root.is_dir() else self._pair_video(root, root.name)
         if not pairs:
-            raise UserError(
+            raise NoRelease(
                 f"{root}: contains no pairs of frames; expected folders with more than {self.step} images "
                 f"({', '.join(IMAGE_SUFFIXES)}), or videos ({', '.join(video.SUFFIXES)})"
             )
         return pairs
 
-    def _pair_folder(self, folder: ReleasePath, prefix: str) -> list[PairFiles]:
-        """The pairs of a folder's images, then those of its videos and folders by name; `prefix` begins their names."""
+    def _pair_folder(self, folder: ReleasePath, prefix: str, above: tuple[str, ...]) -> list[PairFiles]:
+        """The pairs of a folder's images, then those of its videos and folders by name.
+
+        Args:
+            folder: need not contain any.
+            prefix: begins the names of the pairs.
+            above: the folders around it, without links.
+        """
+        here = os.path.realpath(folder)
+        if here in above:
+            print_note(f"{folder}: a link to a folder around it; left out")
+            return []
         images = image_names(folder)
+        check_unique(folder, images)
         pairs = [
             PairFiles(
                 prefix + os.path.splitext(images[first])[0], folder / images[first], folder / images[second], flow=None
             )
             for first, second in self._choose(len(images))
         ]
-        for name in list_names(folder):
+        folders = set(list_folders(folder))
+        for name in sorted({*list_names(folder)} - {*images}):
             path = folder / name
             if name.startswith("."):
                 continue
-            if path.is_dir():
-                pairs += self._pair_folder(path, f"{prefix}{name}/")
+            if name in folders:
+                pairs += self._pair_folder(path, f"{prefix}{name}/", (*above, here))
             elif name.lower().endswith(video.SUFFIXES):
                 pairs += self._pair_video(path, f"{prefix}{name}")
+            elif not path.exists():
+                print_note(f"{path}: a broken link; left out")
         return pairs
 
     def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:
@@ -76,6 +92,16 @@ class FrameSequences:
         return [(first, first + self.step) for first in range(0, frames - self.step, self.stride)]
 
 
+def check_unique(folder: ReleasePath, names: list[str]) -> None:
+    """Raise UserError if two images of a folder differ only in their suffix: they are hardly two frames."""
+    found: dict[str, str] = {}
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        if stem in found:
+            raise UserError(f"{folder / name}: {found[stem]} has the same name; remove or rename one of them")
+        found[stem] = name
+
+
 def image_names(folder: ReleasePath) -> list[str]:
     """The names of the images in a folder, in order, numbers by value: 9 before 10."""
 
@@ -83,5 +109,6 @@ def image_names(folder: ReleasePath) -> list[str]:
         parts = re.split(r"(\d+)", name)
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
 
-    names = [name for name in list_names(folder) if not name.startswith(".")]
+    folders = set(list_folders(folder))
+    names = [name for name in list_names(folder) if not name.startswith(".") and name not in folders]
     return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=order)

@@ -83,7 +83,7 @@ def flow_size(path: StrPath) -> tuple[int, int]:
 
 def format_of(path: StrPath) -> tuple[Parser, SizeReader]:
     """The functions (parse, size) for a flow file's suffix; UserError if it is not supported."""
-    suffix = os.path.splitext(path)[1]
+    suffix = os.path.splitext(path)[1].lower()
     if suffix not in FORMATS:
         raise UserError(f"{path}: not a supported flow format; expected {', '.join(FORMATS)}")
     return FORMATS[suffix]

@@ -84,7 +84,7 @@ def mask_size(path: StrPath) -> tuple[int, int]:
 
 def is_array(path: StrPath) -> bool:
     """Whether a mask is an array rather than an image."""
-    return os.path.splitext(path)[1] == ".npy"
+    return os.path.splitext(path)[1].lower() == ".npy"
 
 
 def check_mask(header: npy.Header, name: StrPath) -> tuple[int, int]:
