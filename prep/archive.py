@@ -579,4 +579,4 @@ def bad_member(archive: str, name: str, reason: str) -> UserError:
 
 def damaged(path: str, reason: str | Exception) -> UserError:
     """The UserError for an archive or a file in it that is damaged."""
-    return UserError(f"{path}: damaged in the archive ({one_line(reason)}); download or copy the archive again")
+    return UserError(f"{path}: damaged ({one_line(reason)}); download or copy the archive again")

@@ -261,7 +261,7 @@ def test_a_damaged_file_in_a_zip_is_named(release: Path, tmp_path: Path) -> None
     """Its CRC-32 tells, although a flipped bit in an image is no error of the format."""
     flip(pack(tmp_path / "stored.zip", release), (release / "data/00003_img2.ppm").read_bytes())
     line = stop(tmp_path / "stored.zip", tmp_path / "out")
-    assert "stored.zip/FlyingChairs_release/data/00003_img2.ppm: damaged in the archive (its CRC-32 is wrong)" in line
+    assert "stored.zip/FlyingChairs_release/data/00003_img2.ppm: damaged (its CRC-32 is wrong)" in line
     packed = pack(tmp_path / "deflated.zip", release)
     with zipfile.ZipFile(packed) as opened:
         info = opened.getinfo("FlyingChairs_release/data/00003_img2.ppm")
@@ -269,10 +269,10 @@ def test_a_damaged_file_in_a_zip_is_named(release: Path, tmp_path: Path) -> None
     content[info.header_offset + 30 + len(info.filename) + info.compress_size // 2] ^= 64
     packed.write_bytes(content)
     line = stop(packed, tmp_path / "out 2")
-    assert "deflated.zip/FlyingChairs_release/data/00003_img2.ppm: damaged in the archive (" in line
+    assert "deflated.zip/FlyingChairs_release/data/00003_img2.ppm: damaged (" in line
     content[info.header_offset] ^= 1
     packed.write_bytes(content)
-    assert "00003_img2.ppm: damaged in the archive (its header is not in its place)" in stop(packed, tmp_path / "out 3")
+    assert "00003_img2.ppm: damaged (its header is not in its place)" in stop(packed, tmp_path / "out 3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,14 +280,14 @@ def test_a_damaged_file_in_a_zip_is_named(release: Path, tmp_path: Path) -> None
 def test_a_truncated_archive_is_named(release: Path, tmp_path: Path, kind: str, share: float) -> None:
     packed = pack(tmp_path / kind, release)
     os.truncate(packed, int(share * packed.stat().st_size))
-    with pytest.raises(UserError, match=f"^{packed}: damaged in the archive .*download or copy the archive again$"):
+    with pytest.raises(UserError, match=f"^{packed}: damaged .*download or copy the archive again$"):
         archive.open_archives(packed)
 
 
 def test_a_tar_that_ends_between_two_files_is_truncated(tmp_path: Path) -> None:
     packed = make(tmp_path / "a.tar", {"a": bytes(512), "b": bytes(512)})
     os.truncate(packed, 1024)
-    with pytest.raises(UserError, match=r"a.tar: damaged in the archive \(it is truncated, or the header at byte 1024"):
+    with pytest.raises(UserError, match=r"a.tar: damaged \(it is truncated, or the header at byte 1024"):
         archive.open_archives(packed)
 
 
@@ -364,7 +364,7 @@ def test_a_zip_that_claims_more_than_it_contains(tmp_path: Path) -> None:
     packed = make(tmp_path / "deflated.zip", {"a": bytes(5000)})
     content = bytearray(packed.read_bytes())
     place = content.index(b"PK\1\2")
-    for length, message in ((1 << 30, "its member a: it claims 1073741824 bytes"), (4999, "a: damaged in the archive")):
+    for length, message in ((1 << 30, "its member a: it claims 1073741824 bytes"), (4999, "a: damaged")):
         content[place + 24 : place + 28] = length.to_bytes(4, "little")
         packed.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -378,7 +378,7 @@ def test_a_tar_gz_takes_no_memory_for_what_a_header_claims(tmp_path: Path) -> No
     compressor = zlib.compressobj(wbits=31)
     data = compressor.compress(info.tobuf()) + compressor.compress(bytes(1 << 24)) + compressor.flush()
     (tmp_path / "a.tar.gz").write_bytes(data)
-    with pytest.raises(UserError, match=r"a.tar.gz: damaged in the archive \(a header claims 2147483648 bytes"):
+    with pytest.raises(UserError, match=r"a.tar.gz: damaged \(a header claims 2147483648 bytes"):
         archive.open_archives(tmp_path / "a.tar.gz")
 
 

@@ -363,7 +363,7 @@ def test_a_damaged_input_file_is_named(root: Path, tmp_path: Path, file: str, ho
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_conversion_resumes_after_a_damaged_file_is_corrected(root: Path, tmp_path: Path, ranks: int) -> None:
-    """It keeps the shards that were complete, whatever the number of ranks, and only those: another file changes, too."""
+    """It keeps the shards that were complete, and only those: another file changes, too."""
     whole = tiny.convert("flyingchairs", root, tmp_path / "whole", "--shards", 6)
     data = shutil.copytree(root, tmp_path / "data")
     damage(data / "00009_img1.ppm", "cut")

@@ -92,9 +92,9 @@ class PairList:
             raise UserError(f"{where}: split is {values['split']!r}, expected {' or '.join(SPLITS)}")
         files = {column: root / values[column] for column in FILES if column in values}
         for column, path in files.items():
-            if not is_file(path):
+            if problem := check_file(path):
                 raise UserError(
-                    f"{where}: {column} {path}: no such file; paths are relative to --root, by default the folder of "
+                    f"{where}: {column} {path}: {problem}; paths are relative to --root, by default the folder of "
                     "the list"
                 )
         return PairFiles(
@@ -127,12 +127,14 @@ def hold_out(pairs: list[PairFiles], share: float) -> list[PairFiles]:
     return [replace(pair, held_out=i in chosen) for i, pair in enumerate(pairs)]
 
 
-def is_file(path: ReleasePath) -> bool:
-    """Whether a file exists; not, if its name is too long for one."""
+def check_file(path: ReleasePath) -> str:
+    """What is wrong with a path that should be a file's; "" if nothing is."""
     try:
-        return path.is_file()
-    except OSError:
-        return False
+        if path.is_file():
+            return ""
+        return "is a folder, expected a file" if path.is_dir() else "no such file"
+    except OSError:  # such as a name that is too long
+        return "no such file"
 
 
 # --- Parsing --------------------------------------------------------------------------------------
@@ -205,7 +207,10 @@ def _read_table(path: Path, lines: list[str]) -> Iterator[Row]:
         elif len(cells) == len(columns):
             yield Row(number, _without_empty(dict(zip(columns, cells, strict=True))))
         else:
-            raise UserError(f"{where}: has {counted(len(cells), 'value')}, expected {len(columns)} as in the header")
+            raise UserError(
+                f"{where}: has {counted(len(cells), 'value')}, expected {len(columns)} as in the header; a value that "
+                f"contains {delimiter!r} must be in quotation marks"
+            )
 
 
 def _without_empty(values: dict[str, str | None]) -> dict[str, str]:
