@@ -5,7 +5,8 @@ launch/bundle.sh [--python VERSION] [--gpu [ARCHITECTURE ...]] [--strip] [--spli
 launch/bundle.sh --install DIR
 
 A bundle is a folder of wheels and, for GPUs, the project's own CUDA operators, all of which may be cut into pieces, and
-bundle.json with the SHA-256 of each piece. Installing needs only Python's standard library and pip.
+bundle.json with the SHA-256 of each piece, which is written last. Installing needs only Python's standard library and
+pip.
 """
 
 import os
@@ -17,22 +18,29 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import argparse
 import base64
 import concurrent.futures
+import contextlib
+import errno
+import fcntl
 import fnmatch
 import hashlib
 import json
+import multiprocessing
 import pathlib
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 from launch import errors, fatbin
 from launch.arguments import Parser
 from launch.errors import UserError
-from launch.files import write_json
+from launch.files import replacing, write_bytes, write_json
+from launch.processes import end_with_parent
 from launch.requirements import required
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -63,6 +71,9 @@ UNUSED_ON_CPU = ("mindspore/lib/plugin/gpu*/*", "mindspore/lib/plugin/libmindspo
 """Files that only GPUs need."""
 NVCC = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"))
 """Wheels with a complete nvcc. Those of CUDA 11 and 12 lack the compiler driver."""
+MANIFEST = "bundle.json"
+WORK = "downloading"
+"""Folder in a bundle that is not complete."""
 OPERATORS = "share/pwcnet-mindspore"
 """Folder of the environment for the CUDA operators; model/native/build.py looks there."""
 
@@ -126,27 +137,24 @@ def parse_size(text: str) -> int:
 def collect(options: argparse.Namespace) -> None:
     """Download the wheels, strip and cut them, and write bundle.json."""
     out: pathlib.Path = options.out
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: already exists and is not empty; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     architectures = None if options.gpu is None else tuple(options.gpu or ARCHITECTURES)
     extras = [*options.extras, *(["gpu"] if architectures else [])]
-    with tempfile.TemporaryDirectory(dir=out, prefix="downloading-") as folder:
-        wheels = download(pathlib.Path(folder), options.python, extras)
+    with new_bundle(out) as folder:
+        wheels = download(folder, options.python, extras)
         if options.strip:
             wheels = strip_all(wheels, architectures or ())
-        operators = build_operators(pathlib.Path(folder)) if architectures else []
+        operators = build_operators(folder) if architectures else []
         files = [store(file, out, options.split) for file in [*wheels, *operators]]
-    contents = {
-        "format_version": FORMAT_VERSION,
-        "python": options.python,
-        "extras": extras,
-        "architectures": architectures,
-        "stripped": options.strip,
-        "files": files,
-    }
-    # Last, so that a bundle with a manifest is complete.
-    write_json(out / "bundle.json", contents)
+        contents = {
+            "format_version": FORMAT_VERSION,
+            "python": options.python,
+            "extras": extras,
+            "architectures": architectures,
+            "stripped": options.strip,
+            "files": files,
+        }
+        # Last, so that a bundle with a manifest is complete.
+        write_json(out / MANIFEST, contents)
     print(f"\n{'MB':>8}  file")
     for file in sorted(files, key=lambda file: -file["size"]):
         print(
@@ -158,6 +166,65 @@ def collect(options: argparse.Namespace) -> None:
     print(f"next: copy this checkout and {out} to the other machine, and there: launch/bundle.sh --install DIR")
 
 
+@contextlib.contextmanager
+def new_bundle(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a work folder in a new bundle, without what an earlier process has left there if it was killed.
+
+    If the body fails, nothing of the bundle is left.
+
+    Raises:
+        UserError: the folder has other contents, or another process is writing to it.
+    """
+    work = out / WORK
+    if out.exists() and any(out.iterdir()) and not work.exists():
+        raise UserError(f"{out}: already exists and is not empty; name a new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        remove_parts(out)
+        try:
+            with scratch_folder(work):
+                yield work
+        except BaseException as error:
+            remove_parts(out)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("interrupted; the same command starts from the beginning") from None
+            raise
+
+
+@contextlib.contextmanager
+def locked(out: pathlib.Path) -> Iterator[None]:
+    """Hold a lock on a folder; UserError if another process does."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{out}: another command is collecting a bundle in it; wait, or name another folder"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(out: pathlib.Path) -> None:
+    """Remove the files of a bundle that is not complete, its manifest first."""
+    for path in [out / MANIFEST, *out.glob("*.whl*"), *out.glob("*.so*")]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: pathlib.Path) -> Iterator[None]:
+    """Have an empty folder, also if a killed process has left it with contents, and remove it afterwards."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathlib.Path]:
     """Download the wheels of all requirements for a Python version on x86-64 Linux."""
     platforms = [f"manylinux_{version}_x86_64" for version in GLIBC]
@@ -166,10 +233,7 @@ def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathl
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder), "--progress-bar=off", "-q"]
     command += [word for name in platforms for word in ("--platform", name)]
-    done = subprocess.run([*command, *required(extras)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no message"]
-        raise UserError(f"pip could not download the packages: {lines[0].removeprefix('ERROR: ')}; is there a network?")
+    run([*command, *required(extras)], "pip could not download the packages", "is there a network?")
     return sorted(folder.glob("*.whl"))
 
 
@@ -179,7 +243,7 @@ def build_operators(folder: pathlib.Path) -> list[pathlib.Path]:
     if not (os.environ.get("NVCC") or shutil.which("nvcc")):
         toolkit = folder / "toolkit"
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
-        run([*pip, "--target", str(toolkit), *NVCC], "pip could not download nvcc")
+        run([*pip, "--target", str(toolkit), *NVCC], "pip could not download nvcc", "is there a network?")
         root = toolkit / "nvidia" / "cu13"
         (root / "lib64").symlink_to("lib")  # where nvcc looks for its libraries
         environment["NVCC"] = str(root / "bin" / "nvcc")
@@ -189,19 +253,26 @@ def build_operators(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def strip_all(wheels: list[pathlib.Path], architectures: tuple[int, ...]) -> list[pathlib.Path]:
     """Strip wheels, several at a time; returns the paths of the smaller ones."""
-    from launch import progress
-
-    with (
-        concurrent.futures.ProcessPoolExecutor() as pool,
-        progress.bar(total=len(wheels), desc="stripping", unit="wheel") as bar,
-    ):
+    with concurrent.futures.ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
         # The largest first: they take the longest.
         running = [pool.submit(strip, wheel, architectures) for wheel in sorted(wheels, key=size_of, reverse=True)]
+        workers = multiprocessing.active_children()
         stripped = []
-        for done in concurrent.futures.as_completed(running):
-            stripped.append(done.result())
-            bar.update()
+        try:
+            for done in concurrent.futures.as_completed(running):
+                stripped.append(done.result())
+                print(f"stripped {len(stripped)} of {len(wheels)}: {stripped[-1].name}", flush=True)
+        except BaseException:
+            for worker in workers:
+                worker.terminate()
+            raise
     return sorted(stripped)
+
+
+def start_worker(parent: int) -> None:
+    """End with the parent process, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
 
 
 def size_of(path: pathlib.Path) -> int:
@@ -210,9 +281,12 @@ def size_of(path: pathlib.Path) -> int:
 
 def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
     """Write a wheel without unused files and GPU code, compressed by LZMA; returns its path."""
-    target = wheel.with_suffix(".stripped")
     unused = UNUSED if architectures else UNUSED + UNUSED_ON_CPU
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as stripped:
+    with (
+        replacing(wheel) as target,
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as stripped,
+    ):
         records = {}
         for item in source.infolist():
             if item.is_dir() or item.filename.endswith(".dist-info/RECORD"):
@@ -229,7 +303,6 @@ def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
         record = next(item for item in source.infolist() if item.filename.endswith(".dist-info/RECORD"))
         lines = [*records.values(), f"{record.filename},,"]
         stripped.writestr(as_member(record), "\n".join(lines) + "\n")
-    target.replace(wheel)
     return wheel
 
 
@@ -248,7 +321,7 @@ def store(path: pathlib.Path, out: pathlib.Path, limit: int | None) -> dict[str,
     with path.open("rb") as file:
         while data := file.read(limit or size):
             name = path.name if size <= (limit or size) else f"{path.name}.{len(pieces):03d}"
-            (out / name).write_bytes(data)
+            write_bytes(out / name, data)
             pieces.append({"name": name, "sha256": hashlib.sha256(data).hexdigest()})
     path.unlink()
     return {"name": path.name, "size": size, "pieces": pieces}
@@ -265,8 +338,9 @@ def install(bundle: pathlib.Path) -> None:
             "install it, or collect the bundle again with the --python that is there"
         )
     # Beside the environment, which is large too: /tmp may be small.
-    with tempfile.TemporaryDirectory(dir=environment.parent, prefix="bundle-") as folder:
-        files = [assemble(file, bundle, pathlib.Path(folder)) for file in contents["files"]]
+    folder = environment.with_name(f"{environment.name}.bundle")
+    with scratch_folder(folder):
+        files = [assemble(file, bundle, folder) for file in contents["files"]]
         print(f"all {len(files)} files are intact; installing into {environment}", flush=True)
         if not (environment / "bin" / "python").exists():
             run([python, "-m", "venv", str(environment)], f"cannot create the environment {environment}")
@@ -291,23 +365,43 @@ def find_interpreter(version: str, environment: pathlib.Path) -> str | None:
     return None
 
 
-def run(command: list[str], failure: str, **options: Any) -> str:
-    """Run a command and return its output; raises UserError with its last line if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+def run(command: list[str], failure: str, remedy: str = "", **options: Any) -> str:
+    """Run a command, which ends with this process, and return its output; raises UserError with the reason if it fails.
+
+    Args:
+        failure: begins the error.
+        remedy: ends it, unless a disk is full.
+        options: of subprocess.run.
+    """
+    parent = os.getpid()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=lambda: end_with_parent(parent), **options
+    )
     if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise UserError(f"{failure}: {(lines or ['no message'])[-1]}")
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()] or ["no message"]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]  # pip's
+        reason = lines[-1] if errors[:1] in ([], ["Exception:"]) else errors[0]
+        if os.strerror(errno.ENOSPC) in reason:
+            remedy = f"free some space there, and in {tempfile.gettempdir()}, or choose another disk"
+        raise UserError("; ".join(filter(None, [f"{failure}: {reason}", remedy])))
     return done.stdout
 
 
 def read_bundle(bundle: pathlib.Path) -> dict[str, Any]:
     """What bundle.json says."""
-    path = bundle / "bundle.json"
+    path = bundle / MANIFEST
     if not path.exists():
         raise UserError(f"{path}: missing; expected a folder that launch/bundle.sh --out has completed")
     try:
         contents = json.loads(path.read_text())
         version = contents["format_version"]
+        if version == FORMAT_VERSION:
+            names = [contents["python"], *(file["name"] for file in contents["files"])]
+            names += [
+                piece[key] for file in contents["files"] for piece in file["pieces"] for key in ("name", "sha256")
+            ]
+            if any(pathlib.PurePath(name).name != name for name in names):
+                raise ValueError("a name is a path")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a bundle's manifest; copy the bundle again") from None
     if version != FORMAT_VERSION:
@@ -318,12 +412,13 @@ def read_bundle(bundle: pathlib.Path) -> dict[str, Any]:
 def assemble(file: dict[str, Any], bundle: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Join the pieces of a file in a folder, checking each; returns its path."""
     path = folder / file["name"]
-    with path.open("wb") as target:
+    with naming(path), path.open("wb") as target:
         for piece in file["pieces"]:
             source = bundle / piece["name"]
             if not source.exists():
                 raise UserError(f"{source}: missing; copy it again")
-            data = source.read_bytes()
+            with naming(source):
+                data = source.read_bytes()
             digest = hashlib.sha256(data).hexdigest()
             if digest != piece["sha256"]:
                 raise UserError(
@@ -331,6 +426,16 @@ def assemble(file: dict[str, Any], bundle: pathlib.Path, folder: pathlib.Path) -
                 )
             target.write(data)
     return path
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Add a path to an OSError that names no file, as when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 if __name__ == "__main__":

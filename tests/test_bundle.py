@@ -1,6 +1,9 @@
 """launch/bundle.sh: GPU code is found and blanked exactly, and a bundle installs without a network."""
 
+import argparse
 import base64
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -137,6 +140,75 @@ def test_missing_and_damaged_pieces_are_named(tmp_path: pathlib.Path) -> None:
         bundle.install(made)
     with pytest.raises(UserError, match=r"bundle\.json: missing; expected a folder that"):
         bundle.install(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"format_version": 1, "python": "3.11"}',
+    '{"format_version": 1, "python": "3.11", "files": [{"name": "a.whl", "pieces": [{"name": "../b", "sha256": ""}]}]}',
+])  # fmt: skip
+def test_a_damaged_manifest_is_named(tmp_path: pathlib.Path, text: str) -> None:
+    """Also one that would write outside of its folder."""
+    (tmp_path / "bundle.json").write_text(text)
+    with pytest.raises(UserError, match=r"bundle\.json: not a bundle's manifest; copy the bundle again"):
+        bundle.install(tmp_path)
+
+
+def collect(out: pathlib.Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException | None = None) -> None:
+    """Collect a bundle of one wheel; with `failure`, that is raised when a part of it is in its place."""
+
+    def download(folder: pathlib.Path, python: str, extras: list[str]) -> list[pathlib.Path]:
+        if failure:
+            (out / "a.whl.000").touch()
+            raise failure
+        return [make_wheel(folder)]
+
+    monkeypatch.setattr(bundle, "download", download)
+    options = {"out": out, "python": "3.11", "gpu": None, "extras": [], "strip": True, "split": 300}
+    bundle.collect(argparse.Namespace(**options))
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), UserError(""), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_bundle_that_could_not_be_completed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    """The same command can be run again."""
+    with pytest.raises(type(failure)):
+        collect(tmp_path / "out", monkeypatch, failure)
+    assert not list((tmp_path / "out").iterdir())
+    collect(tmp_path / "out", monkeypatch)
+    assert (tmp_path / "out" / "bundle.json").exists()
+
+
+def test_what_a_killed_command_left_is_replaced(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it was killed; but other files are never removed, nor those of a running command."""
+    collect(tmp_path / "expected", monkeypatch)
+    expected = sorted(path.name for path in (tmp_path / "expected").iterdir())
+    out = tmp_path / "out"
+    (out / bundle.WORK).mkdir(parents=True)
+    for name in (f"{bundle.WORK}/x.whl", "other.whl.007", "operators.so", "bundle.json"):
+        (out / name).touch()
+    running = os.open(out, os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="out: another command is collecting a bundle in it"):
+        collect(out, monkeypatch)
+    os.close(running)
+    collect(out, monkeypatch)
+    assert sorted(path.name for path in out.iterdir()) == expected
+    with pytest.raises(UserError, match="out: already exists and is not empty; name a new folder"):
+        collect(out, monkeypatch)
+    assert sorted(path.name for path in out.iterdir()) == expected
+
+
+@pytest.mark.parametrize("script,message", [
+    ("echo ERROR: no such package >&2; echo ERROR: second >&2; exit 1", "it failed: no such package; try again"),
+    ("echo ERROR: Exception: >&2; echo 'OSError: [Errno 28] No space left on device' >&2; exit 1",
+     "it failed: OSError: .* No space left on device; free some space there"),
+    ("echo first; echo last; exit 1", "it failed: last; try again"),
+    ("exit 1", "it failed: no message; try again"),
+])  # fmt: skip
+def test_the_reason_of_a_failed_command_is_found(script: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bundle.run(["sh", "-c", script], "it failed", "try again")
 
 
 @pytest.mark.parametrize("text", ["", "M", "0M", "-1", "60MB", "1.5G", "60m"])
