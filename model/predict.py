@@ -33,6 +33,7 @@ import numpy as np
 from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
+from launch.logs import print_note
 from model.backend import add_backend_option
 from model.precision import add_precision_option
 from prep.datasets.frames import IMAGE_SUFFIXES, image_names
@@ -387,10 +388,9 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
     if total == 0:
         raise UserError(f"{args.input[0]}: has one frame; expected at least two")
     if total < frames.count - 1:
-        print(
-            f"note: {args.input[0]} says it has {frames.count} frames, but only {total + 1} could be decoded; "
-            "it may be cut short",
-            file=sys.stderr,
+        print_note(
+            f"{args.input[0]} says it has {frames.count} frames, but only {total + 1} could be decoded; it may be cut "
+            "short"
         )
     skipped = f", {counts.skipped} skipped as their outputs exist" if counts.skipped else ""
     print(

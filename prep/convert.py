@@ -366,7 +366,7 @@ def fingerprint(pairs: list[PairFiles]) -> str:
 
 def hash_inputs(pairs: list[PairFiles], layout: shards.PageLayout) -> str:
     """SHA-256 over everything that a shard is made from: the pairs' files, how they are read, the layout."""
-    parts = [fingerprint(pairs), repr(layout), *(pair.how_to_read() for pair in pairs)]
+    parts = [str(shards.SCHEMA_VERSION), fingerprint(pairs), repr(layout), *(pair.how_to_read() for pair in pairs)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -387,8 +387,8 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
         + (f"; {unlabelled} without ground truth" if unlabelled else "")
     )
     if dataset.PAIRS not in (None, pairs) and not custom:
-        print(  # on stdout, with the numbers that it explains
-            f"note: found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
+        print_note(
+            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
             "(--split-file: use another)"
         )
     if unlabelled == pairs:
@@ -458,10 +458,13 @@ def open_partial(partial: Path, plan: Plan) -> Lock:
         found = read_plan(partial)
         if found is None:
             raise UserError(f"{partial}: already exists and is not an unfinished conversion; move it away")
+        if not found:
+            raise UserError(
+                f"{partial}: an unfinished conversion, but its {PLAN} is damaged or of an old version; remove it"
+            )
         if found != plan.command:
             raise UserError(
-                f"{partial}: an unfinished conversion with other options ({f'`{found}`' if found else 'unknown'}); "
-                "remove it, or finish it with that command"
+                f"{partial}: an unfinished conversion by another command; remove it, or finish it with `{found}`"
             )
     else:
         partial.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def main() -> None:
     manifest = Manifest.load(options.folder)
     problems = list(find_problems(manifest, options.folder, deep=options.deep, workers=options.workers))
     for path in unlisted_files(manifest, options.folder):
-        print(f"note: {path}: not in the manifest; a renamed shard?")
+        print(f"note: {path}: not in the manifest; a renamed shard?")  # on stdout, as the problem that it may explain
     for problem in problems:
         print(problem)
     title = f"{options.folder}: {counted(len(manifest), 'pair')} in {counted(len(manifest.shards), 'shard')}"

@@ -307,9 +307,16 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(root: P
 
 def test_an_unfinished_conversion_with_other_options_is_left_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "plan.json").write_text('{"command": "prep/convert.py sintel"}')
-    line = stop("flyingchairs", root, tmp_path / "out")
-    assert "out.partial: an unfinished conversion with other options (`prep/convert.py sintel`)" in line
+    for text, message in (
+        (
+            '{"command": "prep/convert.py sintel"}',
+            "by another command; remove it, or finish it with `prep/convert.py sin",
+        ),
+        ("{}", ", but its plan.json is damaged or of an old version; remove it"),
+    ):
+        (tmp_path / "out.partial" / "plan.json").write_text(text)
+        line = stop("flyingchairs", root, tmp_path / "out")
+        assert "out.partial: an unfinished conversion" in line and message in line
 
 
 # --- Bad input ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from prep import datasets
 from prep import inspect as inspect_set
 from prep.formats.flow import write_flo
 
@@ -84,26 +85,26 @@ def test_the_page_holds_all_in_one_file(converted: Path, tmp_path: Path) -> None
     assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in images)
 
 
-def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
-    sample = {
-        "image1": np.zeros((100, 1200, 3), np.uint8),
-        "image2": np.zeros((100, 1200, 3), np.uint8),
-        "flow": np.zeros((100, 1200, 2), np.float32),
-        "valid": np.zeros((100, 1200), np.uint8),
-        "occluded": np.zeros((100, 1200), np.uint8),
+def make_black(height: int, width: int) -> datasets.Sample:
+    """A pair of black images without motion or occlusions."""
+    return {
+        "image1": np.zeros((height, width, 3), np.uint8),
+        "image2": np.zeros((height, width, 3), np.uint8),
+        "flow": np.zeros((height, width, 2), np.float32),
+        "valid": np.ones((height, width), np.uint8),
+        "occluded": np.zeros((height, width), np.uint8),
     }
+
+
+def test_large_pairs_are_scaled_down_and_unknown_flow_is_no_trouble() -> None:
+    sample = make_black(100, 1200)
+    sample["valid"][:] = 0
     assert inspect_set.draw_pair(sample).shape == (43, 3 * inspect_set.PANEL_WIDTH, 3)
 
 
 def test_occluded_pixels_have_a_panel_of_their_own() -> None:
     """White where occluded, black where the flow is unknown, grey elsewhere."""
-    sample = {
-        "image1": np.zeros((8, 8, 3), np.uint8),
-        "image2": np.zeros((8, 8, 3), np.uint8),
-        "flow": np.zeros((8, 8, 2), np.float32),
-        "valid": np.ones((8, 8), np.uint8),
-        "occluded": np.zeros((8, 8), np.uint8),
-    }
+    sample = make_black(8, 8)
     sample["valid"][0, :2] = 0
     sample["occluded"][0, 1:3] = 1
     drawn = inspect_set.draw_pair(sample)

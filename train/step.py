@@ -17,7 +17,7 @@ from launch.communicator import ALONE, Communicator
 from model import native
 from model.pwcnet import to_network
 from prep.reader import Batch
-from train.update import GraphUpdate, NativeUpdate, State, StepOptions, StepResult, buffer, flatten
+from train.update import GraphUpdate, NativeUpdate, State, StepOptions, StepResult, UpdateInputs, buffer, flatten
 
 
 class TrainStep:
@@ -45,12 +45,12 @@ class TrainStep:
         self.sums = buffer("losses", loss.length), buffer("gradient", size)
         self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulates)
         passes = comm.size * self.options.accumulation_steps
-        parts = self.weights, self.state, self.sums, self.options, passes
+        inputs = UpdateInputs(self.weights, self.state, *self.sums, self.options, passes)
         self.update: GraphUpdate | NativeUpdate
         if getattr(network, "backend", "") == "native" and native.has_operator("adam"):
-            self.update = NativeUpdate(*parts)
+            self.update = NativeUpdate(inputs)
         else:
-            self.update = GraphUpdate(*parts, all_reduce.in_graph)
+            self.update = GraphUpdate(inputs, all_reduce.in_graph)
         self.put = PutWeights(self.weights)
 
     def __call__(self, batch: Batch, learning_rate: float) -> StepResult:

@@ -90,28 +90,39 @@ class StepResult(NamedTuple):
     """If False, a gradient overflowed and the weights are unchanged."""
 
 
+@dataclasses.dataclass(frozen=True)
+class UpdateInputs:
+    """What an update works on."""
+
+    weights: tuple[Parameter, ...]
+    """Of the network."""
+    state: State
+    losses: Parameter
+    """The sum of the loss vectors of all passes."""
+    gradient: Parameter
+    """The sum of the gradients of all passes."""
+    options: StepOptions
+    passes: int
+    """Forward and backward passes, of all ranks."""
+
+
 class GraphUpdate(nn.Cell):
-    """Updates the weights from the sums over `passes` forward and backward passes, and clears the sums.
+    """Updates the weights from the sums of losses and gradients, and clears the sums.
 
     Without accumulation the next pass replaces the sums, so they need no clearing.
+
+    Args:
+        inputs: see `UpdateInputs`.
+        all_reduce: sums over ranks; None if the sums are over all ranks already.
     """
 
-    def __init__(
-        self,
-        weights: tuple[Parameter, ...],
-        state: State,
-        sums: tuple[Parameter, Parameter],
-        options: StepOptions,
-        passes: int,
-        all_reduce: ops.Primitive | None,  # None if the sums are over all ranks already
-    ) -> None:
+    def __init__(self, inputs: UpdateInputs, all_reduce: ops.Primitive | None) -> None:
         super().__init__(auto_prefix=False)
-        self.weights = weights
-        self.sizes = tuple(weight.size for weight in weights)
-        self.state = state
-        self.losses, self.gradient = sums
+        self.weights, self.state, options = inputs.weights, inputs.state, inputs.options
+        self.sizes = tuple(weight.size for weight in self.weights)
+        self.losses, self.gradient = inputs.losses, inputs.gradient
         self.change = buffer("change", *self.gradient.shape)
-        self.passes = passes
+        self.passes = inputs.passes
         self.accumulate = options.accumulates
         self.clip_norm = options.clip_norm
         self.loss_scaling = options.loss_scaling
@@ -199,41 +210,28 @@ class Settings(ctypes.Structure):
 
 
 class NativeUpdate:
-    """Updates the weights from the sums over `passes` forward and backward passes, and clears the sums.
+    """Updates the weights from the sums of losses and gradients over all ranks, and clears the sums.
 
     For the CPU: the same as `GraphUpdate` in one pass over memory, where a graph needs twenty, and without a graph to
     compile. It writes to the memory of the parameters, which is that of the graphs.
-
-    Args:
-        weights: of the network.
-        state: what a run resumes with.
-        sums: of losses and gradients, over all ranks.
-        options, passes: as of `GraphUpdate`.
 
     Raises:
         model.native.build.BuildError: there are no native operators.
     """
 
-    def __init__(
-        self,
-        weights: tuple[Parameter, ...],
-        state: State,
-        sums: tuple[Parameter, Parameter],
-        options: StepOptions,
-        passes: int,
-    ) -> None:
-        self.weights, self.state, self.sums, self.options, self.passes = weights, state, sums, options, passes
-        self.sizes = (ctypes.c_int64 * len(weights))(*(weight.size for weight in weights))
+    def __init__(self, inputs: UpdateInputs) -> None:
+        self.inputs = inputs
+        self.sizes = (ctypes.c_int64 * len(inputs.weights))(*(weight.size for weight in inputs.weights))
         self.sum_of_squares = native.function("sum_of_squares", ctypes.c_double)
         self.adam = native.function("adam", None)
 
     def __call__(self, learning_rate: float) -> StepResult:
         """Do an update."""
-        state, options = self.state, self.options
-        losses, gradient = (parameter.asnumpy() for parameter in self.sums)
-        mean_losses = Tensor(losses / np.float32(self.passes))
-        factor = 1 / (float(state.loss_scale) * self.passes)
-        norm = self.sum_of_squares(address(self.sums[1]), ctypes.c_int64(gradient.size)) ** 0.5 * factor
+        inputs, options = self.inputs, self.inputs.options
+        losses, gradient = inputs.losses.asnumpy(), inputs.gradient.asnumpy()
+        mean_losses = Tensor(losses / np.float32(inputs.passes))
+        factor = 1 / (float(inputs.state.loss_scale) * inputs.passes)
+        norm = self.sum_of_squares(address(inputs.gradient), ctypes.c_int64(gradient.size)) ** 0.5 * factor
         finite = bool(np.isfinite(norm))
         if finite:
             if options.clip_norm > 0:
@@ -249,7 +247,7 @@ class NativeUpdate:
 
     def apply(self, learning_rate: float, factor: float) -> None:
         """Change weights and moments; `factor` scales the gradient, which is cleared if it is a sum of several."""
-        state, options = self.state, self.options
+        weights, state, options = self.inputs.weights, self.inputs.state, self.inputs.options
         power1, power2 = state.beta1_power.asnumpy(), state.beta2_power.asnumpy()
         power1 *= BETA1
         power2 *= BETA2
@@ -265,10 +263,10 @@ class NativeUpdate:
             clear=options.accumulates,
         )
         self.adam(
-            ctypes.c_int64(len(self.weights)),
-            (ctypes.c_void_p * len(self.weights))(*(address(weight).value for weight in self.weights)),
+            ctypes.c_int64(len(weights)),
+            (ctypes.c_void_p * len(weights))(*(address(weight).value for weight in weights)),
             self.sizes,
-            address(self.sums[1]),
+            address(self.inputs.gradient),
             address(state.moment1),
             address(state.moment2),
             address(state.average_offset) if options.ema_decay else None,
@@ -277,8 +275,9 @@ class NativeUpdate:
 
     def adjust_loss_scale(self, finite: bool) -> None:
         """Lower the scale after an overflow, raise it after many steps without one."""
+        state = self.inputs.state
         scale, steps, overflows = (
-            parameter.asnumpy() for parameter in (self.state.loss_scale, self.state.finite_steps, self.state.overflows)
+            parameter.asnumpy() for parameter in (state.loss_scale, state.finite_steps, state.overflows)
         )
         steps[...] = steps + 1 if finite else 0
         overflows += not finite

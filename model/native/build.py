@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from launch.errors import print_line
 from launch.files import cache_folder
 from launch.gpus import driver_version
 from launch.logs import print_note
@@ -178,7 +179,8 @@ def build_library(target: Target) -> pathlib.Path:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
-            print(f"note: building the {target.name} operators for this machine, once", file=sys.stderr, flush=True)
+            # Not by `print_note`: it may be any rank that builds.
+            print_line(f"note: building the {target.name} operators for this machine, once")
             compile_library(target, path)
     return path
 
