@@ -11,7 +11,7 @@ import os
 import pathlib
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,24 +31,28 @@ class Communicator:
     """Whether MindSpore sums gradients by NCCL inside its graphs."""
 
     def __init__(self, rank: Rank) -> None:
-        self.rank, self.size, self.threads = rank.rank, rank.size, rank.threads
+        self.rank, self.size, self.threads, self.name = rank.rank, rank.size, rank.threads, str(rank)
 
     def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
-        """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step, if new."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks, without a time limit and without keeping a core busy."""
+        """Tell the watchdog that this rank is alive and what it does next; `step` is the last training step."""
 
     def gather(self, value: Any) -> list:
         """Return the values of all ranks, in rank order; `encode` lists the types allowed."""
         return [value]
 
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank; `encode` lists the types allowed."""
-        return value
-
     def sum(self, *arrays: np.ndarray) -> None:
         """Replace contiguous arrays by their elementwise sums over all ranks, each in its own dtype."""
+
+    def leave(self) -> None:
+        """Wait for all ranks and finalise MPI."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks, without a time limit and without keeping a core busy."""
+        self.gather(None)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; `encode` lists the types allowed."""
+        return self.gather(value if self.rank == 0 else None)[0]
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
         """Call `read()` on rank 0 and return its result on every rank.
@@ -67,9 +71,6 @@ class Communicator:
             raise UserError(error)
         return value
 
-    def leave(self) -> None:
-        """Wait for all ranks and finalise MPI."""
-
 
 ALONE = Communicator(Rank())
 """For code that takes a communicator but runs as a single process."""
@@ -80,7 +81,7 @@ class MPICommunicator(Communicator):
 
     def __init__(self, rank: Rank, reporter: watchdog.Reporter) -> None:
         super().__init__(rank)
-        self._reporter = reporter
+        self._report = reporter.report
         configure_open_mpi()
         import mpi4py
 
@@ -100,39 +101,32 @@ class MPICommunicator(Communicator):
             )
 
     def progress(self, phase: watchdog.Phase, step: int | None = None) -> None:
-        self._reporter.progress(phase, step)
-
-    def barrier(self) -> None:
-        with self._together():
-            pass
+        self._report(phase=phase.name, step=step)
 
     def gather(self, value: Any) -> list:
-        with self._together():
-            return self._world.allgather(value)
-
-    def broadcast(self, value: Any) -> Any:
-        with self._together():
-            return self._world.bcast(value)
+        self._wait()
+        values = self._world.allgather(value)
+        self._report(waiting=False)
+        return values
 
     def sum(self, *arrays: np.ndarray) -> None:
-        with self._together():
-            for array in arrays:
-                self._world.Allreduce(self._mpi.IN_PLACE, array)
-
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Wait for all ranks; the body calls a collective, if any."""
-        self._reporter.waiting(True)
-        request, pause = self._world.Ibarrier(), 1e-5
-        while not request.Test():  # MPI would wait by spinning, on a core that another rank may need
-            time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
-        yield
-        self._reporter.waiting(False)
+        self._wait()
+        for array in arrays:
+            self._world.Allreduce(self._mpi.IN_PLACE, array)
+        self._report(waiting=False)
 
     def leave(self) -> None:
-        self.barrier()
+        self._wait()
         self._mpi.Finalize()
+        self._report(waiting=False)
+
+    def _wait(self) -> None:
+        """Wait for all ranks; MPI would do so by spinning, on a core that another rank may need."""
+        self._report(waiting=True)
+        request, pause = self._world.Ibarrier(), 1e-5
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
 
 
 def encode(value: Any, _protocol: Any = None) -> bytes:
@@ -176,8 +170,8 @@ def configure_open_mpi() -> None:
             OMPI_MCA_coll_tuned_allreduce_algorithm="5",  # segmented ring
             OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize=str(1 << 20),
         )
-    # Open MPI aborts the ranks connected to one that is gone. Delay that: only the watchdog knows the reason.
-    os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "50")
+    # Open MPI aborts ranks that cannot send. Delay that until the watchdog has ended the job, with the reason.
+    os.environ.setdefault("OMPI_MCA_mpi_abort_delay", str(2 * watchdog.STALLED))
     os.environ.setdefault("OMPI_MCA_opal_signal", "")  # else crashes are delayed as well
     # mpi4py would load the environment's Open MPI even if the mpirun of another installation started this process.
     if library := find_library():

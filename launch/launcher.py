@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 
 import psutil
 
@@ -38,16 +37,16 @@ def end_launcher(delay: float) -> None:
         delay: seconds for it to end by itself.
     """
     launcher = find_launcher()
-    if not launcher or os.fork():
+    if not launcher:
+        return
+    children = launcher.children(recursive=True)  # also its connections (ssh) to other hosts
+    if os.fork():
         return
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):  # mpirun waits until its ranks' output is closed
         os.dup2(null, number)
     os.closerange(3, null)
-    # Also end mpirun's connections (ssh) to other hosts, but not the watchdog that called this.
-    kept = {os.getpid(), os.getppid()}
-    children = [process for process in launcher.children(recursive=True) if process.pid not in kept]
     for pause in (delay, *[1] * SIGTERMS):
         if not psutil.wait_procs([launcher], timeout=pause)[1]:
             break
@@ -57,10 +56,3 @@ def end_launcher(delay: float) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     os._exit(0)
-
-
-def addresses() -> list[str]:
-    """This host's IPv4 addresses, loopback last."""
-    interfaces = psutil.net_if_addrs().values()
-    found = [entry.address for entries in interfaces for entry in entries if entry.family == socket.AF_INET]
-    return sorted(found, key=lambda address: address.startswith("127."))

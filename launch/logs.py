@@ -10,7 +10,6 @@ import io
 import os
 import pathlib
 import shlex
-import socket
 import sys
 import time
 import warnings
@@ -55,7 +54,7 @@ def open_lines(file: pathlib.Path | int) -> TextIO:
 
 
 @contextlib.contextmanager
-def log_to(path: pathlib.Path | None, rank: int) -> Iterator[None]:
+def log_to(path: pathlib.Path | None, rank: ranks.Rank) -> Iterator[None]:
     """Append this process's output to a log file, if given; rank 0 also shows what Python prints."""
     # Without a log file, MindSpore's warnings would reach the terminal.
     os.environ.setdefault("GLOG_v", "2" if path else "3")
@@ -69,18 +68,16 @@ def log_to(path: pathlib.Path | None, rank: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
-        log.write(f"== {time.strftime('%F %T')}, rank {rank} on {socket.gethostname()}: {command}\n")
+        log.write(f"== {time.strftime('%F %T')}, {rank}: {command}\n")
         for number, before in zip((1, 2), kept, strict=True):
             os.dup2(log.fileno(), number)
             stack.callback(os.dup2, before, number)
-        stack.enter_context(contextlib.redirect_stdout(Tee(log, None if rank else out)))
-        stack.enter_context(contextlib.redirect_stderr(Tee(log, None if rank else err)))
+        stack.enter_context(contextlib.redirect_stdout(Tee(log, None if rank.rank else out)))
+        stack.enter_context(contextlib.redirect_stderr(Tee(log, None if rank.rank else err)))
         faulthandler.enable(log)
         stack.callback(faulthandler.disable)
         stack.enter_context(warnings.catch_warnings())
-        warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
-            warnings.formatwarning(message, category, filename, lineno, line), end="", file=log
-        )
+        warnings.showwarning = lambda *warning: log.write(warnings.formatwarning(*warning[:4]))
         yield
 
 

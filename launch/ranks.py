@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import socket
 import sys
 
 from launch.errors import UserError
@@ -21,6 +22,9 @@ class Rank:
     """Ranks on this host."""
     cores: frozenset[int] = dataclasses.field(default_factory=lambda: usable_cores(0))
     """Cores that the job may use on this host."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
 
     @property
     def threads(self) -> int:

@@ -5,20 +5,20 @@ import atexit
 import contextlib
 import os
 import pathlib
-import secrets
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-from launch import gpus, launcher, logs, ranks, versions, watchdog
+from launch import gpus, logs, ranks, rendezvous, versions, watchdog
 from launch.communicator import Communicator, MPICommunicator
 from launch.errors import UserError, describe_os_error, print_error, print_line
 
 Plan = TypeVar("Plan")
 Prepare = Callable[[], tuple[dict[str, str], Plan]]
 """Returns (settings, plan): settings, texts by name, that must be the same on all ranks, and what to run with."""
+Outcome = tuple[str, dict[str, str], str | None]
+"""How a step of the start went on one rank: rank and host, settings, error."""
 
 
 class JobError(UserError):
@@ -76,7 +76,7 @@ def start(
     if rank.size == 1:
         _, plan = prepare()
         gpus.check_device(rank, device)
-        with logs.log_to(log, rank.rank):
+        with logs.log_to(log, rank):
             start_mindspore(rank, device)
             yield Communicator(rank), plan
         return
@@ -85,13 +85,16 @@ def start(
     with contextlib.ExitStack() as stack:
         try:
             comm = MPICommunicator(rank, reporter)
+            with agreement(comm):
+                for name, connection in rendezvous.connect(comm, rank).items():
+                    reporter.hand_over(name, connection)
             with agreement(comm) as settings:
                 own, plan = prepare()
                 gpus.check_device(rank, device)
                 settings.update({"MPI": comm.library, **versions.software(), **own})
             with agreement(comm):
-                connect_watchdogs(comm, rank, reporter, log)
-                stack.enter_context(logs.log_to(log, rank.rank))
+                stack.enter_context(logs.log_to(log, rank))
+                reporter.report(log=str(log or ""))
             if device == "cpu" or collective == "mpi":
                 hide_launcher()
             start_mindspore(rank, device)
@@ -110,14 +113,6 @@ def start(
     atexit.register(leave, 0)
 
 
-class Outcome(NamedTuple):
-    """How a step of the start went on one rank."""
-
-    host: str
-    settings: dict[str, str]
-    error: str | None
-
-
 @contextlib.contextmanager
 def agreement(comm: Communicator) -> Iterator[dict[str, str]]:
     """Run a step of the start on all ranks; the body may add settings that must be the same on all of them.
@@ -130,38 +125,23 @@ def agreement(comm: Communicator) -> Iterator[dict[str, str]]:
         yield settings
     except (UserError, OSError) as failure:
         error = describe(failure)
-    outcomes = comm.gather(Outcome(socket.gethostname(), settings, error))
-    if problem := find_disagreement([Outcome(*outcome) for outcome in outcomes]):
+    if problem := find_disagreement(comm.gather([comm.name, settings, error])):
         raise JobError(problem)
 
 
 def find_disagreement(outcomes: list[Outcome]) -> str | None:
     """The first rank's error, else the first setting that differs from rank 0's, as one line; None if there is none."""
-    if failed := [rank for rank, outcome in enumerate(outcomes) if outcome.error]:
-        host, _, error = outcomes[failed[0]]
-        return error if len(failed) == len(outcomes) else f"rank {failed[0]} on {host}: {error}"
-    expected = outcomes[0].settings
-    for rank, (host, settings, _) in enumerate(outcomes):
+    if errors := [f"{rank}: {error}" for rank, _, error in outcomes if error]:
+        return errors[0] if len(errors) < len(outcomes) else outcomes[0][2]
+    first, expected, _ = outcomes[0]
+    for rank, settings, _ in outcomes:
         for key, value in settings.items():
             if value != expected.get(key):
                 return (
-                    f"rank {rank} on {host} has {key} {value}, rank 0 on {outcomes[0].host} has {expected.get(key)}: "
-                    "start all ranks with the same code, recipe and data"
+                    f"{rank} has {key} {value}, {first} has {expected.get(key)}: start all ranks with the same code, "
+                    "recipe and data"
                 )
     return None
-
-
-def connect_watchdogs(
-    comm: Communicator, rank: ranks.Rank, reporter: watchdog.Reporter, log: pathlib.Path | None
-) -> None:
-    """Connect this rank's watchdog to rank 0's; raises UserError if it cannot."""
-    own = ["127.0.0.1"] if rank.single_host else launcher.addresses()
-    addresses, port, secret, host = comm.broadcast([own, reporter.port, secrets.token_hex(16), socket.gethostname()])
-    if not reporter.join(addresses, port, secret, log and str(log)):
-        raise UserError(
-            f"cannot reach rank 0's host {host} at {' or '.join(addresses)}, port {port}: open the TCP ports "
-            "from 1024 on between the hosts"
-        )
 
 
 def hide_launcher() -> None:
@@ -195,18 +175,18 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
 
 
 def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporter) -> NoReturn:
-    """End this rank because of an error, which its watchdog reports to the user."""
-    status, reason = 130 if isinstance(error, KeyboardInterrupt) else 1, ""
+    """End this rank because of an error, which its watchdog reports to the user unless all ranks have it."""
+    status = 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, (JobError, JobInterrupt)):
         if comm.rank == 0:  # before the first exit makes mpirun end the other ranks
             print_error(str(error)) if status == 1 else print_line(str(error))
+        reporter.report(reason="")
+        comm.leave()
     elif isinstance(error, SystemExit):  # the user has been told
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        reporter.report(reason="")
     else:
-        reason = describe(error)
-    reporter.fail(reason)
-    if isinstance(error, (JobError, JobInterrupt)):
-        comm.leave()
+        reporter.report(reason=describe(error))
     leave(status)
 
 

@@ -71,17 +71,17 @@ def test_a_pickle_from_another_rank_is_not_run() -> None:
 @pytest.mark.parametrize(
     "outcomes,words",
     [
-        ([("a", {"x": "1"}, None), ("b", {"x": "1"}, None)], []),
-        ([("a", {"x": "1"}, None), ("b", {"x": "2"}, None)], ["rank 1 on b", "x 2", "rank 0 on a"]),
-        ([("a", {}, None), ("b", {}, "f.flo: cut short")], ["rank 1 on b: f.flo: cut short"]),
-        ([("a", {}, "no recipe"), ("a", {}, "no recipe")], ["no recipe"]),
+        ([("rank 0 on a", {"x": "1"}, None), ("rank 1 on b", {"x": "1"}, None)], []),
+        ([("rank 0 on a", {"x": "1"}, None), ("rank 1 on b", {"x": "2"}, None)], ["rank 1 on b", "x 2", "rank 0 on a"]),
+        ([("rank 0 on a", {}, None), ("rank 1 on b", {}, "f.flo: cut short")], ["rank 1 on b: f.flo: cut short"]),
+        ([("rank 0 on a", {}, "no recipe"), ("rank 1 on a", {}, "no recipe")], ["no recipe"]),
     ],
 )
 def test_the_error_of_ranks_that_disagree_names_rank_and_host(
-    outcomes: list[tuple[str, dict[str, str], str | None]], words: list[str]
+    outcomes: list[session.Outcome], words: list[str]
 ) -> None:
     """Unless all ranks have an error."""
-    problem = session.find_disagreement([session.Outcome(*outcome) for outcome in outcomes]) or ""
+    problem = session.find_disagreement(outcomes) or ""
     assert bool(problem) == bool(words) and all(word in problem for word in words)
 
 

@@ -52,7 +52,8 @@ def main(data: str, out: str, steps: str) -> None:
                     arrays["gradient"] = step.state.moment1.asnumpy().copy()
             arrays |= {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()}
             np.savez(name, **arrays)
-            step.sum_over_ranks = collective.HostSum(comm, in_place=False)
+            step.sum_over_ranks = host_sum = collective.HostSum(comm)
+            host_sum.in_place = False
             for parameter, value in zip(step.state.get_parameters(), initial, strict=True):
                 ops.assign(parameter, Tensor(value))
 

@@ -38,8 +38,7 @@ class TrainStep:
     ) -> None:
         self.options = options or StepOptions()
         self.weights = tuple(network.trainable_params())
-        all_reduce = collective.create(comm)
-        self.sum_over_ranks: Callable[..., object] = all_reduce
+        self.sum_over_ranks: Callable[..., object] = collective.HostSum(comm)
         size = sum(weight.size for weight in self.weights)
         self.state = State(network, size, self.options)
         self.sums = buffer("losses", loss.length), buffer("gradient", size)
@@ -50,7 +49,7 @@ class TrainStep:
         if getattr(network, "backend", "") == "native" and native.has_operator("adam"):
             self.update = NativeUpdate(inputs)
         else:
-            self.update = GraphUpdate(inputs, all_reduce.in_graph)
+            self.update = GraphUpdate(inputs, ops.AllReduce() if comm.nccl else None)
         self.put = PutWeights(self.weights)
 
     def __call__(self, batch: Batch, learning_rate: float) -> StepResult:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import hashlib
 import itertools
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -389,14 +388,14 @@ def check_weights(comm: Communicator, step: int, weights: Sequence[mindspore.Par
     digest = hashlib.blake2b()
     for weight in weights:
         digest.update(weight.asnumpy())
-    by_rank = comm.gather([socket.gethostname(), digest.hexdigest()])
+    by_rank = comm.gather([comm.name, digest.hexdigest()])
     most, count = collections.Counter(digest for _, digest in by_rank).most_common(1)[0]
     if count == comm.size:
         return
     majority = count > comm.size / 2
-    different = [f"{rank} on {host}" for rank, (host, digest) in enumerate(by_rank) if digest != most or not majority]
+    different = [name for name, digest in by_rank if digest != most or not majority]
     raise session.JobError(
-        f"after step {step} the weights of ranks differ: rank {', rank '.join(different)}"
+        f"after step {step} the weights of ranks differ: {', '.join(different)}"
         f"{f' against {count} others' if majority else ''}; the last checkpoint is of a step at which all were equal, "
         "and the same command resumes from it. If it happens again on that host, check its memory and GPU"
     )
