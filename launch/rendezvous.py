@@ -26,27 +26,18 @@ def connect(comm: Communicator, rank: Rank) -> dict[str, socket.socket]:
     Raises:
         UserError: this rank cannot reach rank 0.
     """
-    if rank.rank == 0:
-        with listen("127.0.0.1" if rank.single_host else "") as server:
-            addresses = ["127.0.0.1"] if rank.single_host else own_addresses()
-            secret = secrets.token_hex(16)
-            comm.broadcast([str(rank), addresses, server.getsockname()[1], secret])
-            return accept(server, secret, rank.size - 1, TIMEOUT * (1 + len(addresses)))
-    name, addresses, port, secret = comm.broadcast(None)
-    for address in addresses:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((address, port), TIMEOUT)
-            connection.sendall(f"{secret} {rank}".encode())
-            if connection.recv(1):
-                return {name: connection}
-    raise UserError(
-        f"cannot reach {name} at {' or '.join(addresses)}, port {port}: open the TCP ports from 1024 on between the "
-        "hosts"
-    )
+    if rank.rank:
+        leader, addresses, port, secret = comm.broadcast(None)
+        return {leader: reach(leader, addresses, port, secret, str(rank))}
+    with listen("127.0.0.1" if rank.single_host else "") as server:
+        addresses = ["127.0.0.1"] if rank.single_host else own_addresses()
+        secret = secrets.token_hex(16)
+        comm.broadcast([str(rank), addresses, server.getsockname()[1], secret])
+        return accept(server, secret, rank.size - 1, TIMEOUT * (1 + len(addresses)))
 
 
 def listen(address: str) -> socket.socket:
-    """Listen on some port of an address, "" for all."""
+    """Listen on a free port of an address, "" for all addresses."""
     server = socket.create_server((address, 0), backlog=1024)
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, TIMEOUT)  # silent strangers stay in the kernel
     return server
@@ -64,10 +55,31 @@ def accept(server: socket.socket, secret: str, count: int, seconds: float) -> di
             message = connection.recv(256)
             if hmac.compare_digest(message[: len(secret)], secret.encode()):
                 connection.sendall(b"\n")
-                accepted[message[len(secret) :].decode().strip()] = connection
+                connection.setblocking(True)
+                accepted[message[len(secret) :].decode()] = connection
             else:
                 connection.close()
     return accepted
+
+
+def reach(leader: str, addresses: list[str], port: int, secret: str, name: str) -> socket.socket:
+    """Connect to rank 0 at the first address that answers to the secret and this rank's name.
+
+    Raises:
+        UserError: none does.
+    """
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((address, port), TIMEOUT)
+            connection.sendall(secret.encode() + name.encode())
+            if connection.recv(1):
+                connection.setblocking(True)
+                return connection
+            connection.close()
+    raise UserError(
+        f"cannot reach {leader} at {' or '.join(addresses)}, port {port}: open the TCP ports from 1024 on between the "
+        "hosts"
+    )
 
 
 def own_addresses() -> list[str]:

@@ -18,7 +18,7 @@ Plan = TypeVar("Plan")
 Prepare = Callable[[], tuple[dict[str, str], Plan]]
 """Returns (settings, plan): settings, texts by name, that must be the same on all ranks, and what to run with."""
 Outcome = tuple[str, dict[str, str], str | None]
-"""How a step of the start went on one rank: rank and host, settings, error."""
+"""What the checks found on a rank: its name, settings, error."""
 
 
 class JobError(UserError):
@@ -85,16 +85,14 @@ def start(
     with contextlib.ExitStack() as stack:
         try:
             comm = MPICommunicator(rank, reporter)
-            with agreement(comm):
+            with agreement(comm) as settings:
                 for name, connection in rendezvous.connect(comm, rank).items():
                     reporter.hand_over(name, connection)
-            with agreement(comm) as settings:
                 own, plan = prepare()
                 gpus.check_device(rank, device)
                 settings.update({"MPI": comm.library, **versions.software(), **own})
-            with agreement(comm):
-                stack.enter_context(logs.log_to(log, rank))
-                reporter.report(log=str(log or ""))
+            stack.enter_context(logs.log_to(log, rank))
+            reporter.report(log=str(log or ""))
             if device == "cpu" or collective == "mpi":
                 hide_launcher()
             start_mindspore(rank, device)
@@ -115,7 +113,7 @@ def start(
 
 @contextlib.contextmanager
 def agreement(comm: Communicator) -> Iterator[dict[str, str]]:
-    """Run a step of the start on all ranks; the body may add settings that must be the same on all of them.
+    """Run the checks in the body on all ranks; it adds the settings that must be the same on all of them.
 
     Raises:
         JobError: the body raised a UserError or OSError on a rank, or settings differ; all ranks raise it.

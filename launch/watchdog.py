@@ -89,6 +89,11 @@ class RankState:
         return time.monotonic() - self.since
 
     @property
+    def wait(self) -> float:
+        """Seconds that it has been waiting for other ranks."""
+        return self.idle if self.waiting else 0
+
+    @property
     def is_in_step(self) -> bool:
         return self.phase in (Phase.TRAINING, Phase.LOADING) and not self.waiting
 
@@ -115,7 +120,6 @@ class Reporter:
 
     def hand_over(self, name: str, connection: socket.socket) -> None:
         """Give the watchdog a connection to the watchdog of the rank with this name."""
-        connection.setblocking(True)
         socket.send_fds(self._connection, [json.dumps(name).encode()], [connection.fileno()])
         connection.close()
 
@@ -232,7 +236,7 @@ class Watchdog:
         try:
             peer.waiting, peer.finished, failure = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
-            self.lose(connection, "" if peer.finished else "was killed, and its watchdog with it")
+            self.lose([connection], "" if peer.finished else "was killed, and its watchdog with it")
             return
         peer.heard = time.monotonic()
         if failure:
@@ -243,7 +247,7 @@ class Watchdog:
         finished = self.has_exited and not self.failure
         for connection in self.peers:
             with contextlib.suppress(OSError):  # `hear` finds out
-                connection.send_bytes(json.dumps([self.waiting, finished, self.failure]).encode())
+                connection.send_bytes(json.dumps([self.state.wait, finished, self.failure]).encode())
 
     # --- Checks -------------------------------------------------------------------------------------
 
@@ -260,7 +264,10 @@ class Watchdog:
         if process:
             self.receive()  # its last message
             self.has_exited = True
-            self.report_exit(os.waitstatus_to_exitcode(wait_status))
+            if status := os.waitstatus_to_exitcode(wait_status):
+                self.fail_rank(status if status > 0 else 128 - status, self.explain_exit(status))
+            else:
+                self.send_state()
             return
         if self.child.status() != psutil.STATUS_STOPPED:
             self.last_running = time.monotonic()
@@ -271,32 +278,25 @@ class Watchdog:
             hint = "; check that all hosts are up and can reach each other" if starting else ""
             self.fail_rank(1, f"no progress for {self.state.idle:.0f} s while {self.state}{hint}")
 
-    def report_exit(self, status: int) -> None:
-        """Tell the others how the rank exited; a negative status is the signal that killed it."""
-        reason = self.state.reason
-        if status < 0 or (status and reason is None):  # not by `session`: Open MPI has aborted, for example
-            signalled = f"killed by signal {-status} ({signal.strsignal(-status)})"
-            reason = signalled if status < 0 else f"ended with status {status}"
-            if status != -signal.SIGKILL and (line := last_line(self.state.log)):
-                reason += f"; last log line: {line}"
-        if status:
-            self.fail_rank(status if status > 0 else 128 - status, reason or "")
-        else:
-            self.send_state()
-
-    @property
-    def waiting(self) -> float:
-        """Seconds that this rank has been waiting for others."""
-        return self.state.idle if self.state.waiting else 0
+    def explain_exit(self, status: int) -> str:
+        """Why the rank has exited; a negative status is the signal that killed it."""
+        if status > 0 and self.state.reason is not None:
+            return self.state.reason
+        # Not `session` ended it, but Open MPI or a crash, for example.
+        signalled = f"killed by signal {-status} ({signal.strsignal(-status)})"
+        reason = signalled if status < 0 else f"ended with status {status}"
+        line = "" if status == -signal.SIGKILL else last_line(self.state.log)
+        return f"{reason}; last log line: {line}" if line else reason
 
     def check_peers(self) -> None:
         """Listen to the other watchdogs; find out whether one is silent or, on the leader, all ranks are waiting."""
         for connection in wait(list(self.peers), 0):
             self.hear(cast(Connection, connection))
-        for connection, peer in list(self.peers.items()):
-            if time.monotonic() > peer.heard + SILENCE:
-                self.lose(connection, f"has not answered for {SILENCE} s: check its host and the network")
-        if self.is_leader and min([self.waiting, *(peer.waiting for peer in self.peers.values())]) > STALLED:
+        silence = {connection: time.monotonic() - peer.heard for connection, peer in self.peers.items()}
+        if max(silence.values(), default=0) > SILENCE:
+            lost = [connection for connection in silence if silence[connection] > SILENCE - 2 * HEARTBEAT]
+            self.lose(lost, f"has not answered for {SILENCE} s: check its host and the network")
+        if self.is_leader and min([self.state.wait, *(peer.waiting for peer in self.peers.values())]) > STALLED:
             self.fail(
                 1,
                 f"{self.rank}: all ranks have been waiting for each other for {STALLED} s while {self.state}: Open "
@@ -306,13 +306,14 @@ class Watchdog:
 
     # --- The end ------------------------------------------------------------------------------------
 
-    def lose(self, connection: Connection, problem: str) -> None:
-        """Forget a watchdog that has gone; a problem ends the job."""
-        peer = self.peers.pop(connection)
+    def lose(self, lost: list[Connection], problem: str) -> None:
+        """Forget watchdogs that have gone; a problem ends the job."""
+        name, *others = (self.peers.pop(connection).name for connection in lost)
         if problem:
             # If the leader has gone, one rank of each host reports it, and one of the leader's.
             is_reporter = self.is_leader or self.rank.local_rank == 0 or self.rank.rank == 1
-            self.fail(1, f"{peer.name} {problem}" if is_reporter else "")
+            more = f" (and {len(others)} more)" if others else ""
+            self.fail(1, f"{name}{more} {problem}" if is_reporter else "")
         if not self.is_leader:
             self.deadline = 0
 
@@ -330,10 +331,10 @@ class Watchdog:
         decides = self.is_leader or not self.peers
         if decides:
             self.deadline = time.monotonic() + (GRACE if self.is_leader and not self.has_exited else 0)
-        if reason and self.terminated < math.inf and self.rank.local_rank == 0:
-            print_on_mpirun(self.launcher, f"error: {reason}")
-        elif reason and self.terminated == math.inf and decides:
+        if reason and self.terminated == math.inf and decides:
             print_error(reason)
+        elif reason and self.terminated < math.inf and self.rank.local_rank == 0:
+            print_on_mpirun(self.launcher, f"error: {reason}")
 
     def kill_rank(self) -> None:
         """Kill the rank and all that it has left behind."""

@@ -1,13 +1,16 @@
-"""How ranks are numbered and what they exchange, without starting a job."""
+"""How ranks are numbered, how they find each other and what they exchange, without starting a job."""
 
+import concurrent.futures
+import contextlib
 import json
+import socket
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import gpus, ranks, session
+from launch import gpus, ranks, rendezvous, session
 from launch.communicator import decode, encode
 from launch.errors import UserError
 from launch.ranks import Rank
@@ -83,6 +86,53 @@ def test_the_error_of_ranks_that_disagree_names_rank_and_host(
     """Unless all ranks have an error."""
     problem = session.find_disagreement(outcomes) or ""
     assert bool(problem) == bool(words) and all(word in problem for word in words)
+
+
+def test_strangers_at_rank_0_s_port_change_nothing() -> None:
+    """Garbage, partial messages, an endless line, silence and a thousand connections, before the ranks and among them.
+
+    What they send is not answered, and their connections are closed.
+    """
+    rng = np.random.default_rng(0)
+    secret, names = "0123456789abcdef", [f"rank {number} on host" for number in (1, 2, 3)]
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor() as pool:
+        server = stack.enter_context(rendezvous.listen("127.0.0.1"))
+        address = server.getsockname()
+
+        def intrude(message: bytes) -> socket.socket:
+            stranger = stack.enter_context(socket.create_connection(address, timeout=10))
+            with contextlib.suppress(OSError):
+                stranger.sendall(message)
+            return stranger
+
+        def join(name: str) -> socket.socket:
+            rank = rendezvous.reach("rank 0 on host", ["127.0.0.1"], address[1], secret, name)
+            return stack.enter_context(rank)
+
+        garbage = [b"", secret[:-1].encode(), b"GET / HTTP/1.0\r\n\r\n", b"{}\n" * 30, rng.bytes(200)]
+        strangers = [intrude(message) for message in 20 * garbage]
+        accepting = pool.submit(rendezvous.accept, server, secret, len(names), 30)
+        for name in names:
+            strangers += [intrude(message) for message in [b"x" * (1 << 26), *60 * garbage]]
+            join(name)
+        accepted = accepting.result()
+        for connection in accepted.values():
+            stack.enter_context(connection)
+        assert list(accepted) == names
+        server.close()
+        for stranger in strangers:
+            with contextlib.suppress(ConnectionError):
+                stranger.sendall(b"x")  # only then the kernel tells it
+                assert stranger.recv(1) == b""
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_where_it_tried() -> None:
+    """Rank 0 stops waiting for it, so that all ranks end with this error."""
+    with rendezvous.listen("127.0.0.1") as server:
+        assert rendezvous.accept(server, "secret", 1, 0.1) == {}
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=f"rank 0 on host at 127.0.0.1 or 127.0.0.2, port {port}: open the TCP ports"):
+        rendezvous.reach("rank 0 on host", ["127.0.0.1", "127.0.0.2"], port, "secret", "rank 1 on host")
 
 
 def test_slurm_s_variables_number_the_ranks_if_it_has_pmix(monkeypatch: pytest.MonkeyPatch) -> None:
