@@ -138,7 +138,7 @@ def watch(rank: Rank) -> Reporter:
         end_with_parent(parent)
         return Reporter(theirs)
     status = 1
-    try:
+    try:  # `theirs` stays open: closed, it would be the end of `ours`
         status = Watchdog(rank, child, ours).run()
     finally:
         os._exit(status)

@@ -14,6 +14,7 @@ from launch import gpus, ranks, rendezvous, session
 from launch.communicator import decode, encode
 from launch.errors import UserError
 from launch.ranks import Rank
+from launch.watchdog import SLOW_STEPS, STALLED, Phase, RankState
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 ARRAYS = st.builds(
@@ -133,6 +134,34 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_tried() -> None:
         port = server.getsockname()[1]
     with pytest.raises(UserError, match=f"rank 0 on host at 127.0.0.1 or 127.0.0.2, port {port}: open the TCP ports"):
         rendezvous.reach("rank 0 on host", ["127.0.0.1", "127.0.0.2"], port, "secret", "rank 1 on host")
+
+
+def test_waiting_for_other_ranks_does_not_make_a_rank_late() -> None:
+    """It does not while it waits and not after: it then has as long as ever for what it does next."""
+    state = RankState()
+    state.update(phase="TRAINING", step=7)
+    state.update(waiting=True)
+    state.since -= 1000
+    assert not state.is_overdue and state.wait > 999
+    state.update(waiting=False)
+    assert not state.is_overdue and state.wait == 0
+    state.since -= STALLED + 1
+    assert state.is_overdue and str(state) == "training, after step 7"
+
+
+def test_a_step_may_take_five_times_as_long_as_the_slowest_recent_one() -> None:
+    """A slow machine or a large batch is not a rank that hangs."""
+    state = RankState()
+    state.update(phase="TRAINING", step=1)
+    state.since -= STALLED - 1
+    state.update(phase="TRAINING", step=2)
+    state.since -= SLOW_STEPS * (STALLED - 1) - 1
+    assert not state.is_overdue
+    state.since -= 2
+    assert state.is_overdue
+    state.update(phase="VALIDATING", step=2)
+    state.since -= Phase.VALIDATING.limit + 1
+    assert state.is_overdue
 
 
 def test_slurm_s_variables_number_the_ranks_if_it_has_pmix(monkeypatch: pytest.MonkeyPatch) -> None:
