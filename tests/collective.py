@@ -2,8 +2,8 @@
 
 python tests/collective.py LOGS SECONDS sums ones over all ranks for some seconds; rank 0 prints each sum. Environment
 variables name the rank on which something goes wrong: RAISE and CRASH fail after the first sum, HANG stops making
-progress, DRIFT changes the last bit of a weight, LATE=RANK:SECONDS starts later, DIFFERENT has another setting, and
-BROKEN cannot prepare.
+progress, DRIFT changes the last bit of a weight, LATE=RANK:SECONDS starts later, SLOW=RANK:SECONDS takes longer to
+prepare, DIFFERENT has another setting, and BROKEN cannot prepare.
 """
 
 import os
@@ -36,15 +36,20 @@ def make_weights(drift: bool) -> "mindspore.Parameter":
 def main() -> None:
     logs, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
     rank = str(ranks.current().rank)
-    late, _, delay = os.environ.get("LATE", ":0").partition(":")
-    if late == rank:
-        time.sleep(float(delay))
+
+    def delay(variable: str) -> None:
+        """Wait if the variable names this rank."""
+        slow, _, seconds = os.environ.get(variable, "").partition(":")
+        if slow == rank:
+            time.sleep(float(seconds))
 
     def prepare() -> tuple[dict[str, str], None]:
+        delay("SLOW")
         if os.environ.get("BROKEN") == rank:
             raise UserError(f"data/shard-{rank}: missing")
         return {"data": "other" if os.environ.get("DIFFERENT") == rank else "one"}, None
 
+    delay("LATE")
     with session.start(prepare, log_folder=logs) as (comm, _):
         began, number = time.monotonic(), 0
         while not all(comm.gather(time.monotonic() - began > seconds)) or not number:

@@ -45,7 +45,8 @@ class Job:
         self.network = network
         settings = [f"{key}={value}" for key, value in {**PORTS, **environment}.items()]
         logs = (folder / "local" if network else folder) / "logs"
-        command = ["env", *settings, sys.executable, PROGRAM, logs, 1000 if "LATE" not in environment else 5]
+        duration = 5 if {"LATE", "SLOW"} & environment.keys() else 1000
+        command = ["env", *settings, sys.executable, PROGRAM, logs, duration]
         self.mpirun = network.mpirun(*command) if network else tiny.mpirun(2, *command)
 
     def processes(self, rank: int) -> list[psutil.Process]:
@@ -105,6 +106,7 @@ ON_ONE: dict[str, tuple[dict[str, str], Event | None]] = {
     "data differ on rank 1": ({"DIFFERENT": "1"}, None),
     "a shard is missing on rank 1": ({"BROKEN": "1"}, None),
     "rank 1 starts 60 s late": ({"LATE": "1:60"}, None),
+    "rank 1 checks its data for 60 s": ({"SLOW": "1:60"}, None),
     "mpirun gets SIGTERM": ({}, lambda job: job.mpirun.terminate()),
     "mpirun gets Ctrl-C": ({}, lambda job: job.mpirun.send_signal(signal.SIGINT)),
 }
