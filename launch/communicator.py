@@ -11,7 +11,7 @@ import os
 import pathlib
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Communicator:
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; `encode` lists the types allowed."""
-        return self.gather(value if self.rank == 0 else None)[0]
+        return value
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
         """Call `read()` on rank 0 and return its result on every rank.
@@ -104,29 +104,32 @@ class MPICommunicator(Communicator):
         self._report(phase=phase.name, step=step)
 
     def gather(self, value: Any) -> list:
-        self._wait()
-        values = self._world.allgather(value)
-        self._report(waiting=False)
-        return values
+        with self._together():
+            return self._world.allgather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        with self._together():
+            return self._world.bcast(value)
 
     def sum(self, *arrays: np.ndarray) -> None:
-        self._wait()
-        for array in arrays:
-            self._world.Allreduce(self._mpi.IN_PLACE, array)
-        self._report(waiting=False)
+        with self._together():
+            for array in arrays:
+                self._world.Allreduce(self._mpi.IN_PLACE, array)
 
     def leave(self) -> None:
-        self._wait()
-        self._mpi.Finalize()
-        self._report(waiting=False)
+        with self._together():
+            self._mpi.Finalize()
 
-    def _wait(self) -> None:
-        """Wait for all ranks; MPI would do so by spinning, on a core that another rank may need."""
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Wait for all ranks, then run the body, which calls a collective."""
         self._report(waiting=True)
         request, pause = self._world.Ibarrier(), 1e-5
-        while not request.Test():
+        while not request.Test():  # MPI would wait by spinning, on a core that another rank may need
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
+        yield
+        self._report(waiting=False)
 
 
 def encode(value: Any, _protocol: Any = None) -> bytes:

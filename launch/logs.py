@@ -54,13 +54,14 @@ def open_lines(file: pathlib.Path | int) -> TextIO:
 
 
 @contextlib.contextmanager
-def log_to(path: pathlib.Path | None, rank: ranks.Rank) -> Iterator[None]:
+def log_to(path: pathlib.Path | None) -> Iterator[None]:
     """Append this process's output to a log file, if given; rank 0 also shows what Python prints."""
     # Without a log file, MindSpore's warnings would reach the terminal.
     os.environ.setdefault("GLOG_v", "2" if path else "3")
     if not path:
         yield
         return
+    rank = ranks.current()
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -76,7 +76,7 @@ def start(
     if rank.size == 1:
         _, plan = prepare()
         gpus.check_device(rank, device)
-        with logs.log_to(log, rank):
+        with logs.log_to(log):
             start_mindspore(rank, device)
             yield Communicator(rank), plan
         return
@@ -91,7 +91,7 @@ def start(
                 own, plan = prepare()
                 gpus.check_device(rank, device)
                 settings.update({"MPI": comm.library, **versions.software(), **own})
-            stack.enter_context(logs.log_to(log, rank))
+            stack.enter_context(logs.log_to(log))
             reporter.report(log=str(log or ""))
             if device == "cpu" or collective == "mpi":
                 hide_launcher()

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -187,12 +187,15 @@ class Watchdog:
     def run(self) -> int:
         """Watch until the job is over; returns the exit status, which is that of the first failure."""
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-        heartbeat = time.monotonic()
+        check = heartbeat = time.monotonic()
         while not self.is_over():
-            time.sleep(POLL)
+            for ready in wait([self.connection, *self.peers], POLL):
+                self.hear(ready) if isinstance(ready, Connection) else self.receive()
+            if time.monotonic() < check:
+                continue
+            check = time.monotonic() + POLL
             while info := signal.sigtimedwait(FORWARDED, 0):
                 self.forward(info)
-            self.receive()
             self.check_rank()
             self.check_peers()
             if time.monotonic() > heartbeat:
@@ -289,9 +292,7 @@ class Watchdog:
         return f"{reason}; last log line: {line}" if line else reason
 
     def check_peers(self) -> None:
-        """Listen to the other watchdogs; find out whether one is silent or, on the leader, all ranks are waiting."""
-        for connection in wait(list(self.peers), 0):
-            self.hear(cast(Connection, connection))
+        """Find out whether other watchdogs are silent or, on the leader, all ranks wait for each other."""
         silence = {connection: time.monotonic() - peer.heard for connection, peer in self.peers.items()}
         if max(silence.values(), default=0) > SILENCE:
             lost = [connection for connection in silence if silence[connection] > SILENCE - 2 * HEARTBEAT]
