@@ -15,6 +15,7 @@
 #include "../abi.h"
 #include "flow_convolution.h"
 #include "onednn.h"
+#include "winograd.h"
 
 namespace pwcnet {
 namespace {
@@ -40,7 +41,26 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
   return kOk;
 }
 
+// Convolves images of any layout by Winograd's minimal filtering, and converts the result.
+void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
+                          const memory& result) {
+  const auto blocked = [&](int64_t channels) {
+    return memory::desc({g.n, channels, g.h, g.w}, memory::data_type::f32, memory::format_tag::aBcd16b);
+  };
+  const memory source = in_layout(x, blocked(g.in)), computed = allocate(blocked(g.out));
+  const int64_t plane = g.h * g.w;
+  convolve_by_winograd(
+      g, {static_cast<const float*>(source.get_data_handle()), round_up(g.in, kLanes) * plane, kLanes * plane}, weight,
+      bias, {static_cast<float*>(computed.get_data_handle()), round_up(g.out, kLanes) * plane, kLanes * plane});
+  convert(computed, result);
+}
+
 void convolve(const Geometry& g, const float* x, const float* weight, const float* bias, float* out) {
+  if (suits_winograd(g)) {
+    convolve_by_winograd(g, wrap(plain({g.n, g.in, g.h, g.w}), x), weight, bias,
+                         wrap(plain({g.n, g.out, g.h, g.w}), out));
+    return;
+  }
   const auto& [chosen, primitive] = find_convolution(g).forward();
   const memory source = in_layout(wrap(plain({g.n, g.in, g.h, g.w}), x), chosen.src_desc());
   const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), chosen.weights_desc());
@@ -81,6 +101,13 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
              {DNNL_ARG_DIFF_WEIGHTS, computed},
              {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
     if (!directly) convert(computed, result);
+  }
+  const Geometry backward{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0};
+  if (suits_winograd(backward)) {
+    float* turned = scratch.floats(g.in * g.out * kTaps);
+    turn_weights(weight, g.out, g.in, 0, g.in, turned, g.out);
+    convolve_by_winograd(backward, upstream, turned, nullptr, wrap(plain(image), x_gradient));
+    return;
   }
   const auto& [chosen, primitive] = convolution.input_gradient();
   const memory weights_there = in_layout(wrap(plain(weights), weight), chosen.weights_desc());

@@ -1,6 +1,7 @@
 // The oneDNN primitives of a 3x3 convolution with bias and LeakyReLU, made when they are first needed and then kept.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -8,6 +9,8 @@
 #include "onednn.h"
 
 namespace pwcnet {
+
+constexpr int kTaps = 9;
 
 // What happens to the sums of a convolution.
 enum After : int64_t {
@@ -121,6 +124,18 @@ class Convolution {
 inline Convolution& find_convolution(const Geometry& geometry) {
   static Cache<Geometry, Convolution> cache;
   return cache.find(geometry);
+}
+
+// The gradient of a convolution without stride is one, too, with turned weights. Turns the weights (out, in, 3, 3) for
+// `count` of its inputs from `first` on: (count, out, 3, 3), which are part of weights of `total` inputs.
+inline void turn_weights(const float* weight, int64_t out, int64_t in, int64_t first, int64_t count, float* turned,
+                         int64_t total) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t o = 0; o < out; ++o) {
+      const float* from = weight + (o * in + first + i) * kTaps;
+      std::reverse_copy(from, from + kTaps, turned + (i * total + o) * kTaps);
+    }
 }
 
 }  // namespace pwcnet

@@ -13,16 +13,19 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "../abi.h"
 #include "convolution.h"
 #include "onednn.h"
+#include "winograd.h"
 
 namespace pwcnet {
 namespace {
 
-constexpr int kLayers = 5, kTaps = 9;
+constexpr int kLayers = 5;
 // Channels of the layers' results; multiples of a block.
 constexpr std::array<int64_t, kLayers> kGrowth = {128, 128, 96, 64, 32};
 
@@ -158,14 +161,7 @@ class DenseBlock {
     T* buffer = take(s.total());
     fill(x, s.c, buffer + input_of(0), s.c);
     for (int k = 0; k < kLayers; ++k) {
-      const int64_t in = channels_in(k);
-      const auto& [chosen, primitive] = find_convolution(s.convolution(in, kGrowth[k], kLeaky)).forward();
-      const memory weight = wrap(plain({kGrowth[k], in, 3, 3}), weights[k]);
-      execute(primitive, chosen.scratchpad_desc(),
-              {{DNNL_ARG_SRC, wrap(chosen.src_desc(), buffer + input_of(k))},
-               {DNNL_ARG_WEIGHTS, in_layout(weight, chosen.weights_desc())},
-               {DNNL_ARG_BIAS, wrap(plain({kGrowth[k]}), biases[k])},
-               {DNNL_ARG_DST, wrap(chosen.dst_desc(), buffer + result_of(k))}});
+      convolve(channels_in(k), kGrowth[k], kLeaky, buffer + input_of(k), weights[k], biases[k], buffer + result_of(k));
       clear_gaps(s, buffer + result_of(k), kGrowth[k]);
     }
     unpack(s, buffer, s.type(), kGrown, y, s.total());
@@ -205,27 +201,41 @@ class DenseBlock {
     clear_gaps(s, buffer, channels);
   }
 
+  // One of the block's convolutions, or of its gradient's; leaves anything in the gaps of `y`.
+  template <class Result>
+  void convolve(int64_t in, int64_t out, After after, const T* x, const float* weight, const float* bias,
+                Result* y) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const Geometry single{s.n, in, out, s.h, s.w, 1, 1, after, s.bfloat16, s.block};  // no tall image
+      if (suits_winograd(single)) {
+        const int64_t image = (s.h + 1) * s.w * s.block, block = s.rows() * s.w * s.block;
+        convolve_by_winograd(single, {x, image, block}, weight, bias, {y, image, block});
+        return;
+      }
+    }
+    const auto mark = scratch.mark();
+    const auto& [chosen, primitive] = find_convolution(s.convolution(in, out, after)).forward();
+    std::unordered_map<int, memory> arguments = {
+        {DNNL_ARG_SRC, wrap(chosen.src_desc(), x)},
+        {DNNL_ARG_WEIGHTS, in_layout(wrap(plain({out, in, 3, 3}), weight), chosen.weights_desc())},
+        {DNNL_ARG_DST, wrap(chosen.dst_desc(), y)}};
+    if (bias) arguments.insert({DNNL_ARG_BIAS, wrap(plain({out}), bias)});
+    execute(primitive, chosen.scratchpad_desc(), arguments);
+    scratch.release(mark);
+  }
+
   // Adds the gradient of the result of layer `k`, or of the block's input if that is -1, through all layers after it.
-  // The gradient of a convolution is one, too, with turned weights. As the layers after `k` read the same pixels, it is
-  // one convolution of all their gradients, which lie side by side.
+  // As the layers after `k` read the same pixels, this is one convolution of all their gradients, which lie side by
+  // side.
   void propagate(int k, const Weights& weights, const T* before, float* gradient) const {
     const int64_t in = channels_of(k + 1, kLayers), out = k < 0 ? s.c : kGrowth[k];
     const auto mark = scratch.mark();
     float* turned = scratch.floats(out * in * kTaps);
-#pragma omp parallel for schedule(static)
-    for (int64_t o = 0; o < out; ++o) {
-      float* to = turned + o * in * kTaps;
-      for (int layer = kLayers - 1; layer > k; --layer) {
-        const float* from = weights[layer] + (channels_of(k + 1, layer) + o) * kTaps;
-        for (int64_t i = 0; i < kGrowth[layer]; ++i, to += kTaps, from += channels_in(layer) * kTaps)
-          std::reverse_copy(from, from + kTaps, to);
-      }
-    }
-    const auto& [chosen, primitive] = find_convolution(s.convolution(in, out, kAdd)).forward();
-    execute(primitive, chosen.scratchpad_desc(),
-            {{DNNL_ARG_SRC, wrap(chosen.src_desc(), before)},
-             {DNNL_ARG_WEIGHTS, in_layout(wrap(plain({out, in, 3, 3}), turned), chosen.weights_desc())},
-             {DNNL_ARG_DST, wrap(chosen.dst_desc(), gradient)}});
+    int64_t place = 0;
+    for (int layer = kLayers - 1; layer > k; place += kGrowth[layer--])
+      turn_weights(weights[layer], kGrowth[layer], channels_in(layer), channels_of(k + 1, layer), out,
+                   turned + place * kTaps, in);
+    convolve(in, out, kAdd, before, turned, nullptr, gradient);
     scratch.release(mark);
   }
 
