@@ -202,6 +202,30 @@ def test_convolution_equals_its_definition(
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "channels,dilation,size",
+    [((130, 40), 1, (15, 17)), ((17, 64), 1, (12, 14)), ((48, 33), 3, (13, 20)), ((32, 128), 4, (16, 19))],
+    ids=["channels in two chunks", "whole tiles", "dilated, parts of tiles", "dilated"],
+)
+def test_large_convolutions_round_as_float32_does(
+    channels: tuple[int, int], dilation: int, size: tuple[int, int], graph_mode: None
+) -> None:
+    """Images that are large enough for Winograd's filtering: values and gradients, with their error."""
+    if not (native.available() and native.has_operator("Convolution3x3")):
+        pytest.skip("no native convolution here")
+    rng = np.random.default_rng(7)
+    cell = Convolution(*channels, "native", dilation=dilation)
+    x, gradient = rng.normal(size=(2, channels[0], *size)), rng.normal(size=(2, channels[1], *size))
+    weight, bias = rng.normal(size=cell.weight.shape) / 10, rng.normal(size=channels[1])
+    cell.weight.set_data(Tensor(weight.astype(np.float32)))
+    cell.bias.set_data(Tensor(bias.astype(np.float32)))
+    x, gradient, weight, bias = (array.astype(np.float32).astype(np.float64) for array in (x, gradient, weight, bias))
+    expected = convolution_numpy(x, weight, bias, 1, dilation, True, gradient)
+    for found, value in zip(run_with_gradients(cell, gradient, x), expected, strict=True):
+        error = np.sqrt(np.mean((found - value) ** 2) / np.mean(value**2))
+        assert error < 1e-6, error  # a float32 number is rounded by up to 6e-8 of it
+
+
 @pytest.fixture
 def bfloat16(graph_mode: None) -> None:
     """Skips where the processor does not multiply bfloat16 numbers."""
@@ -245,8 +269,14 @@ class Layers(nn.Cell):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 81, 6, 7), (3, 115, 5, 9), (2, 117, 1, 1), (2, 16, 3, 20)],
-    ids=["one image", "no multiple of a block", "a single pixel", "whole blocks"],
+    [(1, 81, 6, 7), (3, 115, 5, 9), (2, 117, 1, 1), (2, 16, 3, 20), (2, 83, 13, 14)],
+    ids=[
+        "one image",
+        "no multiple of a block",
+        "a single pixel",
+        "whole blocks",
+        "large enough for Winograd's filtering",
+    ],
 )
 def test_dense_block_equals_its_layers(shape: tuple[int, ...], graph_mode: None) -> None:
     """The block and its gradients are those of five convolutions with concatenation; images do not mix."""

@@ -198,7 +198,9 @@ void transform_results(const Tiling& tiling, const float* points, const Tile* ti
 
 bool suits_winograd(const Geometry& g) {
 #ifdef __AVX512F__
-  return g.stride == 1 && !g.bfloat16 && g.out > kLanes && g.block != kLanes / 2;
+  // Few pixels are not worth the transform of the weights; of tiles as large as an image, much lies outside.
+  const bool large = g.n * g.h * g.w >= 200 && std::min(g.h, g.w) >= 4 * g.dilation;
+  return large && g.stride == 1 && !g.bfloat16 && g.out > kLanes && (g.block == 0 || g.block == kLanes);
 #else
   return false;  // too few registers
 #endif
