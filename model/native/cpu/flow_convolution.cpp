@@ -15,6 +15,9 @@ namespace pwcnet {
 namespace {
 
 constexpr int kTaps = 9;
+// Rows computed together. What is loaded was then stored long before: a processor waits if it has to load what it is
+// just storing in other pieces.
+constexpr int64_t kBand = 8;
 
 // Copies a row with a zero before it and zeros after it, up to `width`.
 void pad_row(const float* row, int64_t w, float* padded, int64_t width) {
@@ -31,28 +34,40 @@ void convolve_to_flow(const float* x, const float* weight, const float* bias, fl
   const int64_t n = sizes[kN], c = sizes[kC], h = sizes[kH], w = sizes[kW], width = padded_width(w);
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t y = 0; y < h; ++y) {
-      std::vector<float> padded(3 * width), sums(kFlowChannels * width);
-      for (int o = 0; o < kFlowChannels; ++o) std::fill_n(sums.data() + o * width, width, bias[o]);
+    for (int64_t top = 0; top < h; top += kBand) {
+      const int64_t rows = std::min(kBand, h - top);
+      // A channel's rows, with those above and below, which stay zero outside the image; sums of both results.
+      std::vector<float> padded((kBand + 2) * width), sums(kFlowChannels * kBand * width);
+      for (int o = 0; o < kFlowChannels; ++o) std::fill_n(sums.data() + o * kBand * width, kBand * width, bias[o]);
       for (int64_t k = 0; k < c; ++k) {
-        for (int dy = 0; dy < 3; ++dy)
-          if (y + dy - 1 >= 0 && y + dy - 1 < h)  // else it is still zero
-            pad_row(x + ((i * c + k) * h + y + dy - 1) * w, w, padded.data() + dy * width, width);
-        const float* taps = weight + k * kTaps;
+        for (int64_t y = std::max<int64_t>(top - 1, 0); y < std::min(top + rows + 1, h); ++y)
+          pad_row(x + ((i * c + k) * h + y) * w, w, padded.data() + (y - top + 1) * width, width);
+        Vector taps[kFlowChannels][kTaps];
+        for (int o = 0; o < kFlowChannels; ++o)
+          for (int tap = 0; tap < kTaps; ++tap) taps[o][tap] = Vector{} + weight[(o * c + k) * kTaps + tap];
         for (int64_t at = 0; at < w; at += kLanes) {
-          Vector u = load(sums.data() + at), v = load(sums.data() + width + at);
+          Vector window[kTaps];
+          for (int tap = 3; tap < kTaps; ++tap)
+            window[tap] = load(padded.data() + (tap / 3 - 1) * width + at + tap % 3);
+          for (int64_t y = 0; y < rows; ++y) {
+            for (int tap = 0; tap < 6; ++tap) window[tap] = window[tap + 3];
+            for (int tap = 6; tap < kTaps; ++tap) window[tap] = load(padded.data() + (y + 2) * width + at + tap % 3);
+            float* sum = sums.data() + y * width + at;
+            Vector u = load(sum), v = load(sum + kBand * width);
 #pragma GCC unroll 9
-          for (int tap = 0; tap < kTaps; ++tap) {
-            const Vector value = load(padded.data() + tap / 3 * width + at + tap % 3);
-            u += taps[tap] * value;
-            v += taps[c * kTaps + tap] * value;
+            for (int tap = 0; tap < kTaps; ++tap) {
+              u += taps[0][tap] * window[tap];
+              v += taps[1][tap] * window[tap];
+            }
+            store(sum, u);
+            store(sum + kBand * width, v);
           }
-          store(sums.data() + at, u);
-          store(sums.data() + width + at, v);
         }
       }
       for (int o = 0; o < kFlowChannels; ++o)
-        std::memcpy(flow + ((i * kFlowChannels + o) * h + y) * w, sums.data() + o * width, w * sizeof(float));
+        for (int64_t y = 0; y < rows; ++y)
+          std::memcpy(flow + ((i * kFlowChannels + o) * h + top + y) * w, sums.data() + (o * kBand + y) * width,
+                      w * sizeof(float));
     }
 }
 
