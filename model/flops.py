@@ -14,7 +14,9 @@ TRAINING_FACTOR = 3
 def count_flops(network: PWCNet, height: int, width: int) -> int:
     """Floating-point operations of the convolutions for the flow of one pair.
 
-    A multiplication and an addition are two. All other operators together need a hundredth of it.
+    A multiplication and an addition are two. All other operators together need a hundredth of it. Counted are those of
+    the definition. Winograd's filtering (model/native/cpu/winograd.cpp) needs four ninths of them, so that a network
+    may seem faster than the processor's peak.
 
     Args:
         network: of any variant.

@@ -14,8 +14,9 @@ from model.precision import Precision
 class Convolution(nn.Conv2d):
     """A 3x3 convolution with bias that keeps the size (over stride), and LeakyReLU 0.1.
 
-    The native one, for the CPU, is a single operator: oneDNN in the layouts that it is fastest in, which also
-    activates. MindSpore's needs three, and multiplies a copy of each pixel's neighbourhood.
+    The native one, for the CPU, is a single operator, which also activates: Winograd's minimal filtering, in float32 on
+    processors with AVX-512, or oneDNN in the layouts that it is fastest in. MindSpore's needs three, and multiplies a
+    copy of each pixel's neighbourhood.
 
     Args:
         channels_in, channels_out: as the weights have them.

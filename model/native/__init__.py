@@ -1,6 +1,6 @@
 """The project's own operators, compiled on first use: cost volume, warping and, on the CPU, 3x3 convolution.
 
-`cpu/` is C++ (the convolution with oneDNN), `cuda/` is CUDA for NVIDIA GPUs; `build.py` compiles and loads them.
+`cpu/` is C++ (convolutions also with oneDNN), `cuda/` is CUDA for NVIDIA GPUs; `build.py` compiles and loads them.
 """
 
 import ctypes

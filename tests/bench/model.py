@@ -4,7 +4,8 @@ python tests/bench/model.py [--torch-python PY] [--size H W] [--batch N] [--repe
 
 Each row is a process of its own; they are asked in turn. Those that wait are stopped, as idle threads of some of these
 libraries spin. "of PyTorch" compares with PyTorch's fastest row of the same precision. "of peak" is the time that the
-convolutions alone would take at the speed that one of them reaches where it is fastest, divided by the time measured.
+convolutions alone would take at the speed that oneDNN reaches where it is fastest, divided by the time measured. It may
+exceed 1: Winograd's filtering needs fewer operations.
 """
 
 import argparse

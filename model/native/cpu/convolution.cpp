@@ -1,6 +1,7 @@
-// The 3x3 convolution with bias and LeakyReLU on the CPU by oneDNN, and its gradient.
+// The 3x3 convolution with bias and LeakyReLU on the CPU, and its gradient: by oneDNN in the layouts that it is fastest
+// in, or by Winograd's filtering.
 //
-// Defined by `Convolution` in model/layers.py. oneDNN computes in the layouts that it is fastest in.
+// Defined by `Convolution` in model/layers.py.
 
 #include "convolution.h"
 
@@ -41,17 +42,22 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
   return kOk;
 }
 
-// Convolves images of any layout by Winograd's minimal filtering, and converts the result.
+// The layout of images that Winograd's filtering reads and writes.
+memory::desc blocked(const Geometry& g, int64_t channels) {
+  return {{g.n, channels, g.h, g.w}, memory::data_type::f32, memory::format_tag::aBcd16b};
+}
+
+template <class Number>
+BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memory& found) {
+  const int64_t plane = g.h * g.w;
+  return {static_cast<Number*>(found.get_data_handle()), round_up(channels, kLanes) * plane, kLanes * plane};
+}
+
+// Convolves images of any layout by Winograd's filtering, and converts the result.
 void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
                           const memory& result) {
-  const auto blocked = [&](int64_t channels) {
-    return memory::desc({g.n, channels, g.h, g.w}, memory::data_type::f32, memory::format_tag::aBcd16b);
-  };
-  const memory source = in_layout(x, blocked(g.in)), computed = allocate(blocked(g.out));
-  const int64_t plane = g.h * g.w;
-  convolve_by_winograd(
-      g, {static_cast<const float*>(source.get_data_handle()), round_up(g.in, kLanes) * plane, kLanes * plane}, weight,
-      bias, {static_cast<float*>(computed.get_data_handle()), round_up(g.out, kLanes) * plane, kLanes * plane});
+  const memory source = in_layout(x, blocked(g, g.in)), computed = allocate(blocked(g, g.out));
+  convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, as_images<float>(g, g.out, computed));
   convert(computed, result);
 }
 
@@ -88,7 +94,12 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
     for (int64_t i = 0; i < count; ++i) before[i] = gradient[i] * (out[i] > 0 ? 1.f : kLeakySlope);
     upstream = wrap(plain(y), before);
   }
-  {
+  if (suits_winograd(g)) {
+    const memory source = in_layout(wrap(plain(image), x), blocked(g, g.in));
+    upstream = in_layout(upstream, blocked(g, g.out));
+    differentiate_weights_by_winograd(g, as_images<const float>(g, g.in, source),
+                                      as_images<const float>(g, g.out, upstream), weight_gradient, bias_gradient);
+  } else {
     const auto& [chosen, primitive] = convolution.weight_gradient();
     const memory source = in_layout(wrap(plain(image), x), chosen.src_desc());
     upstream = in_layout(upstream, chosen.diff_dst_desc());

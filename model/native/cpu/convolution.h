@@ -22,7 +22,7 @@ enum After : int64_t {
 struct Geometry {
   int64_t n, in, out, h, w, stride, dilation;
   After after;
-  // Whether images, weights and upstream gradients are rounded to bfloat16. Products are summed in float32.
+  // Whether oneDNN rounds images, weights and upstream gradients to bfloat16. Products are summed in float32.
   int64_t bfloat16;
   // The layout of images: blocks of so many channels, or whatever is fastest if it is 0.
   int64_t block;

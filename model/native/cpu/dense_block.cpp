@@ -4,8 +4,9 @@
 // they would copy and convert all of these each time. Here they share one buffer in oneDNN's blocked layout: each
 // convolution reads its end and writes the blocks before that.
 //
-// The images of a batch lie below each other in the buffer, with a row of zeros between them, as one tall image: what a
-// convolution reads is then contiguous. The row takes the place of the padding.
+// The images of a batch lie below each other in the buffer, with a row of zeros between them, as one tall image: what
+// oneDNN's convolution reads is then contiguous. The row takes the place of the padding. Winograd's filtering, which
+// replaces oneDNN in float32, reads the images one by one.
 
 #include <algorithm>
 #include <array>
@@ -201,15 +202,22 @@ class DenseBlock {
     clear_gaps(s, buffer, channels);
   }
 
+  // What Winograd's filtering computes a layer from: each image alone, not the tall one.
+  Geometry single(int64_t in, int64_t out, After after) const {
+    return {s.n, in, out, s.h, s.w, 1, 1, after, s.bfloat16, s.block};
+  }
+  template <class Number>
+  BlockedImages<Number> images(Number* buffer) const {
+    return {buffer, (s.h + 1) * s.w * s.block, s.rows() * s.w * s.block};
+  }
+
   // One of the block's convolutions, or of its gradient's; leaves anything in the gaps of `y`.
   template <class Result>
   void convolve(int64_t in, int64_t out, After after, const T* x, const float* weight, const float* bias,
                 Result* y) const {
     if constexpr (std::is_same_v<T, float>) {
-      const Geometry single{s.n, in, out, s.h, s.w, 1, 1, after, s.bfloat16, s.block};  // no tall image
-      if (suits_winograd(single)) {
-        const int64_t image = (s.h + 1) * s.w * s.block, block = s.rows() * s.w * s.block;
-        convolve_by_winograd(single, {x, image, block}, weight, bias, {y, image, block});
+      if (const Geometry g = single(in, out, after); suits_winograd(g)) {
+        convolve_by_winograd(g, images(x), weight, bias, images(y));
         return;
       }
     }
@@ -258,6 +266,13 @@ class DenseBlock {
   void differentiate_weights(int k, const T* buffer, const T* before, float* weight_gradient,
                              float* bias_gradient) const {
     const int64_t in = channels_in(k);
+    if constexpr (std::is_same_v<T, float>) {
+      if (const Geometry g = single(in, kGrowth[k], kNothing); suits_winograd(g)) {
+        differentiate_weights_by_winograd(g, images(buffer + input_of(k)), images(before + result_of(k)),
+                                          weight_gradient, bias_gradient);
+        return;
+      }
+    }
     const auto mark = scratch.mark();
     const auto& [chosen, primitive] = find_convolution(s.convolution(in, kGrowth[k], kNothing)).weight_gradient();
     const memory found = allocate(chosen.diff_weights_desc());

@@ -24,10 +24,14 @@ namespace {
 constexpr int kPoints = 16;
 // The results of kStep tiles and kGroup channels are summed in 28 of AVX-512's 32 registers.
 constexpr int kStep = 14, kGroup = 2 * kLanes;
-// Tiles, and channels of the inputs, that a thread handles together: their points stay in its caches.
+// Tiles, and channels of inputs or results, that a thread handles together: their points stay in its caches.
 constexpr int kTiles = 2 * kStep, kChunk = 128;
-// Distance between the points of the inputs. The last term keeps them from sharing the same few lines of a cache.
-constexpr int64_t kInputPoint = kTiles * kChunk + kLanes;
+// Distance between the points of the tiles. The last term keeps them from sharing the same few lines of a cache.
+constexpr int64_t kPoint = kTiles * kChunk + kLanes;
+
+// The same for the gradient of the weights, which sums products of kGradientStep inputs and kGroup results.
+constexpr int kGradientStep = 8, kGradientTiles = 2 * kTiles, kSquare = kChunk / 2;
+static_assert(kGradientTiles * kSquare + kLanes == kPoint);
 
 struct Tile {
   int64_t image, y, x;  // of its first result
@@ -46,8 +50,6 @@ struct Tiling {
         rows(round_up(g.h, 2 * g.dilation) / 2),
         columns(round_up(g.w, 2 * g.dilation) / 2),
         tiles(g.n * rows * columns) {}
-
-  int64_t result_point() const { return kTiles * out + kLanes; }
 
   Tile tile(int64_t index) const {
     const int64_t d = g.dilation, row = index / columns % rows, column = index % columns;
@@ -106,14 +108,15 @@ void transform_tile(Input input, float* points) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
-    store(points + (4 * i) * kInputPoint, a - c);
-    store(points + (4 * i + 1) * kInputPoint, b + c);
-    store(points + (4 * i + 2) * kInputPoint, c - b);
-    store(points + (4 * i + 3) * kInputPoint, b - d);
+    store(points + (4 * i) * kPoint, a - c);
+    store(points + (4 * i + 1) * kPoint, b + c);
+    store(points + (4 * i + 2) * kPoint, c - b);
+    store(points + (4 * i + 3) * kPoint, b - d);
   }
 }
 
-// Images to (points, tiles, kChunk), for the chunk of `channels` that begins with channel `chunk`.
+// Images to (points, tiles, kSize), for the chunk of up to kSize `channels` that begins with channel `chunk`.
+template <int64_t kSize>
 void transform_inputs(const Geometry& g, const BlockedImages<const float>& x, const Tile* tiles, int64_t count,
                       int64_t chunk, int64_t channels, float* points) {
   const int64_t d = g.dilation, down = d * g.w * kLanes, right = d * kLanes;
@@ -122,7 +125,7 @@ void transform_inputs(const Geometry& g, const BlockedImages<const float>& x, co
       const int64_t top = tiles[t].y - d, left = tiles[t].x - d;
       const float* from =
           x.data + tiles[t].image * x.image + (chunk / kLanes + block) * x.block + (top * g.w + left) * kLanes;
-      float* to = points + t * kChunk + block * kLanes;
+      float* to = points + t * kSize + block * kLanes;
       if (top >= 0 && left >= 0 && top + 3 * d < g.h && left + 3 * d < g.w) {
         transform_tile([=](int i, int j) { return load(from + i * down + j * right); }, to);
       } else {
@@ -136,46 +139,95 @@ void transform_inputs(const Geometry& g, const BlockedImages<const float>& x, co
     }
 }
 
-// At one point, multiplies a chunk of the channels of kStep tiles with the weights of a group of results. Adds to
-// `results` unless it is the first chunk.
-void multiply(const float* inputs, const float* weights, int64_t channels, bool first, float* results,
-              int64_t result_tile) {
-  Vector sums[kStep][2];
+// Multiplies matrices of kRows x count and count x kGroup numbers, and adds the product to `results` unless it is the
+// first. kRow, kColumn and kRightRow are distances: of the left matrix's rows and columns, and of the right one's rows.
+template <int kRows, int64_t kRow, int64_t kColumn, int64_t kRightRow>
+void multiply(const float* left, const float* right, int64_t count, bool first, float* results, int64_t result_row) {
+  Vector sums[kRows][2];
 #pragma GCC unroll 14
-  for (int t = 0; t < kStep; ++t)
+  for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) sums[t][v] = first ? Vector{} : load(results + t * result_tile + v * kLanes);
-  for (int64_t k = 0; k < channels; ++k) {
-    const Vector a = load(weights + k * kGroup), b = load(weights + k * kGroup + kLanes);
+    for (int v = 0; v < 2; ++v) sums[row][v] = first ? Vector{} : load(results + row * result_row + v * kLanes);
+  for (int64_t k = 0; k < count; ++k) {
+    const Vector a = load(right + k * kRightRow), b = load(right + k * kRightRow + kLanes);
 #pragma GCC unroll 14
-    for (int t = 0; t < kStep; ++t) {
-      const float input = inputs[t * kChunk + k];
-      sums[t][0] += input * a;
-      sums[t][1] += input * b;
+    for (int row = 0; row < kRows; ++row) {
+      const float factor = left[row * kRow + k * kColumn];
+      sums[row][0] += factor * a;
+      sums[row][1] += factor * b;
     }
   }
 #pragma GCC unroll 14
-  for (int t = 0; t < kStep; ++t)
+  for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) store(results + t * result_tile + v * kLanes, sums[t][v]);
+    for (int v = 0; v < 2; ++v) store(results + row * result_row + v * kLanes, sums[row][v]);
 }
 
-// (points, tiles, results) to images, with a bias for every result.
-void transform_results(const Tiling& tiling, const float* points, const Tile* tiles, int64_t count, const float* bias,
-                       const BlockedImages<float>& y) {
-  const Geometry& g = tiling.g;
-  const int64_t point = tiling.result_point(), d = g.dilation;
-  for (int64_t block = 0; block * kLanes < g.out; ++block) {
-    const Vector offset = load(bias + block * kLanes);
+// The gradients of a tile's results to those of its points: (points, tiles, kSquare), for `channels` from `first` on.
+void transform_upstream(const Geometry& g, const BlockedImages<const float>& upstream, const Tile* tiles, int64_t count,
+                        int64_t first, int64_t channels, float* points) {
+  const int64_t d = g.dilation;
+  for (int64_t block = 0; block < channels / kLanes; ++block)
     for (int64_t t = 0; t < count; ++t) {
-      const float* from = points + t * tiling.out + block * kLanes;
+      const auto [image, top, left] = tiles[t];
+      const float* from = upstream.data + image * upstream.image + (first / kLanes + block) * upstream.block +
+                          (top * g.w + left) * kLanes;
+      float* to = points + t * kSquare + block * kLanes;
+      const bool exists = first + block * kLanes < g.out;
+      Vector rows[4][2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const bool inside = exists && left + j * d < g.w;
+        const Vector a = inside && top < g.h ? load(from + j * d * kLanes) : Vector{};
+        const Vector b = inside && top + d < g.h ? load(from + (d * g.w + j * d) * kLanes) : Vector{};
+        rows[0][j] = a;
+        rows[1][j] = a + b;
+        rows[2][j] = a - b;
+        rows[3][j] = -b;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vector a = rows[i][0], b = rows[i][1];
+        store(to + (4 * i) * kPoint, a);
+        store(to + (4 * i + 1) * kPoint, a + b);
+        store(to + (4 * i + 2) * kPoint, a - b);
+        store(to + (4 * i + 3) * kPoint, -b);
+      }
+    }
+}
+
+// The gradients of a vector of weights, of one input and kLanes results, from those of its points.
+void transform_gradients(const Vector* points, Vector* taps) {
+  Vector rows[3][4];
+  for (int j = 0; j < 4; ++j) {
+    const Vector a = points[j], b = points[4 + j], c = points[8 + j], d = points[12 + j];
+    rows[0][j] = a + (b + c) * 0.5f;
+    rows[1][j] = (b - c) * 0.5f;
+    rows[2][j] = (b + c) * 0.5f + d;
+  }
+  for (int i = 0; i < 3; ++i) {
+    const Vector a = rows[i][0], b = rows[i][1], c = rows[i][2], d = rows[i][3];
+    taps[3 * i] = a + (b + c) * 0.5f;
+    taps[3 * i + 1] = (b - c) * 0.5f;
+    taps[3 * i + 2] = (b + c) * 0.5f + d;
+  }
+}
+
+// (points, tiles, kChunk) to the images of `results` that begin with channel `first`, with their biases.
+void transform_results(const Geometry& g, const float* points, const Tile* tiles, int64_t count, int64_t first,
+                       int64_t results, const float* bias, const BlockedImages<float>& y) {
+  const int64_t d = g.dilation, last = std::min(first + results, g.out);
+  for (int64_t channel = first; channel < last; channel += kLanes) {
+    const Vector offset = load(bias + channel);
+    for (int64_t t = 0; t < count; ++t) {
+      const float* from = points + t * kChunk + channel - first;
       Vector rows[2][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const Vector a = load(from + j * point), b = load(from + (4 + j) * point), c = load(from + (8 + j) * point),
-                     last = load(from + (12 + j) * point);
+        const Vector a = load(from + j * kPoint), b = load(from + (4 + j) * kPoint), c = load(from + (8 + j) * kPoint),
+                     e = load(from + (12 + j) * kPoint);
         rows[0][j] = a + b + c;
-        rows[1][j] = b - c - last;
+        rows[1][j] = b - c - e;
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
@@ -184,7 +236,7 @@ void transform_results(const Tiling& tiling, const float* points, const Tile* ti
         for (int j = 0; j < 2; ++j) {
           const int64_t row = tiles[t].y + i * d, column = tiles[t].x + j * d;
           if (row >= g.h || column >= g.w) continue;
-          float* to = y.data + tiles[t].image * y.image + block * y.block + (row * g.w + column) * kLanes;
+          float* to = y.data + tiles[t].image * y.image + channel / kLanes * y.block + (row * g.w + column) * kLanes;
           Vector value = sums[j] + (g.after == kAdd ? load(to) : offset);
           if (g.after == kLeaky) value = value > 0 ? value : value * kLeakySlope;
           store(to, value);
@@ -198,11 +250,13 @@ void transform_results(const Tiling& tiling, const float* points, const Tile* ti
 
 bool suits_winograd(const Geometry& g) {
 #ifdef __AVX512F__
+  static const auto wanted = static_cast<unsigned>(dnnl::cpu_isa::avx512_core);
+  static const bool enabled = (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
   // Few pixels are not worth the transform of the weights; of tiles as large as an image, much lies outside.
   const bool large = g.n * g.h * g.w >= 200 && std::min(g.h, g.w) >= 4 * g.dilation;
-  // oneDNN multiplies bfloat16 numbers twice as fast, but without padding of this size.
+  // oneDNN multiplies bfloat16 numbers twice as fast, but not with padding of this size.
   const bool precise = !g.bfloat16 || g.dilation > 8;
-  return large && precise && g.stride == 1 && g.out > kLanes && (g.block == 0 || g.block == kLanes);
+  return enabled && large && precise && g.stride == 1 && g.out > kLanes;
 #else
   return false;  // too few registers
 #endif
@@ -217,26 +271,93 @@ void convolve_by_winograd(const Geometry& g, const BlockedImages<const float>& x
   float* biases = scratch.floats(tiling.out);
   std::fill_n(biases, tiling.out, 0.f);
   if (bias) std::copy_n(bias, g.out, biases);
-  const int64_t threads = omp_get_max_threads(), own = kPoints * (kInputPoint + tiling.result_point());
-  float* points = scratch.floats(threads * own);
-  const int64_t together = tiling.tiles < threads * kTiles ? kStep : kTiles;
+  const int64_t threads = omp_get_max_threads(), together = tiling.tiles < threads * kTiles ? kStep : kTiles;
+  const int64_t batches = (tiling.tiles + together - 1) / together, chunks = (tiling.out + kChunk - 1) / kChunk;
+  float* points = scratch.floats(threads * 2 * kPoints * kPoint);
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t begin = 0; begin < tiling.tiles; begin += together) {
-    float *inputs = points + omp_get_thread_num() * own, *results = inputs + kPoints * kInputPoint;
+  for (int64_t item = 0; item < batches * chunks; ++item) {
+    float* inputs = points + omp_get_thread_num() * 2 * kPoints * kPoint;
+    float* results = inputs + kPoints * kPoint;
+    const int64_t begin = item / chunks * together, count = std::min(together, tiling.tiles - begin);
+    const int64_t first = item % chunks * kChunk, outs = std::min<int64_t>(kChunk, tiling.out - first);
     std::array<Tile, kTiles> tiles;
-    const int64_t count = std::min(together, tiling.tiles - begin);
     for (int64_t t = 0; t < count; ++t) tiles[t] = tiling.tile(begin + t);
     for (int64_t chunk = 0; chunk < tiling.in; chunk += kChunk) {
       const int64_t channels = std::min<int64_t>(kChunk, tiling.in - chunk);
-      transform_inputs(g, x, tiles.data(), count, chunk, channels, inputs);
+      transform_inputs<kChunk>(g, x, tiles.data(), count, chunk, channels, inputs);
       for (int point = 0; point < kPoints; ++point)
-        for (int64_t out = 0; out < tiling.out; out += kGroup)
+        for (int64_t out = 0; out < outs; out += kGroup)
           for (int64_t t = 0; t < count; t += kStep)
-            multiply(inputs + point * kInputPoint + t * kChunk,
-                     weights + (chunk * kPoints + point * channels) * tiling.out + out * channels, channels, chunk == 0,
-                     results + point * tiling.result_point() + t * tiling.out + out, tiling.out);
+            multiply<kStep, kChunk, 1, kGroup>(
+                inputs + point * kPoint + t * kChunk,
+                weights + (chunk * kPoints + point * channels) * tiling.out + (first + out) * channels, channels,
+                chunk == 0, results + point * kPoint + t * kChunk + out, kChunk);
     }
-    transform_results(tiling, results, tiles.data(), count, biases, y);
+    transform_results(g, results, tiles.data(), count, first, outs, biases, y);
+  }
+  scratch.release(mark);
+}
+
+void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<const float>& x,
+                                       const BlockedImages<const float>& upstream, float* weight_gradient,
+                                       float* bias_gradient) {
+  const Tiling tiling(g);
+  const auto mark = scratch.mark();
+  const int64_t threads = omp_get_max_threads();
+  // Squares of inputs and results, each in several parts of the tiles, so that all threads have something to do.
+  const int64_t columns = (tiling.out + kSquare - 1) / kSquare, squares = (tiling.in + kSquare - 1) / kSquare * columns;
+  const int64_t batches = (tiling.tiles + kGradientTiles - 1) / kGradientTiles;
+  const int64_t parts = std::min(batches, (4 * threads + squares - 1) / squares);
+  constexpr int64_t size = kPoints * kSquare * kSquare;
+  float* sums = scratch.floats(squares * parts * size);
+  float* points = scratch.floats(threads * 2 * kPoints * kPoint);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t item = 0; item < squares * parts; ++item) {
+    const int64_t square = item / parts, part = item % parts;
+    const int64_t in = square / columns * kSquare, out = square % columns * kSquare;
+    const int64_t inputs = std::min<int64_t>(kSquare, tiling.in - in),
+                  results = std::min<int64_t>(kSquare, tiling.out - out);
+    float* left = points + omp_get_thread_num() * 2 * kPoints * kPoint;
+    float* right = left + kPoints * kPoint;
+    for (int64_t batch = batches * part / parts; batch < batches * (part + 1) / parts; ++batch) {
+      std::array<Tile, kGradientTiles> tiles;
+      const int64_t begin = batch * kGradientTiles, count = std::min<int64_t>(kGradientTiles, tiling.tiles - begin);
+      for (int64_t t = 0; t < count; ++t) tiles[t] = tiling.tile(begin + t);
+      transform_inputs<kSquare>(g, x, tiles.data(), count, in, inputs, left);
+      transform_upstream(g, upstream, tiles.data(), count, out, results, right);
+      for (int point = 0; point < kPoints; ++point)
+        for (int64_t o = 0; o < results; o += kGroup)
+          for (int64_t i = 0; i < inputs; i += kGradientStep)
+            multiply<kGradientStep, 1, kSquare, kSquare>(
+                left + point * kPoint + i, right + point * kPoint + o, count, batch == batches * part / parts,
+                sums + item * size + (point * kSquare + i) * kSquare + o, kSquare);
+    }
+  }
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t out = 0; out < g.out; out += kLanes)
+    for (int64_t in = 0; in < g.in; ++in) {
+      const int64_t square = in / kSquare * columns + out / kSquare;
+      const float* from = sums + square * parts * size + in % kSquare * kSquare + out % kSquare;
+      Vector found[kPoints] = {}, taps[kTaps];
+      for (int64_t part = 0; part < parts; ++part)
+        for (int point = 0; point < kPoints; ++point)
+          found[point] += load(from + part * size + point * kSquare * kSquare);
+      transform_gradients(found, taps);
+      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, g.out - out); ++lane)
+        for (int tap = 0; tap < kTaps; ++tap)
+          weight_gradient[((out + lane) * g.in + in) * kTaps + tap] = taps[tap][lane];
+    }
+#pragma omp parallel for schedule(static)
+  for (int64_t out = 0; out < g.out; out += kLanes) {
+    Vector total = {};
+    for (int64_t i = 0; i < g.n; ++i)
+      for (int64_t row = 0; row < g.h; ++row) {
+        const float* from = upstream.data + i * upstream.image + out / kLanes * upstream.block + row * g.w * kLanes;
+        Vector sum = {};
+        for (int64_t column = 0; column < g.w; ++column) sum += load(from + column * kLanes);
+        total += sum;
+      }
+    store_part(bias_gradient + out, total, g.out - out);
   }
   scratch.release(mark);
 }

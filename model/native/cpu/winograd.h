@@ -18,8 +18,13 @@ struct BlockedImages {
 bool suits_winograd(const Geometry& g);
 
 // x, weight (out, in, 3, 3), bias (out, or null for zeros) -> y. In x, the channels that fill up the last block must be
-// zero; in y they become zero.
+// zero; in y they become zero (with kAdd, they stay).
 void convolve_by_winograd(const Geometry& g, const BlockedImages<const float>& x, const float* weight,
                           const float* bias, const BlockedImages<float>& y);
+
+// x and the gradient of y before its activation -> gradients of weight and bias
+void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<const float>& x,
+                                       const BlockedImages<const float>& upstream, float* weight_gradient,
+                                       float* bias_gradient);
 
 }  // namespace pwcnet
