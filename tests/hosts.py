@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterable
 
@@ -149,12 +150,23 @@ class Hosts:
         self.switch("bridge", "link", "set", "dev", f"port{number}", "state", "0")
 
     def processes(self) -> list[psutil.Process]:
-        """All processes on the hosts."""
+        """All processes on the hosts, but for those that have ended and wait for init to notice."""
         numbers: list[str] = []
         for number in self.numbers:
             command = ["ip", "netns", "pids", f"{self.tag}h{number}"]
             numbers += subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        return [psutil.Process(int(number)) for number in numbers if psutil.pid_exists(int(number))]
+        return [
+            process
+            for process in psutil.process_iter(["status"])
+            if str(process.pid) in numbers and process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
+
+    def remaining(self, seconds: float = 2) -> list[psutil.Process]:
+        """Processes that do not end within some seconds; what ends a job may outlive mpirun by a moment."""
+        deadline = time.monotonic() + seconds
+        while (processes := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return processes
 
     def mpirun(
         self, *command: object, hostfile: bool = False, cwd: pathlib.Path | None = None

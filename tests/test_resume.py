@@ -59,7 +59,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     watchdog.children()[0].kill()
     status, _, err = finish(job)
     assert status == 137 and "error: rank 1 on " + ("host2" if two_hosts else "") in err, err
-    assert not two_hosts or not two_hosts.processes()
+    assert not two_hosts or not two_hosts.remaining()
     assert not (broken / "result.json").exists()
     # The newest checkpoint is damaged, too: the run resumes from the one before.
     newest = sorted((broken / "checkpoints").glob("step-????????.ckpt"))[-1]
