@@ -28,16 +28,16 @@ class Ingredients:
     """How often each ingredient appears: probabilities from 0 to 1."""
 
     nonrigid: float = ingredient(
-        0.6, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals"
+        0.5, "of a layer to bend, and of a scene to have depth, which the camera's motion reveals"
     )
-    perspective: float = ingredient(0.5, "of a layer to tilt")
-    thin: float = ingredient(0.3, "of a pair to have thin structures: branches, fences, wires, outlines")
-    soft_edges: float = ingredient(0.3, "of a layer to have a soft edge")
-    motion_blur: float = ingredient(0.25, "of a pair to be blurred by its motion")
-    shadow: float = ingredient(0.2, "of a pair to have shadows, which move on their own")
-    fog: float = ingredient(0.1, "of a pair to have fog")
-    exposure: float = ingredient(0.4, "of the second frame to be exposed otherwise than the first")
-    noise: float = ingredient(0.5, "of a pair to have noise, other in each frame")
+    perspective: float = ingredient(0.4, "of a layer to tilt")
+    thin: float = ingredient(0.2, "of a pair to have thin structures: branches, fences, wires, outlines")
+    soft_edges: float = ingredient(0.2, "of a layer to have a soft edge")
+    motion_blur: float = ingredient(0.15, "of a pair to be blurred by its motion")
+    shadow: float = ingredient(0.1, "of a pair to have shadows, which move on their own")
+    fog: float = ingredient(0.05, "of a pair to have fog")
+    exposure: float = ingredient(0.2, "of the second frame to be exposed otherwise than the first")
+    noise: float = ingredient(0.25, "of a pair to have noise, other in each frame")
     photographs: float = ingredient(0.8, "of a texture to be a photograph, if there are any")
 
 
@@ -99,8 +99,7 @@ class PairMaker:
         self.ingredients = ingredients or Ingredients()
         side = min(max(height, width), MAX_SIDE)
         self.textures = Textures(seed, side, photographs, self.ingredients.photographs)
-        # Small frames are as much parts of larger ones as reduced ones, so their motions are scaled half as much.
-        self.scale = (width / CHAIRS_WIDTH) ** 0.5
+        self.scale = width / CHAIRS_WIDTH
 
     def make(self, number: int) -> SyntheticPair:
         """Make pair `number`, a pure function of it and the arguments of the dataset."""
