@@ -236,7 +236,7 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(
     assert "already complete" in capsys.readouterr().out
     with pytest.raises(UserError, match="pairs 2 instead of 3"):
         run_main(monkeypatch, *common, "--pairs", 3)
-    with pytest.raises(UserError, match=r"fog 0\.1 instead of 0\.5"):
+    with pytest.raises(UserError, match=r"fog 0\.05 instead of 0\.5"):
         run_main(monkeypatch, *common, "--pairs", 2, "--fog", 0.5)
     with pytest.raises(UserError, match="version 2 instead of 1"):
         run_main(monkeypatch, *common, "--pairs", 2, "--profile", 1)
