@@ -57,7 +57,8 @@ class FrameSequences:
         if here in above:
             print_note(f"{folder}: a link to a folder around it; left out")
             return []
-        images = image_names(folder)
+        names, folders = list_names(folder), set(list_folders(folder))
+        images = select_images(names, folders)
         check_unique(folder, images)
         pairs = [
             PairFiles(
@@ -65,8 +66,7 @@ class FrameSequences:
             )
             for first, second in self._choose(len(images))
         ]
-        folders = set(list_folders(folder))
-        for name in sorted({*list_names(folder)} - {*images}):
+        for name in sorted({*names} - {*images}):
             path = folder / name
             if name.startswith("."):
                 continue
@@ -104,11 +104,15 @@ def check_unique(folder: ReleasePath, names: list[str]) -> None:
 
 def image_names(folder: ReleasePath) -> list[str]:
     """The names of the images in a folder, in order, numbers by value: 9 before 10."""
+    return select_images(list_names(folder), set(list_folders(folder)))
+
+
+def select_images(names: list[str], folders: set[str]) -> list[str]:
+    """`image_names` of a folder that contains these names, some of them of folders."""
 
     def order(name: str) -> tuple[list[tuple[int, str]], str]:
         parts = re.split(r"(\d+)", name)
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
 
-    folders = set(list_folders(folder))
-    names = [name for name in list_names(folder) if not name.startswith(".") and name not in folders]
-    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=order)
+    visible = [name for name in names if not name.startswith(".") and name not in folders]
+    return sorted((name for name in visible if name.lower().endswith(IMAGE_SUFFIXES)), key=order)
