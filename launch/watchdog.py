@@ -286,8 +286,10 @@ class Watchdog:
         if status > 0 and self.state.reason is not None:
             return self.state.reason
         # Not `session` ended it, but Open MPI or a crash, for example.
-        signalled = f"killed by signal {-status} ({signal.strsignal(-status)})"
-        reason = signalled if status < 0 else f"ended with status {status}"
+        if status < 0:
+            reason = f"killed by signal {-status} ({signal.strsignal(-status)})"
+        else:
+            reason = f"ended with status {status}"
         line = "" if status == -signal.SIGKILL else last_line(self.state.log)
         return f"{reason}; last log line: {line}" if line else reason
 

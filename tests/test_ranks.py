@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import socket
 
 import numpy as np
@@ -14,7 +15,7 @@ from launch import gpus, ranks, rendezvous, session
 from launch.communicator import decode, encode
 from launch.errors import UserError
 from launch.ranks import Rank
-from launch.watchdog import SLOW_STEPS, STALLED, Phase, RankState
+from launch.watchdog import SLOW_STEPS, STALLED, Phase, RankState, Watchdog
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 ARRAYS = st.builds(
@@ -162,6 +163,16 @@ def test_a_step_may_take_five_times_as_long_as_the_slowest_recent_one() -> None:
     state.update(phase="VALIDATING", step=2)
     state.since -= Phase.VALIDATING.limit + 1
     assert state.is_overdue
+
+
+@pytest.mark.parametrize(
+    "status,reason", [(14, "ended with status 14"), (1, "ended with status 1"), (-9, "killed by signal 9 (Killed)")]
+)
+def test_the_end_of_a_rank_that_gave_no_reason_is_explained(status: int, reason: str) -> None:
+    """Open MPI's abort ends a process with a status, a crash with a signal."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert Watchdog(Rank(), os.getpid(), ours).explain_exit(status) == reason
 
 
 def test_slurm_s_variables_number_the_ranks_if_it_has_pmix(monkeypatch: pytest.MonkeyPatch) -> None:
