@@ -97,7 +97,15 @@ def from_slurm() -> Rank:
     rank, size, local_rank, host = (
         int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID", "NODEID")
     )
-    return Rank(rank, size, local_rank, by_host[host])
+    return Rank(rank, size, local_rank, by_host[host], slurm_cores())
+
+
+def slurm_cores() -> frozenset[int]:
+    """Cores of all ranks that a Slurm job step has on this host; Slurm may have bound each rank to some of them."""
+    if os.environ.get("SLURM_CPU_BIND_TYPE") != "mask_cpu:":
+        return usable_cores(0)
+    masks = [int(mask, 16) for mask in os.environ["SLURM_CPU_BIND_LIST"].split(",")]
+    return frozenset(core for mask in masks for core in range(mask.bit_length()) if mask >> core & 1)
 
 
 def usable_cores(process: int) -> frozenset[int]:

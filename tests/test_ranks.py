@@ -193,6 +193,27 @@ def test_slurm_s_variables_number_the_ranks_if_it_has_pmix(monkeypatch: pytest.M
     assert ranks.current.__wrapped__().local_size == 4
 
 
+@pytest.mark.parametrize(
+    "binding,masks,cores,share",
+    [
+        ("mask_cpu:", "0x00ff,0xff00", 16, 8),  # two ranks, each bound to a socket of eight cores
+        ("mask_cpu:", "0x1,0x2", 2, 1),
+        ("none", "", 4, 2),
+    ],
+)
+def test_ranks_that_slurm_has_bound_use_all_their_cores(
+    binding: str, masks: str, cores: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an equal part of them, as ranks that share the cores of a host do."""
+    given = {"STEP_TASKS_PER_NODE": "2", "STEP_NUM_TASKS": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "0"}
+    for name, value in {**given, "CPU_BIND_TYPE": binding, "CPU_BIND_LIST": masks}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(ranks, "usable_cores", lambda process: frozenset(range(4)))
+    rank = ranks.from_slurm()
+    assert (len(rank.cores), rank.share) == (cores, share)
+
+
 def test_ranks_of_another_mpi_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """MPICH's mpirun would start several runs of one rank, all with the same folder."""
     monkeypatch.setenv("PMI_SIZE", "2")
