@@ -20,6 +20,13 @@ def find_launcher() -> psutil.Process | None:
     return None
 
 
+def is_mpirun_or_daemon(process: int) -> bool:
+    """Whether mpirun, not srun, started this host's ranks, of which `process` is the parent."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process).name() in MPIRUN + DAEMONS
+    return False
+
+
 def print_on_mpirun(process: int, text: str) -> None:
     """Print a line on mpirun's own stderr if `process` is mpirun, which forwards no output once told to end."""
     with contextlib.suppress(psutil.Error, OSError):

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from launch.errors import print_error
-from launch.launcher import end_launcher, print_on_mpirun
+from launch.launcher import end_launcher, is_mpirun_or_daemon, print_on_mpirun
 from launch.logs import last_line
 from launch.processes import adopt_orphans, end_with_parent
 from launch.ranks import Rank
@@ -214,11 +214,16 @@ class Watchdog:
         return self.has_exited and not self.failure and not (self.is_leader and self.peers)
 
     def forward(self, info: signal.struct_siginfo) -> None:
-        """Pass a signal to the rank, unless mpirun sent it, which signals the whole process group."""
-        if info.si_pid == self.launcher and info.si_signo == signal.SIGTERM:
+        """Pass a signal to the rank, unless the launcher sent it, which signals the rank as well.
+
+        After SIGTERM mpirun soon kills both. Slurm waits (KillWait, 30 s by default), so the rank can save a
+        checkpoint.
+        """
+        if info.si_pid != self.launcher:
+            if not self.has_exited:
+                self.child.send_signal(info.si_signo)
+        elif info.si_signo == signal.SIGTERM and is_mpirun_or_daemon(self.launcher):
             self.terminated = time.monotonic()
-        elif info.si_pid != self.launcher and not self.has_exited:
-            self.child.send_signal(info.si_signo)
 
     # --- Messages -----------------------------------------------------------------------------------
 
