@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster: sbatch --nodes=2 launch/slurm.sh --config chairs --data DIR --out RUN ...
+# Train on a Slurm cluster: sbatch --nodes=8 launch/slurm.sh --config chairs-8x8 --data DIR --out RUN ...
 # One rank per GPU; mpirun finds the nodes of the job. After a failure, training is restarted up to three times. The
 # same command resumes from the newest checkpoint: one is written five minutes before the time limit (USR1), or on
 #   scancel --batch --signal=USR1 JOB
@@ -28,4 +28,5 @@ case " $* " in
 *" --device"*) device=() ;;
 *) device=(--device gpu) ;;
 esac
-exec launch/retry.sh 3 mpirun -n "$SLURM_NTASKS" launch/train.sh ${device[@]+"${device[@]}"} "$@"
+# Ranks bind themselves; mpirun would refuse more ranks than physical cores, but Slurm counts hardware threads.
+exec launch/retry.sh 3 mpirun --bind-to none -n "$SLURM_NTASKS" launch/train.sh ${device[@]+"${device[@]}"} "$@"
