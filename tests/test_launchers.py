@@ -66,8 +66,8 @@ RANK = """
 import os, signal, time
 from launch import watchdog
 from launch.ranks import Rank
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # before the launcher can send it
 watchdog.watch(Rank(1, 2, 1, 2))
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 print(flush=True)
 signal.sigwait([signal.SIGTERM])
 time.sleep(1)
