@@ -14,6 +14,7 @@
 #include <unordered_map>
 
 #include "../abi.h"
+#include "bfloat16.h"
 #include "flow_convolution.h"
 #include "onednn.h"
 #include "winograd.h"
@@ -43,8 +44,8 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
 }
 
 // The layout of images that Winograd's filtering reads and writes.
-memory::desc blocked(const Geometry& g, int64_t channels) {
-  return {{g.n, channels, g.h, g.w}, memory::data_type::f32, memory::format_tag::aBcd16b};
+memory::desc blocked(const Geometry& g, int64_t channels, memory::data_type type) {
+  return {{g.n, channels, g.h, g.w}, type, memory::format_tag::aBcd16b};
 }
 
 template <class Number>
@@ -56,8 +57,14 @@ BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memor
 // Convolves images of any layout by Winograd's filtering, and converts the result.
 void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
                           const memory& result) {
-  const memory source = in_layout(x, blocked(g, g.in)), computed = allocate(blocked(g, g.out));
-  convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, as_images<float>(g, g.out, computed));
+  const memory source = in_layout(x, blocked(g, g.in, g.type())),
+               computed = allocate(blocked(g, g.out, memory::data_type::f32));
+  const auto y = as_images<float>(g, g.out, computed);
+  if (g.bfloat16) {
+    convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias, y);
+  } else {
+    convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, y);
+  }
   convert(computed, result);
 }
 
@@ -95,10 +102,15 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
     upstream = wrap(plain(y), before);
   }
   if (suits_winograd(g)) {
-    const memory source = in_layout(wrap(plain(image), x), blocked(g, g.in));
-    upstream = in_layout(upstream, blocked(g, g.out));
-    differentiate_weights_by_winograd(g, as_images<const float>(g, g.in, source),
-                                      as_images<const float>(g, g.out, upstream), weight_gradient, bias_gradient);
+    const memory source = in_layout(wrap(plain(image), x), blocked(g, g.in, g.type()));
+    upstream = in_layout(upstream, blocked(g, g.out, g.type()));
+    if (g.bfloat16) {
+      differentiate_weights_by_winograd(g, as_images<const Bfloat16>(g, g.in, source),
+                                        as_images<const Bfloat16>(g, g.out, upstream), weight_gradient, bias_gradient);
+    } else {
+      differentiate_weights_by_winograd(g, as_images<const float>(g, g.in, source),
+                                        as_images<const float>(g, g.out, upstream), weight_gradient, bias_gradient);
+    }
   } else {
     const auto& [chosen, primitive] = convolution.weight_gradient();
     const memory source = in_layout(wrap(plain(image), x), chosen.src_desc());

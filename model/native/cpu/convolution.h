@@ -22,13 +22,14 @@ enum After : int64_t {
 struct Geometry {
   int64_t n, in, out, h, w, stride, dilation;
   After after;
-  // Whether oneDNN rounds images, weights and upstream gradients to bfloat16. Products are summed in float32.
+  // Whether images, weights and upstream gradients are rounded to bfloat16. Products are summed in float32.
   int64_t bfloat16;
   // The layout of images: blocks of so many channels, or whatever is fastest if it is 0.
   int64_t block;
 
   int64_t out_h() const { return (h - 1) / stride + 1; }
   int64_t out_w() const { return (w - 1) / stride + 1; }
+  memory::data_type type() const { return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32; }
   bool operator<(const Geometry& o) const {
     return std::tie(n, in, out, h, w, stride, dilation, after, bfloat16, block) <
            std::tie(o.n, o.in, o.out, o.h, o.w, o.stride, o.dilation, o.after, o.bfloat16, o.block);
@@ -54,7 +55,7 @@ class Convolution {
         dilation_{g.dilation - 1, g.dilation - 1},
         pad_{g.dilation, g.dilation},
         after_(g.after),
-        type_(g.bfloat16 ? memory::data_type::bf16 : memory::data_type::f32),
+        type_(g.type()),
         // A blocked result is the next layer's input; any other becomes float32 in any case.
         result_type_(g.block && g.after != kAdd ? type_ : memory::data_type::f32),
         tag_(g.block == 16  ? memory::format_tag::aBcd16b

@@ -6,7 +6,7 @@
 //
 // The images of a batch lie below each other in the buffer, with a row of zeros between them, as one tall image: what
 // oneDNN's convolution reads is then contiguous. The row takes the place of the padding. Winograd's filtering, which
-// replaces oneDNN in float32, reads the images one by one.
+// replaces oneDNN with AVX-512, reads the images one by one.
 
 #include <algorithm>
 #include <array>
@@ -14,11 +14,11 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
-#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
 #include "../abi.h"
+#include "bfloat16.h"
 #include "convolution.h"
 #include "onednn.h"
 #include "winograd.h"
@@ -38,30 +38,6 @@ constexpr int64_t channels_of(int first, int last) {
 }
 
 constexpr int64_t kGrown = channels_of(0, kLayers);
-
-// Elements of a buffer: float, or the upper half of one.
-struct Bfloat16 {
-  uint16_t bits;
-
-  Bfloat16& operator=(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof(word));
-    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to nearest even
-    bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
-    return *this;
-  }
-};
-
-bool is_positive(Bfloat16 value) { return static_cast<int16_t>(value.bits) > 0; }
-bool is_positive(float value) { return value > 0; }
-
-float to_float(float value) { return value; }
-float to_float(Bfloat16 value) {
-  const uint32_t word = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof(result));
-  return result;
-}
 
 // The block of channels that oneDNN's convolutions prefer for their images; 0 if they prefer another layout.
 int64_t preferred_block(bool bfloat16) {
@@ -215,11 +191,9 @@ class DenseBlock {
   template <class Result>
   void convolve(int64_t in, int64_t out, After after, const T* x, const float* weight, const float* bias,
                 Result* y) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (const Geometry g = single(in, out, after); suits_winograd(g)) {
-        convolve_by_winograd(g, images(x), weight, bias, images(y));
-        return;
-      }
+    if (const Geometry g = single(in, out, after); suits_winograd(g)) {
+      convolve_by_winograd(g, images(x), weight, bias, images(y));
+      return;
     }
     const auto mark = scratch.mark();
     const auto& [chosen, primitive] = find_convolution(s.convolution(in, out, after)).forward();
@@ -266,12 +240,10 @@ class DenseBlock {
   void differentiate_weights(int k, const T* buffer, const T* before, float* weight_gradient,
                              float* bias_gradient) const {
     const int64_t in = channels_in(k);
-    if constexpr (std::is_same_v<T, float>) {
-      if (const Geometry g = single(in, kGrowth[k], kNothing); suits_winograd(g)) {
-        differentiate_weights_by_winograd(g, images(buffer + input_of(k)), images(before + result_of(k)),
-                                          weight_gradient, bias_gradient);
-        return;
-      }
+    if (const Geometry g = single(in, kGrowth[k], kNothing); suits_winograd(g)) {
+      differentiate_weights_by_winograd(g, images(buffer + input_of(k)), images(before + result_of(k)), weight_gradient,
+                                        bias_gradient);
+      return;
     }
     const auto mark = scratch.mark();
     const auto& [chosen, primitive] = find_convolution(s.convolution(in, kGrowth[k], kNothing)).weight_gradient();

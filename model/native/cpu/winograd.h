@@ -1,4 +1,4 @@
-// The 3x3 convolution without stride in float32 by Winograd's minimal filtering, from blocked images to blocked images.
+// The 3x3 convolution without stride by Winograd's minimal filtering, from blocked images to blocked images.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,15 @@ struct BlockedImages {
 bool suits_winograd(const Geometry& g);
 
 // x, weight (out, in, 3, 3), bias (out, or null for zeros) -> y. In x, the channels that fill up the last block must be
-// zero; in y they become zero (with kAdd, they stay).
-void convolve_by_winograd(const Geometry& g, const BlockedImages<const float>& x, const float* weight,
-                          const float* bias, const BlockedImages<float>& y);
+// zero; in y they become zero (with kAdd, they stay). Multiplies numbers of the type of x, and sums in float32.
+template <class Number, class Result>
+void convolve_by_winograd(const Geometry& g, const BlockedImages<const Number>& x, const float* weight,
+                          const float* bias, const BlockedImages<Result>& y);
 
 // x and the gradient of y before its activation -> gradients of weight and bias
-void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<const float>& x,
-                                       const BlockedImages<const float>& upstream, float* weight_gradient,
+template <class Number>
+void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<const Number>& x,
+                                       const BlockedImages<const Number>& upstream, float* weight_gradient,
                                        float* bias_gradient);
 
 }  // namespace pwcnet
