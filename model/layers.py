@@ -10,13 +10,19 @@ from model import native
 from model.backend import Backend
 from model.precision import Precision
 
+BLOCK = 16
+"""Channels that native operators keep together for a pixel."""
+
 
 class Convolution(nn.Conv2d):
     """A 3x3 convolution with bias that keeps the size (over stride), and LeakyReLU 0.1.
 
-    The native one, for the CPU, is a single operator, which also activates: Winograd's minimal filtering, in float32 on
-    processors with AVX-512, or oneDNN in the layouts that it is fastest in. MindSpore's needs three, and multiplies a
-    copy of each pixel's neighbourhood.
+    The native one, for the CPU, is a single operator, which also activates: Winograd's minimal filtering, on processors
+    with AVX-512, or oneDNN in the layouts that it is fastest in. MindSpore's needs three, and multiplies a copy of each
+    pixel's neighbourhood.
+
+    The native one reads images also in the blocks of channels that it computes with, and gives those to a convolution
+    that follows directly; see `hand_over_blocks`.
 
     Args:
         channels_in, channels_out: as the weights have them.
@@ -51,11 +57,11 @@ class Convolution(nn.Conv2d):
         self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
         if self.is_native:
-            self.operator = native_convolution(stride)
+            self.operator = native_convolution(stride, gives_blocks=False)
         self.set_precision("float32")
 
     def construct(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride))."""
+        """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)), either one perhaps in blocks."""
         if self.is_native:
             return self.operator(x, self.weight, self.bias, self.settings)
         y = super().construct(x)
@@ -71,11 +77,31 @@ class Convolution(nn.Conv2d):
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
 
 
-def native_convolution(stride: int) -> ops.Custom:
-    """The native convolution with its gradient: (x, weight, bias, settings) to y."""
+def hand_over_blocks(layers: list[nn.SequentialCell]) -> None:
+    """Let native convolutions that follow each other hand over their results in blocks of channels.
+
+    This saves two conversions each, forward and backward. Nothing else may read these results.
+
+    Args:
+        layers: as `conv` makes them, the first one to be computed first.
+    """
+    for layer in layers[:-1]:
+        if layer[0].is_native:
+            layer[0].operator = native_convolution(layer[0].geometry[0], gives_blocks=True)
+
+
+def native_convolution(stride: int, gives_blocks: bool) -> ops.Custom:
+    """The native convolution with its gradient: (x, weight, bias, settings) to y.
+
+    Images in blocks are (N, ceil(C / BLOCK), H, W, BLOCK); zeros fill up the last block. Those that come in may be, and
+    those that go out are if `gives_blocks`.
+    """
 
     def infer_shape(x: list[int], weight: list[int], bias: list[int], settings: list[int]) -> list[int]:
-        return [x[0], weight[0], (x[2] - 1) // stride + 1, (x[3] - 1) // stride + 1]
+        height, width = ((side - 1) // stride + 1 for side in x[2:4])
+        if gives_blocks:
+            return [x[0], -(-weight[0] // BLOCK), height, width, BLOCK]
+        return [x[0], weight[0], height, width]
 
     gradients = native.operator(
         "Convolution3x3Gradient",

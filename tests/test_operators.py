@@ -6,8 +6,9 @@ from mindspore import Tensor, nn, ops
 
 from model import native
 from model.backend import Backend
-from model.layers import Convolution
+from model.layers import Convolution, conv, hand_over_blocks
 from model.operators import CostVolume, Warp
+from model.precision import Precision
 from model.pwcnet import FlowEstimator
 
 SHAPES = [(1, 3, 1, 1), (2, 5, 1, 7), (1, 4, 9, 1), (2, 3, 5, 12), (1, 16, 13, 11)]
@@ -202,28 +203,60 @@ def test_convolution_equals_its_definition(
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "channels,dilation,size",
-    [((130, 40), 1, (15, 17)), ((17, 64), 1, (12, 14)), ((48, 33), 3, (13, 20)), ((32, 128), 4, (16, 19))],
-    ids=["channels in two chunks", "whole tiles", "dilated, parts of tiles", "dilated"],
+    [
+        ((270, 40), 1, (1, 16, 17)),
+        ((17, 64), 1, (2, 12, 14)),
+        ((48, 33), 3, (2, 13, 20)),
+        ((32, 128), 4, (2, 16, 19)),
+    ],
+    ids=["channels in chunks, tiles in an odd number", "whole tiles", "dilated, parts of tiles", "dilated"],
 )
-def test_large_convolutions_round_as_float32_does(
-    channels: tuple[int, int], dilation: int, size: tuple[int, int], graph_mode: None
+def test_large_convolutions_round_as_their_factors_do(
+    channels: tuple[int, int], dilation: int, size: tuple[int, ...], precision: Precision, graph_mode: None
 ) -> None:
     """Images that are large enough for Winograd's filtering: values and gradients, with their error."""
     if not (native.available() and native.has_operator("Convolution3x3")):
         pytest.skip("no native convolution here")
+    if precision == "bfloat16" and not native.has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
     rng = np.random.default_rng(7)
-    cell = Convolution(*channels, "native", dilation=dilation)
-    x, gradient = rng.normal(size=(2, channels[0], *size)), rng.normal(size=(2, channels[1], *size))
+    activation = precision == "float32"  # rounding to bfloat16 changes signs, and so slopes
+    cell = Convolution(*channels, "native", dilation=dilation, activation=activation)
+    cell.set_precision(precision)
+    x, gradient = (rng.normal(size=(size[0], count, *size[1:])) for count in channels)
     weight, bias = rng.normal(size=cell.weight.shape) / 10, rng.normal(size=channels[1])
     cell.weight.set_data(Tensor(weight.astype(np.float32)))
     cell.bias.set_data(Tensor(bias.astype(np.float32)))
     x, gradient, weight, bias = (array.astype(np.float32).astype(np.float64) for array in (x, gradient, weight, bias))
-    expected = convolution_numpy(x, weight, bias, 1, dilation, True, gradient)
+    expected = convolution_numpy(x, weight, bias, 1, dilation, activation, gradient)
+    # A number is rounded by up to 6e-8 of it in float32, by up to 4e-3 in bfloat16.
+    low, high = (0, 1e-6) if precision == "float32" else (1e-4, 5e-3)
     for found, value in zip(run_with_gradients(cell, gradient, x), expected, strict=True):
         error = np.sqrt(np.mean((found - value) ** 2) / np.mean(value**2))
-        assert error < 1e-6, error  # a float32 number is rounded by up to 6e-8 of it
+        assert low < error < high, error
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_blocks_between_convolutions_change_nothing(precision: Precision, graph_mode: None) -> None:
+    """Channels of no multiple of a block, with stride and dilation, by oneDNN and by Winograd's filtering."""
+    if not (native.available() and native.has_operator("Convolution3x3")):
+        pytest.skip("no native convolution here")
+    if precision == "bfloat16" and not native.has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    rng = np.random.default_rng(8)
+    layers = [conv(3, 20, "native", stride=2), conv(20, 33, "native"), conv(33, 18, "native", dilation=2)]
+    for layer in layers:
+        layer[0].set_precision(precision)
+    x, gradient = rng.normal(size=(2, 3, 32, 36)), rng.normal(size=(2, 18, 16, 18))
+    plain = run_with_gradients(nn.SequentialCell(layers), gradient, x)
+    hand_over_blocks(layers)
+    assert layers[0](Tensor(x.astype(np.float32))).shape == (2, 2, 16, 18, 16)
+    blocked = run_with_gradients(nn.SequentialCell(layers), gradient, x)
+    for found, value in zip(blocked, plain, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

@@ -44,7 +44,18 @@ struct Call {
 };
 
 // Sizes that tensors of one call share. The first tensor that has one sets it, the others must agree.
-enum Symbol : int64_t { kN = -1, kC = -2, kH = -3, kW = -4, kOut = -5, kOutC = -6, kOutH = -7, kOutW = -8 };
+enum Symbol : int64_t {
+  kN = -1,
+  kC = -2,
+  kH = -3,
+  kW = -4,
+  kOut = -5,
+  kOutC = -6,
+  kOutH = -7,
+  kOutW = -8,
+  kBlocks = -9,
+  kOutBlocks = -10
+};
 
 class Sizes {
  public:
@@ -52,14 +63,14 @@ class Sizes {
   int64_t& operator[](Symbol symbol) { return values_[-1 - symbol]; }
 
  private:
-  int64_t values_[8] = {-1, -1, -1, -1, -1, -1, -1, -1};  // -1: not set yet
+  int64_t values_[10] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1};  // -1: not set yet
 };
 
 struct TensorSpec {
   const char* name;
   const char* dtype;
   int rank;
-  int64_t shape[4];  // sizes, or Symbols
+  int64_t shape[5];  // sizes, or Symbols
 };
 
 inline std::string format_shape(const int64_t* shape, int rank) {
@@ -82,7 +93,7 @@ inline Status check_tensor(const Call& call, int i, const TensorSpec& spec, Size
     return kDtype;
   }
   const int64_t* found = call.shapes[i];
-  int64_t expected[4];
+  int64_t expected[5];
   bool matches = call.ranks[i] == spec.rank;
   for (int axis = 0; axis < spec.rank; ++axis) {
     const int64_t size = spec.shape[axis];
@@ -90,7 +101,7 @@ inline Status check_tensor(const Call& call, int i, const TensorSpec& spec, Size
     matches = matches && (expected[axis] < 0 || expected[axis] == found[axis]);
   }
   if (!matches) return fail_shape(call, spec.name, found, call.ranks[i], expected, spec.rank);
-  int64_t pixels = 1;  // of the last two axes
+  int64_t pixels = 1;  // of the axes after the channels
   for (int axis = 0; axis < spec.rank; ++axis) {
     if (axis >= 2) pixels *= found[axis];
     if (found[axis] < 0 || found[axis] > kMaxPixels || pixels > kMaxPixels) {

@@ -22,12 +22,43 @@
 namespace pwcnet {
 namespace {
 
-bool is_flow(const Geometry& g) {
-  return g.out == kFlowChannels && g.stride == 1 && g.dilation == 1 && g.after == kNothing;
+// Images, (N, C, H, W), are tensors with four axes, or with five in blocks of channels: (N, C / kLanes rounded up, H,
+// W, kLanes). The channels that fill up the last block are zero.
+bool is_blocked(const Call& call, int i) { return i < call.count && call.ranks[i] == 5; }
+
+// The specification of `name`, which has the axes of the call's tensor `i`.
+TensorSpec input_spec(const Call& call, int i, const char* name) {
+  if (is_blocked(call, i)) return {name, "float32", 5, {kN, kBlocks, kH, kW, kLanes}};
+  return {name, "float32", 4, {kN, kC, kH, kW}};
 }
 
-// Reads a call's settings and checks that its output `y` has the shape that follows from them.
-Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settings, int y, Geometry* geometry) {
+TensorSpec result_spec(const Call& call, int i, const char* name) {
+  if (is_blocked(call, i)) return {name, "float32", 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
+  return {name, "float32", 4, {kN, kOut, kOutH, kOutW}};
+}
+
+memory images(const Call& call, int i, const memory::dims& dims) {
+  const auto tag = is_blocked(call, i) ? memory::format_tag::aBcd16b : memory::format_tag::abcd;
+  return wrap({dims, memory::data_type::f32, tag}, call.params[i]);
+}
+
+Status check_images(const Call& call, int i, const char* name, const memory::dims& dims) {
+  const bool blocked = is_blocked(call, i);
+  const int64_t blocks = round_up(dims[1], kLanes) / kLanes;
+  const int64_t expected[5] = {dims[0], blocked ? blocks : dims[1], dims[2], dims[3], kLanes};
+  const int rank = call.ranks[i];
+  if (std::equal(expected, expected + rank, call.shapes[i])) return kOk;
+  return fail_shape(call, name, call.shapes[i], rank, expected, rank);
+}
+
+// Whether flow_convolution.h computes this, from tensor `x` to tensor `y`.
+bool is_flow(const Geometry& g, const Call& call, int x, int y) {
+  return g.out == kFlowChannels && g.stride == 1 && g.dilation == 1 && g.after == kNothing && !is_blocked(call, x) &&
+         !is_blocked(call, y);
+}
+
+// Reads a call's settings, and checks that the shapes of its input `x` and output `y` follow from them.
+Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settings, int x, int y, Geometry* geometry) {
   const Geometry g{sizes[kN],   sizes[kC],
                    sizes[kOut], sizes[kH],
                    sizes[kW],   settings[0],
@@ -37,10 +68,9 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
     std::fprintf(stderr, "%s: stride is %d and dilation %d, expected 1 or more\n", call.name, settings[0], settings[1]);
     return kShape;
   }
-  const int64_t expected[4] = {g.n, g.out, g.out_h(), g.out_w()};
-  if (!std::equal(expected, expected + 4, call.shapes[y])) return fail_shape(call, "y", call.shapes[y], 4, expected, 4);
   *geometry = g;
-  return kOk;
+  if (const Status status = check_images(call, x, "x", g.x())) return status;
+  return check_images(call, y, "y", g.y());
 }
 
 // The layout of images that Winograd's filtering reads and writes.
@@ -57,27 +87,27 @@ BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memor
 // Convolves images of any layout by Winograd's filtering, and converts the result.
 void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
                           const memory& result) {
-  const memory source = in_layout(x, blocked(g, g.in, g.type())),
-               computed = allocate(blocked(g, g.out, memory::data_type::f32));
+  const memory source = in_layout(x, blocked(g, g.in, g.type()));
+  const memory::desc layout = blocked(g, g.out, memory::data_type::f32);
+  const bool directly = result.get_desc() == layout;
+  const memory computed = directly ? result : allocate(layout);
   const auto y = as_images<float>(g, g.out, computed);
   if (g.bfloat16) {
     convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias, y);
   } else {
     convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, y);
   }
-  convert(computed, result);
+  if (!directly) convert(computed, result);
 }
 
-void convolve(const Geometry& g, const float* x, const float* weight, const float* bias, float* out) {
+void convolve(const Geometry& g, const memory& x, const float* weight, const float* bias, const memory& result) {
   if (suits_winograd(g)) {
-    convolve_by_winograd(g, wrap(plain({g.n, g.in, g.h, g.w}), x), weight, bias,
-                         wrap(plain({g.n, g.out, g.h, g.w}), out));
+    convolve_by_winograd(g, x, weight, bias, result);
     return;
   }
   const auto& [chosen, primitive] = find_convolution(g).forward();
-  const memory source = in_layout(wrap(plain({g.n, g.in, g.h, g.w}), x), chosen.src_desc());
+  const memory source = in_layout(x, chosen.src_desc());
   const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), chosen.weights_desc());
-  const memory result = wrap(plain({g.n, g.out, g.out_h(), g.out_w()}), out);
   const bool directly = result.get_desc() == chosen.dst_desc();
   const memory computed = directly ? result : allocate(chosen.dst_desc());
   execute(primitive, chosen.scratchpad_desc(),
@@ -88,21 +118,22 @@ void convolve(const Geometry& g, const float* x, const float* weight, const floa
   if (!directly) convert(computed, result);
 }
 
-void convolve_gradient(const Geometry& g, const float* x, const float* weight, const float* out, const float* gradient,
-                       float* x_gradient, float* weight_gradient, float* bias_gradient) {
+void convolve_gradient(const Geometry& g, const memory& x, const float* weight, const memory& y, memory upstream,
+                       const memory& x_gradient, float* weight_gradient, float* bias_gradient) {
   Convolution& convolution = find_convolution(g);
-  const memory::dims image{g.n, g.in, g.h, g.w}, weights{g.out, g.in, 3, 3};
-  const memory::dims y{g.n, g.out, g.out_h(), g.out_w()};
-  memory upstream = wrap(plain(y), gradient);
+  const memory::dims weights{g.out, g.in, 3, 3};
   if (g.after == kLeaky) {
-    const int64_t count = g.n * g.out * g.out_h() * g.out_w();
-    float* before = scratch.floats(count);
+    const memory before = allocate(upstream.get_desc());
+    const int64_t count = upstream.get_desc().get_size() / sizeof(float);
+    const auto *result = static_cast<const float*>(y.get_data_handle()),
+               *gradient = static_cast<const float*>(upstream.get_data_handle());
+    auto* product = static_cast<float*>(before.get_data_handle());
 #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; ++i) before[i] = gradient[i] * (out[i] > 0 ? 1.f : kLeakySlope);
-    upstream = wrap(plain(y), before);
+    for (int64_t i = 0; i < count; ++i) product[i] = gradient[i] * (result[i] > 0 ? 1.f : kLeakySlope);
+    upstream = before;
   }
   if (suits_winograd(g)) {
-    const memory source = in_layout(wrap(plain(image), x), blocked(g, g.in, g.type()));
+    const memory source = in_layout(x, blocked(g, g.in, g.type()));
     upstream = in_layout(upstream, blocked(g, g.out, g.type()));
     if (g.bfloat16) {
       differentiate_weights_by_winograd(g, as_images<const Bfloat16>(g, g.in, source),
@@ -113,7 +144,7 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
     }
   } else {
     const auto& [chosen, primitive] = convolution.weight_gradient();
-    const memory source = in_layout(wrap(plain(image), x), chosen.src_desc());
+    const memory source = in_layout(x, chosen.src_desc());
     upstream = in_layout(upstream, chosen.diff_dst_desc());
     const memory result = wrap(plain(weights), weight_gradient);
     const bool directly = result.get_desc() == chosen.diff_weights_desc();
@@ -129,28 +160,23 @@ void convolve_gradient(const Geometry& g, const float* x, const float* weight, c
   if (suits_winograd(backward)) {
     float* turned = scratch.floats(g.in * g.out * kTaps);
     turn_weights(weight, g.out, g.in, 0, g.in, turned, g.out);
-    convolve_by_winograd(backward, upstream, turned, nullptr, wrap(plain(image), x_gradient));
+    convolve_by_winograd(backward, upstream, turned, nullptr, x_gradient);
     return;
   }
   const auto& [chosen, primitive] = convolution.input_gradient();
   const memory weights_there = in_layout(wrap(plain(weights), weight), chosen.weights_desc());
-  const memory result = wrap(plain(image), x_gradient);
-  const bool directly = result.get_desc() == chosen.diff_src_desc();
-  const memory computed = directly ? result : allocate(chosen.diff_src_desc());
+  const bool directly = x_gradient.get_desc() == chosen.diff_src_desc();
+  const memory computed = directly ? x_gradient : allocate(chosen.diff_src_desc());
   execute(primitive, chosen.scratchpad_desc(),
           {{DNNL_ARG_DIFF_DST, in_layout(upstream, chosen.diff_dst_desc())},
            {DNNL_ARG_WEIGHTS, weights_there},
            {DNNL_ARG_DIFF_SRC, computed}});
-  if (!directly) convert(computed, result);
+  if (!directly) convert(computed, x_gradient);
 }
 
-constexpr TensorSpec kX{"x", "float32", 4, {kN, kC, kH, kW}};
 constexpr TensorSpec kWeight{"weight", "float32", 4, {kOut, kC, 3, 3}};
 constexpr TensorSpec kBias{"bias", "float32", 1, {kOut}};
 constexpr TensorSpec kSettings{"settings", "int32", 1, {4}};
-constexpr TensorSpec kY{"y", "float32", 4, {kN, kOut, kOutH, kOutW}};
-constexpr TensorSpec kGradient{"gradient", "float32", 4, {kN, kOut, kOutH, kOutW}};
-constexpr TensorSpec kXGradient{"x_gradient", "float32", 4, {kN, kC, kH, kW}};
 constexpr TensorSpec kWeightGradient{"weight_gradient", "float32", 4, {kOut, kC, 3, 3}};
 constexpr TensorSpec kBiasGradient{"bias_gradient", "float32", 1, {kOut}};
 
@@ -189,36 +215,44 @@ extern "C" double measure_peak(int bfloat16) {
 
 // x, weight, bias, settings (stride, dilation, LeakyReLU, bfloat16) -> y
 PWCNET_OPERATOR(Convolution3x3) {
-  return run(call, {kX, kWeight, kBias, kSettings, kY}, [&](const Sizes& sizes) {
-    const float *x = call.data<float>(0), *weight = call.data<float>(1), *bias = call.data<float>(2);
-    Geometry g;
-    if (const Status status = read_geometry(call, sizes, call.data<int32_t>(3), 4, &g)) return status;
-    if (is_flow(g)) {
-      convolve_to_flow(x, weight, bias, call.data<float>(4), sizes);
-    } else {
-      convolve(g, x, weight, bias, call.data<float>(4));
-    }
-    return kOk;
-  });
+  return run(call, {input_spec(call, 0, "x"), kWeight, kBias, kSettings, result_spec(call, 4, "y")},
+             [&](const Sizes& sizes) {
+               const float *weight = call.data<float>(1), *bias = call.data<float>(2);
+               Geometry g;
+               if (const Status status = read_geometry(call, sizes, call.data<int32_t>(3), 0, 4, &g)) return status;
+               if (is_flow(g, call, 0, 4)) {
+                 convolve_to_flow(call.data<float>(0), weight, bias, call.data<float>(4), sizes);
+               } else {
+                 convolve(g, images(call, 0, g.x()), weight, bias, images(call, 4, g.y()));
+               }
+               return kOk;
+             });
 }
 
 // x, weight, y, gradient of y, settings -> gradients of x, weight and bias
 PWCNET_OPERATOR(Convolution3x3Gradient) {
-  return run(call, {kX, kWeight, kY, kGradient, kSettings, kXGradient, kWeightGradient, kBiasGradient},
-             [&](const Sizes& sizes) {
-               const float *x = call.data<float>(0), *weight = call.data<float>(1), *gradient = call.data<float>(3);
-               float *x_gradient = call.data<float>(5), *weight_gradient = call.data<float>(6),
-                     *bias_gradient = call.data<float>(7);
-               Geometry g;
-               if (const Status status = read_geometry(call, sizes, call.data<int32_t>(4), 2, &g)) return status;
-               if (is_flow(g)) {
-                 convolve_to_flow_gradient(x, weight, gradient, x_gradient, weight_gradient, bias_gradient, sizes);
-               } else {
-                 convolve_gradient(g, x, weight, call.data<float>(2), gradient, x_gradient, weight_gradient,
-                                   bias_gradient);
-               }
-               return kOk;
-             });
+  const std::vector<TensorSpec> specs = {input_spec(call, 0, "x"),
+                                         kWeight,
+                                         result_spec(call, 2, "y"),
+                                         result_spec(call, 2, "gradient"),
+                                         kSettings,
+                                         input_spec(call, 0, "x_gradient"),
+                                         kWeightGradient,
+                                         kBiasGradient};
+  return run(call, specs, [&](const Sizes& sizes) {
+    const float* weight = call.data<float>(1);
+    float *weight_gradient = call.data<float>(6), *bias_gradient = call.data<float>(7);
+    Geometry g;
+    if (const Status status = read_geometry(call, sizes, call.data<int32_t>(4), 0, 2, &g)) return status;
+    if (is_flow(g, call, 0, 2)) {
+      convolve_to_flow_gradient(call.data<float>(0), weight, call.data<float>(3), call.data<float>(5), weight_gradient,
+                                bias_gradient, sizes);
+    } else {
+      convolve_gradient(g, images(call, 0, g.x()), weight, images(call, 2, g.y()), images(call, 3, g.y()),
+                        images(call, 5, g.x()), weight_gradient, bias_gradient);
+    }
+    return kOk;
+  });
 }
 
 }  // namespace pwcnet

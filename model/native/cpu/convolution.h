@@ -29,6 +29,8 @@ struct Geometry {
 
   int64_t out_h() const { return (h - 1) / stride + 1; }
   int64_t out_w() const { return (w - 1) / stride + 1; }
+  memory::dims x() const { return {n, in, h, w}; }
+  memory::dims y() const { return {n, out, out_h(), out_w()}; }
   memory::data_type type() const { return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32; }
   bool operator<(const Geometry& o) const {
     return std::tie(n, in, out, h, w, stride, dilation, after, bfloat16, block) <
@@ -48,9 +50,9 @@ class Convolution {
   using WeightGradient = Step<dnnl::convolution_backward_weights::primitive_desc>;
 
   explicit Convolution(const Geometry& g)
-      : x_{g.n, g.in, g.h, g.w},
+      : x_(g.x()),
         weight_{g.out, g.in, 3, 3},
-        y_{g.n, g.out, g.out_h(), g.out_w()},
+        y_(g.y()),
         stride_{g.stride, g.stride},
         dilation_{g.dilation - 1, g.dilation - 1},
         pad_{g.dilation, g.dilation},

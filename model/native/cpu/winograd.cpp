@@ -3,8 +3,8 @@
 // A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1: F(2x2, 3x3)
 // computes 2x2 results from 4x4 inputs with 16 multiplications instead of 36. Inputs and weights are transformed to 16
 // points. For each point, a matrix product of tiles by channels and channels by results follows; it takes most of the
-// time. The transforms, in float32, add and subtract, which makes rounding errors two to three times as large as
-// oneDNN's.
+// time. The transforms, in float32, add and subtract, which makes rounding errors two to three times as large as those
+// of a plain convolution.
 //
 // With a dilation of d, the pixels of a tile are d apart.
 
@@ -34,9 +34,9 @@ constexpr int kTiles = 2 * kStep, kChunk = 128;
 // Distance between the points of the tiles. The last term keeps them from sharing the same few lines of a cache.
 constexpr int64_t kPoint = kTiles * kChunk + kLanes;
 
-// The same for the gradient of the weights, which sums products of kGradientStep inputs and kGroup results. Its words are
-// of one or two tiles.
-constexpr int kGradientStep = 8, kGradientWords = kTiles, kSquare = kChunk / 2, kOuts = kChunk;
+// For the gradient of the weights, words are of one or two tiles. The sums of kGradientStep inputs and kGroup results
+// are in registers, those of kInputs and kResults in the caches.
+constexpr int kGradientStep = 8, kWords = kTiles, kInputs = kChunk / 2, kResults = kChunk;
 
 struct Tile {
   int64_t image, y, x;  // of its first result
@@ -106,8 +106,8 @@ void transform_weights(const Tiling& tiling, const float* weight, float* transfo
         transform_weight(from + channel % kLanes * kLanes, kLanes * kLanes, points[i]);
       }
       const int64_t chunk = word / kChunk * kChunk, words = std::min<int64_t>(kChunk, all - chunk);
-      float* to = transformed + chunk * kPoints * tiling.out + (block / 2 * words + word - chunk) * kGroup +
-                  block % 2 * kLanes;
+      float* to =
+          transformed + chunk * kPoints * tiling.out + (block / 2 * words + word - chunk) * kGroup + block % 2 * kLanes;
       for (int point = 0; point < kPoints; ++point)
         store(to + point * words * tiling.out, pack<Number>(points[0] + point, kPoints));
     }
@@ -322,23 +322,24 @@ template <class Number>
 void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<const Number>& x,
                                        const BlockedImages<const Number>& upstream, float* weight_gradient,
                                        float* bias_gradient) {
-  constexpr int kTogether = kGradientWords * kPack<Number>;  // tiles
+  constexpr int kTogether = kWords * kPack<Number>;  // tiles
   const Tiling tiling(g);
   const auto mark = scratch.mark();
   const int64_t threads = omp_get_max_threads();
-  // Squares of inputs and results, each in several parts of the tiles, so that all threads have something to do.
-  const int64_t columns = (tiling.out + kOuts - 1) / kOuts, squares = (tiling.in + kSquare - 1) / kSquare * columns;
+  // Rectangles of inputs and results, each in several parts of the tiles, so that all threads have something to do.
+  const int64_t columns = (tiling.out + kResults - 1) / kResults,
+                rectangles = (tiling.in + kInputs - 1) / kInputs * columns;
   const int64_t batches = (tiling.tiles + kTogether - 1) / kTogether;
-  const int64_t parts = std::min(batches, (4 * threads + squares - 1) / squares);
-  constexpr int64_t size = kPoints * kSquare * kOuts;
-  float* sums = scratch.floats(squares * parts * size);
+  const int64_t parts = std::min(batches, (4 * threads + rectangles - 1) / rectangles);
+  constexpr int64_t size = kPoints * kInputs * kResults;
+  float* sums = scratch.floats(rectangles * parts * size);
   float* points = scratch.floats(threads * 2 * kPoints * kPoint);
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t item = 0; item < squares * parts; ++item) {
-    const int64_t square = item / parts, part = item % parts;
-    const int64_t in = square / columns * kSquare, out = square % columns * kOuts;
-    const int64_t inputs = std::min<int64_t>(kSquare, tiling.in - in),
-                  results = std::min<int64_t>(kOuts, tiling.out - out);
+  for (int64_t item = 0; item < rectangles * parts; ++item) {
+    const int64_t rectangle = item / parts, part = item % parts;
+    const int64_t in = rectangle / columns * kInputs, out = rectangle % columns * kResults;
+    const int64_t inputs = std::min<int64_t>(kInputs, tiling.in - in),
+                  results = std::min<int64_t>(kResults, tiling.out - out);
     float* left = points + omp_get_thread_num() * 2 * kPoints * kPoint;
     float* right = left + kPoints * kPoint;
     for (int64_t batch = batches * part / parts; batch < batches * (part + 1) / parts; ++batch) {
@@ -358,29 +359,29 @@ void differentiate_weights_by_winograd(const Geometry& g, const BlockedImages<co
               store(to + point * kPoint + word * row + channel, pack<Number>(found[0] + point, kPoints));
           }
       };
-      fill(inputs, left, kSquare, [&](const Tile& tile, int64_t block, auto store_point) {
+      fill(inputs, left, kInputs, [&](const Tile& tile, int64_t block, auto store_point) {
         transform_input(g, x, tile, in / kLanes + block, store_point);
       });
-      fill(results, right, kOuts, [&](const Tile& tile, int64_t block, auto store_point) {
+      fill(results, right, kResults, [&](const Tile& tile, int64_t block, auto store_point) {
         transform_upstream(g, upstream, tile, out / kLanes + block, store_point);
       });
       for (int point = 0; point < kPoints; ++point)
         for (int64_t o = 0; o < results; o += kGroup)
           for (int64_t i = 0; i < inputs; i += kGradientStep)
-            multiply<Number, kGradientStep, 1, kSquare, kOuts>(
+            multiply<Number, kGradientStep, 1, kInputs, kResults>(
                 left + point * kPoint + i, right + point * kPoint + o, words, batch == batches * part / parts,
-                sums + item * size + (point * kSquare + i) * kOuts + o, kOuts);
+                sums + item * size + (point * kInputs + i) * kResults + o, kResults);
     }
   }
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t out = 0; out < g.out; out += kLanes)
     for (int64_t in = 0; in < g.in; ++in) {
-      const int64_t square = in / kSquare * columns + out / kOuts;
-      const float* from = sums + square * parts * size + in % kSquare * kOuts + out % kOuts;
+      const int64_t rectangle = in / kInputs * columns + out / kResults;
+      const float* from = sums + rectangle * parts * size + in % kInputs * kResults + out % kResults;
       Vector found[kPoints] = {}, taps[kTaps];
       for (int64_t part = 0; part < parts; ++part)
         for (int point = 0; point < kPoints; ++point)
-          found[point] += load(from + part * size + point * kSquare * kOuts);
+          found[point] += load(from + part * size + point * kInputs * kResults);
       transform_gradients(found, taps);
       for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, g.out - out); ++lane)
         for (int tap = 0; tap < kTaps; ++tap)
