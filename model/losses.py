@@ -11,27 +11,16 @@ LEVEL_WEIGHTS = (0.32, 0.08, 0.02, 0.01, 0.005)
 ROBUST_EPSILON, ROBUST_EXPONENT = 0.01, 0.4
 
 
-def downsample_flow(flow: Tensor, valid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Average a full-resolution flow over the blocks of a pyramid level.
-
-    Args:
-        flow: (N, 2, H, W) float32 in pixels.
-        valid: (N, 1, H, W) float32, 1 where the flow is known.
-        height, width: size of the level; they divide H and W.
-
-    Returns:
-        The mean over each block's known pixels, (N, 2, height, width), and (N, 1, height, width)
-        float32, 1 where a block has any.
-    """
-    n, _, full_height, full_width = flow.shape
-    blocks = (height, full_height // height, width, full_width // width)
-    total = (flow * valid).reshape(n, 2, *blocks).sum((3, 5))
-    count = valid.reshape(n, 1, *blocks).sum((3, 5))
-    return total / ops.maximum(count, 1.0), (count > 0).astype(float32)
+def sum_blocks(values: Tensor, height: int, width: int) -> Tensor:
+    """Sum over the blocks of a pyramid level: (N, C, H, W) to (N, C, height, width), which divide H and W."""
+    n, c, full_height, full_width = values.shape
+    return values.reshape(n, c, height, full_height // height, width, full_width // width).sum((3, 5))
 
 
 class MultiScaleLoss(nn.Cell):
     """Weighted sum over the pyramid of a per-pixel distance summed over the pixels.
+
+    The target of a level's pixel is the mean over its block's known pixels; a block without any does not count.
 
     Args:
         robust: False, the Euclidean norm (equation 3); True, the fine-tuning loss
@@ -57,14 +46,17 @@ class MultiScaleLoss(nn.Cell):
             (5,) float32: weighted loss of each level, summed over pixels and divided by N. The
             loss to minimise is their sum.
         """
-        known = ops.select(ops.broadcast_to(valid, flow.shape) > 0, flow, ops.zeros_like(flow))
+        total = ops.select(ops.broadcast_to(valid, flow.shape) > 0, flow, ops.zeros_like(flow))
+        count = valid
         losses = ()
-        for level, prediction in enumerate(flows):
+        for level in range(len(flows) - 1, -1, -1):  # from the finest, of whose blocks the coarser ones are made
+            prediction = flows[level]
             n, _, height, width = prediction.shape
-            target, present = downsample_flow(known, valid, height, width)
-            difference = prediction - target * DIV_FLOW
+            total, count = sum_blocks(total, height, width), sum_blocks(count, height, width)
+            difference = prediction - total / ops.maximum(count, 1.0) * DIV_FLOW
             distance = robust_norm(difference) if self.robust else norm(difference)
-            losses = losses + (ordered_sum(distance * present[:, 0]) * (LEVEL_WEIGHTS[level] / n),)
+            present = (count[:, 0] > 0).astype(float32)
+            losses = (ordered_sum(distance * present) * (LEVEL_WEIGHTS[level] / n),) + losses
         return ops.stack(losses)
 
 
