@@ -22,8 +22,8 @@
 namespace pwcnet {
 namespace {
 
-// Images, (N, C, H, W), are tensors with four axes, or with five in blocks of channels: (N, C / kLanes rounded up, H,
-// W, kLanes). The channels that fill up the last block are zero.
+// Images, (N, C, H, W), are tensors with four axes, or with five in blocked layout: (N, C / kLanes rounded up, H, W,
+// kLanes). The channels that fill up the last block are zero.
 bool is_blocked(const Call& call, int i) { return i < call.count && call.ranks[i] == 5; }
 
 // The specification of `name`, which has the axes of the call's tensor `i`.
@@ -88,16 +88,14 @@ BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memor
 void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
                           const memory& result) {
   const memory source = in_layout(x, blocked(g, g.in, g.type()));
-  const memory::desc layout = blocked(g, g.out, memory::data_type::f32);
-  const bool directly = result.get_desc() == layout;
-  const memory computed = directly ? result : allocate(layout);
-  const auto y = as_images<float>(g, g.out, computed);
-  if (g.bfloat16) {
-    convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias, y);
-  } else {
-    convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, y);
-  }
-  if (!directly) convert(computed, result);
+  write_in_layout(result, blocked(g, g.out, memory::data_type::f32), [&](const memory& computed) {
+    const auto y = as_images<float>(g, g.out, computed);
+    if (g.bfloat16) {
+      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias, y);
+    } else {
+      convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, y);
+    }
+  });
 }
 
 void convolve(const Geometry& g, const memory& x, const float* weight, const float* bias, const memory& result) {
@@ -105,17 +103,16 @@ void convolve(const Geometry& g, const memory& x, const float* weight, const flo
     convolve_by_winograd(g, x, weight, bias, result);
     return;
   }
-  const auto& [chosen, primitive] = find_convolution(g).forward();
-  const memory source = in_layout(x, chosen.src_desc());
-  const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), chosen.weights_desc());
-  const bool directly = result.get_desc() == chosen.dst_desc();
-  const memory computed = directly ? result : allocate(chosen.dst_desc());
-  execute(primitive, chosen.scratchpad_desc(),
-          {{DNNL_ARG_SRC, source},
-           {DNNL_ARG_WEIGHTS, weights},
-           {DNNL_ARG_BIAS, wrap(plain({g.out}), bias)},
-           {DNNL_ARG_DST, computed}});
-  if (!directly) convert(computed, result);
+  const auto& step = find_convolution(g).forward();
+  const memory source = in_layout(x, step.chosen.src_desc());
+  const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), step.chosen.weights_desc());
+  write_in_layout(result, step.chosen.dst_desc(), [&](const memory& computed) {
+    execute(step.run, step.chosen.scratchpad_desc(),
+            {{DNNL_ARG_SRC, source},
+             {DNNL_ARG_WEIGHTS, weights},
+             {DNNL_ARG_BIAS, wrap(plain({g.out}), bias)},
+             {DNNL_ARG_DST, computed}});
+  });
 }
 
 void convolve_gradient(const Geometry& g, const memory& x, const float* weight, const memory& y, memory upstream,
@@ -143,18 +140,17 @@ void convolve_gradient(const Geometry& g, const memory& x, const float* weight, 
                                         as_images<const float>(g, g.out, upstream), weight_gradient, bias_gradient);
     }
   } else {
-    const auto& [chosen, primitive] = convolution.weight_gradient();
-    const memory source = in_layout(x, chosen.src_desc());
-    upstream = in_layout(upstream, chosen.diff_dst_desc());
+    const auto& step = convolution.weight_gradient();
+    const memory source = in_layout(x, step.chosen.src_desc());
+    upstream = in_layout(upstream, step.chosen.diff_dst_desc());
     const memory result = wrap(plain(weights), weight_gradient);
-    const bool directly = result.get_desc() == chosen.diff_weights_desc();
-    const memory computed = directly ? result : allocate(chosen.diff_weights_desc());
-    execute(primitive, chosen.scratchpad_desc(),
-            {{DNNL_ARG_SRC, source},
-             {DNNL_ARG_DIFF_DST, upstream},
-             {DNNL_ARG_DIFF_WEIGHTS, computed},
-             {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
-    if (!directly) convert(computed, result);
+    write_in_layout(result, step.chosen.diff_weights_desc(), [&](const memory& computed) {
+      execute(step.run, step.chosen.scratchpad_desc(),
+              {{DNNL_ARG_SRC, source},
+               {DNNL_ARG_DIFF_DST, upstream},
+               {DNNL_ARG_DIFF_WEIGHTS, computed},
+               {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
+    });
   }
   const Geometry backward{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0};
   if (suits_winograd(backward)) {
@@ -163,15 +159,13 @@ void convolve_gradient(const Geometry& g, const memory& x, const float* weight, 
     convolve_by_winograd(backward, upstream, turned, nullptr, x_gradient);
     return;
   }
-  const auto& [chosen, primitive] = convolution.input_gradient();
-  const memory weights_there = in_layout(wrap(plain(weights), weight), chosen.weights_desc());
-  const bool directly = x_gradient.get_desc() == chosen.diff_src_desc();
-  const memory computed = directly ? x_gradient : allocate(chosen.diff_src_desc());
-  execute(primitive, chosen.scratchpad_desc(),
-          {{DNNL_ARG_DIFF_DST, in_layout(upstream, chosen.diff_dst_desc())},
-           {DNNL_ARG_WEIGHTS, weights_there},
-           {DNNL_ARG_DIFF_SRC, computed}});
-  if (!directly) convert(computed, x_gradient);
+  const auto& step = convolution.input_gradient();
+  const memory weights_there = in_layout(wrap(plain(weights), weight), step.chosen.weights_desc());
+  const memory source = in_layout(upstream, step.chosen.diff_dst_desc());
+  write_in_layout(x_gradient, step.chosen.diff_src_desc(), [&](const memory& computed) {
+    execute(step.run, step.chosen.scratchpad_desc(),
+            {{DNNL_ARG_DIFF_DST, source}, {DNNL_ARG_WEIGHTS, weights_there}, {DNNL_ARG_DIFF_SRC, computed}});
+  });
 }
 
 constexpr TensorSpec kWeight{"weight", "float32", 4, {kOut, kC, 3, 3}};
@@ -183,10 +177,7 @@ constexpr TensorSpec kBiasGradient{"bias_gradient", "float32", 1, {kOut}};
 }  // namespace
 
 // Whether the processor multiplies bfloat16 numbers; oneDNN would imitate that otherwise.
-extern "C" int has_bfloat16() {
-  const auto wanted = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
-  return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
-}
+extern "C" int has_bfloat16() { return has_isa(dnnl::cpu_isa::avx512_core_bf16); }
 
 // Floating-point operations in a second of a convolution that is large, has many channels, and fits into the caches.
 extern "C" double measure_peak(int bfloat16) {

@@ -10,8 +10,6 @@
 
 namespace pwcnet {
 
-constexpr int kTaps = 9;
-
 // What happens to the sums of a convolution.
 enum After : int64_t {
   kNothing,  // they get a bias

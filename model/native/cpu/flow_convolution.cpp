@@ -14,7 +14,6 @@
 namespace pwcnet {
 namespace {
 
-constexpr int kTaps = 9;
 // Rows computed together. What is loaded was then stored long before: a processor waits if it has to load what it is
 // just storing in other pieces.
 constexpr int64_t kBand = 8;

@@ -27,6 +27,12 @@ inline dnnl::stream& stream() {
   return instance;
 }
 
+// Whether oneDNN may use an instruction set: the processor has it, and ONEDNN_MAX_CPU_ISA does not exclude it.
+inline bool has_isa(dnnl::cpu_isa wanted) {
+  static const auto isa = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
+  return (isa & static_cast<unsigned>(wanted)) == static_cast<unsigned>(wanted);
+}
+
 inline memory::desc plain(memory::dims dims) {
   const auto tag = dims.size() == 4 ? memory::format_tag::abcd : memory::format_tag::a;
   return memory::desc(dims, memory::data_type::f32, tag);
@@ -54,6 +60,19 @@ inline memory in_layout(const memory& from, const memory::desc& wanted) {
   memory to = allocate(wanted);
   convert(from, to);
   return to;
+}
+
+// Calls `write` with memory of a layout: the result itself if it has that, else scratch memory, which is then
+// converted.
+template <class Function>
+void write_in_layout(const memory& result, const memory::desc& layout, Function write) {
+  if (result.get_desc() == layout) {
+    write(result);
+    return;
+  }
+  const memory written = allocate(layout);
+  write(written);
+  convert(written, result);
 }
 
 inline void execute(const dnnl::primitive& primitive, const memory::desc& scratchpad,

@@ -18,6 +18,7 @@
 namespace pwcnet {
 
 constexpr int kLanes = 16;  // pixels handled together; the compiler maps them to the vectors of the machine
+constexpr int kTaps = 9;    // of a 3x3 convolution
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 

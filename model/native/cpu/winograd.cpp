@@ -265,13 +265,11 @@ void transform_results(const Geometry& g, const float* points, const Tile* tiles
 
 bool suits_winograd(const Geometry& g) {
 #ifdef __AVX512F__
-  static const auto isa = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
-  const auto has = [](dnnl::cpu_isa wanted) { return (isa & unsigned(wanted)) == unsigned(wanted); };
   // Few pixels are not worth the transform of the weights; of tiles as large as an image, much lies outside.
   const bool large = g.n * g.h * g.w >= 200 && std::min(g.h, g.w) >= 4 * g.dilation;
   // With AMX, oneDNN multiplies bfloat16 numbers eight times as fast, but not with padding of this size.
-  const bool faster = !g.bfloat16 || !has(dnnl::cpu_isa::avx512_core_amx) || g.dilation > 8;
-  return has(dnnl::cpu_isa::avx512_core) && large && faster && g.stride == 1 && g.out > kLanes;
+  const bool faster = !g.bfloat16 || !has_isa(dnnl::cpu_isa::avx512_core_amx) || g.dilation > 8;
+  return has_isa(dnnl::cpu_isa::avx512_core) && large && faster && g.stride == 1 && g.out > kLanes;
 #else
   return false;  // too few registers
 #endif
