@@ -11,7 +11,7 @@ from model.backend import Backend
 from model.precision import Precision
 
 BLOCK = 16
-"""Channels that native operators keep together for a pixel."""
+"""Channels in a block of the blocked layout."""
 
 
 class Convolution(nn.Conv2d):
@@ -21,8 +21,7 @@ class Convolution(nn.Conv2d):
     with AVX-512, or oneDNN in the layouts that it is fastest in. MindSpore's needs three, and multiplies a copy of each
     pixel's neighbourhood.
 
-    The native one reads images also in the blocks of channels that it computes with, and gives those to a convolution
-    that follows directly; see `hand_over_blocks`.
+    The native one also reads and writes the blocked layout that it computes in; see `keep_blocked_layout`.
 
     Args:
         channels_in, channels_out: as the weights have them.
@@ -57,11 +56,11 @@ class Convolution(nn.Conv2d):
         self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
         if self.is_native:
-            self.operator = native_convolution(stride, gives_blocks=False)
+            self.operator = native_convolution(stride, blocked_output=False)
         self.set_precision("float32")
 
     def construct(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)), either one perhaps in blocks."""
+        """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)), each in plain or blocked layout."""
         if self.is_native:
             return self.operator(x, self.weight, self.bias, self.settings)
         y = super().construct(x)
@@ -77,8 +76,8 @@ class Convolution(nn.Conv2d):
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
 
 
-def hand_over_blocks(layers: list[nn.SequentialCell]) -> None:
-    """Let native convolutions that follow each other hand over their results in blocks of channels.
+def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
+    """Keep the results between consecutive native convolutions in the blocked layout that they compute in.
 
     This saves two conversions each, forward and backward. Nothing else may read these results.
 
@@ -87,19 +86,19 @@ def hand_over_blocks(layers: list[nn.SequentialCell]) -> None:
     """
     for layer in layers[:-1]:
         if layer[0].is_native:
-            layer[0].operator = native_convolution(layer[0].geometry[0], gives_blocks=True)
+            layer[0].operator = native_convolution(layer[0].geometry[0], blocked_output=True)
 
 
-def native_convolution(stride: int, gives_blocks: bool) -> ops.Custom:
+def native_convolution(stride: int, blocked_output: bool) -> ops.Custom:
     """The native convolution with its gradient: (x, weight, bias, settings) to y.
 
-    Images in blocks are (N, ceil(C / BLOCK), H, W, BLOCK); zeros fill up the last block. Those that come in may be, and
-    those that go out are if `gives_blocks`.
+    Images in blocked layout are (N, ceil(C / BLOCK), H, W, BLOCK); zeros fill up the last block. x is in that layout if
+    it has five axes, y if `blocked_output`.
     """
 
     def infer_shape(x: list[int], weight: list[int], bias: list[int], settings: list[int]) -> list[int]:
         height, width = ((side - 1) // stride + 1 for side in x[2:4])
-        if gives_blocks:
+        if blocked_output:
             return [x[0], -(-weight[0] // BLOCK), height, width, BLOCK]
         return [x[0], weight[0], height, width]
 

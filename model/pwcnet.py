@@ -17,7 +17,7 @@ from mindspore.common.initializer import HeNormal
 
 from model import exportable, native
 from model.backend import Backend, resolve_backend
-from model.layers import conv, hand_over_blocks, native_dense_block
+from model.layers import conv, keep_blocked_layout, native_dense_block
 from model.operators import COST_CHANNELS, CostVolume, Warp, normalize_pair
 from model.precision import Precision
 from model.resizing import resize
@@ -42,7 +42,7 @@ class FeaturePyramid(nn.Cell):
         for channels_in, channels in itertools.pairwise(PYRAMID_CHANNELS):
             layers = [conv(channels_in, channels, backend, stride=2)]
             layers += [conv(channels, channels, backend) for _ in range(depth - 1)]
-            hand_over_blocks(layers)
+            keep_blocked_layout(layers)
             levels.append(nn.SequentialCell(*layers))
         self.convs = nn.CellList(levels)
 
@@ -154,7 +154,7 @@ class ContextNetwork(nn.Cell):
         for channels, dilation in CONTEXT_LAYERS:
             layers.append(conv(channels_in, channels, backend, dilation=dilation))
             channels_in = channels
-        hand_over_blocks(layers)
+        keep_blocked_layout(layers)
         layers.append(conv(channels_in, 2, backend, activation=False))
         self.convs = nn.SequentialCell(layers)
 

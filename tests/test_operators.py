@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from model import native
 from model.backend import Backend
-from model.layers import Convolution, conv, hand_over_blocks
+from model.layers import Convolution, conv, keep_blocked_layout
 from model.operators import CostVolume, Warp
 from model.precision import Precision
 from model.pwcnet import FlowEstimator
@@ -203,6 +203,14 @@ def test_convolution_equals_its_definition(
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
+def need_native_convolution(precision: Precision) -> None:
+    """Skip where there is no native convolution in this precision."""
+    if not (native.available() and native.has_operator("Convolution3x3")):
+        pytest.skip("no native convolution here")
+    if precision == "bfloat16" and not native.has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "channels,dilation,size",
@@ -218,10 +226,7 @@ def test_large_convolutions_round_as_their_factors_do(
     channels: tuple[int, int], dilation: int, size: tuple[int, ...], precision: Precision, graph_mode: None
 ) -> None:
     """Images that are large enough for Winograd's filtering: values and gradients, with their error."""
-    if not (native.available() and native.has_operator("Convolution3x3")):
-        pytest.skip("no native convolution here")
-    if precision == "bfloat16" and not native.has_bfloat16():
-        pytest.skip("this processor has no bfloat16")
+    need_native_convolution(precision)
     rng = np.random.default_rng(7)
     activation = precision == "float32"  # rounding to bfloat16 changes signs, and so slopes
     cell = Convolution(*channels, "native", dilation=dilation, activation=activation)
@@ -240,19 +245,16 @@ def test_large_convolutions_round_as_their_factors_do(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_blocks_between_convolutions_change_nothing(precision: Precision, graph_mode: None) -> None:
+def test_the_layout_between_convolutions_changes_nothing(precision: Precision, graph_mode: None) -> None:
     """Channels of no multiple of a block, with stride and dilation, by oneDNN and by Winograd's filtering."""
-    if not (native.available() and native.has_operator("Convolution3x3")):
-        pytest.skip("no native convolution here")
-    if precision == "bfloat16" and not native.has_bfloat16():
-        pytest.skip("this processor has no bfloat16")
+    need_native_convolution(precision)
     rng = np.random.default_rng(8)
     layers = [conv(3, 20, "native", stride=2), conv(20, 33, "native"), conv(33, 18, "native", dilation=2)]
     for layer in layers:
         layer[0].set_precision(precision)
     x, gradient = rng.normal(size=(2, 3, 32, 36)), rng.normal(size=(2, 18, 16, 18))
     plain = run_with_gradients(nn.SequentialCell(layers), gradient, x)
-    hand_over_blocks(layers)
+    keep_blocked_layout(layers)
     assert layers[0](Tensor(x.astype(np.float32))).shape == (2, 2, 16, 18, 16)
     blocked = run_with_gradients(nn.SequentialCell(layers), gradient, x)
     for found, value in zip(blocked, plain, strict=True):
@@ -262,8 +264,7 @@ def test_blocks_between_convolutions_change_nothing(precision: Precision, graph_
 @pytest.fixture
 def bfloat16(graph_mode: None) -> None:
     """Skips where the processor does not multiply bfloat16 numbers."""
-    if not (native.available() and native.has_bfloat16()):
-        pytest.skip("this processor has no bfloat16")
+    need_native_convolution("bfloat16")
 
 
 @pytest.mark.parametrize("channels,stride,dilation,activation", [((19, 32), 2, 1, True), ((32, 48), 1, 8, False)])
