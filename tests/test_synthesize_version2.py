@@ -127,7 +127,7 @@ def test_what_leaves_the_frame_is_occluded() -> None:
 
 @pytest.mark.parametrize("height, width", [(96, 128), (192, 256)])
 def test_displacements_are_like_those_of_real_scenes_and_grow_with_the_size(height: int, width: int) -> None:
-    """As reduced frames would have them: what a network learns of larger ones it cannot use in small crops."""
+    """They scale with the width, as in resized frames: small crops cannot teach larger ones."""
     maker = PairMaker(1, height, width)
     flows = [maker.make(number).flow for number in range(1, 129)]
     length = np.linalg.norm(flows, axis=-1) * 512 / width

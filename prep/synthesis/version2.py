@@ -36,8 +36,8 @@ class Ingredients:
     motion_blur: float = ingredient(0.15, "of a pair to be blurred by its motion")
     shadow: float = ingredient(0.1, "of a pair to have shadows, which move on their own")
     fog: float = ingredient(0.05, "of a pair to have fog")
-    exposure: float = ingredient(0.2, "of the second frame to be exposed otherwise than the first")
-    noise: float = ingredient(0.25, "of a pair to have noise, other in each frame")
+    exposure: float = ingredient(0.2, "of the second frame to have another exposure than the first")
+    noise: float = ingredient(0.25, "of a pair to have noise, independent in each frame")
     photographs: float = ingredient(0.8, "of a texture to be a photograph, if there are any")
 
 

@@ -3,7 +3,7 @@
 
 The test never sees a synthetic pair. Its parts:
   affine, smooth   photographs that Python packages ship, moved by known motions, at 192x256 and at 384x512 (2x)
-  two shots        the same with another exposure and other noise in each frame
+  two shots        the same with a different exposure and noise in each frame
   chairs           the pair of FlyingChairs in ../shared/samples, where there is one, at half size
   stereo           scikit-image's motorcycle, a real stereo pair with measured disparity, at a third of its size
 
