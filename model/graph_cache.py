@@ -1,8 +1,9 @@
 """Keeps compiled graphs in the user's cache folder, so that the next process need not compile them.
 
 MindSpore's own compile cache numbers the graphs of a process and checks only the source files that they come from. Here
-each set of graphs has a folder of its own, whose name is a hash of all that the graphs depend on. It appears when it is
-complete. MindSpore keeps to the first folder that it is given, so that there is one set in a process.
+each graph has a file of its own, whose name is a hash of all that the graph depends on. MindSpore keeps to the first
+folder that it is given, so each process has one folder for it. The folder exists only while a graph is compiled or
+read, and holds only that graph.
 """
 
 import contextlib
@@ -12,127 +13,125 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 
 import mindspore
+from mindspore import Tensor, nn
 from mindspore.common import api
 
 import launch
 from launch import ranks, versions
-from launch.files import cache_folder
+from launch.files import cache_folder, write_bytes
 from model.native import build
 
-KEPT = 20
-"""Sets of graphs that are kept: those used last."""
+KEPT = 100
+"""Number of graphs that are kept: those used last."""
 ROOT = pathlib.Path(__file__).parent.parent
+SOURCE = pathlib.Path(launch.__file__)
+"""A source file that imports nothing and hardly ever changes."""
 VARIABLE = "PWCNET_GRAPH_CACHE"
 """Environment variable that, set to 0, disables the cache."""
-GRAPHS, DIGEST = "compile_*", "digest"
-"""In a folder: pattern of the names of the files that MindSpore writes, and the file with their hash."""
-_was_used = False
+PROCESS_FOLDER = f"process-{uuid.uuid4().hex}"
+
+_used = 0
+"""How often this process has used MindSpore's cache."""
+_missed = False
+"""Whether this process has looked for a graph that was not there. MindSpore reads none after that."""
 
 
-@contextlib.contextmanager
-def cached(*parts: object) -> Iterator[None]:
-    """A context in which graphs are compiled in a fixed order, or read from the cache if an earlier process did that.
+def compile_graph(cell: nn.Cell, inputs: Sequence[Tensor], *key: object) -> None:
+    """Compile a cell for inputs of these shapes, or read the graph if an earlier process compiled it.
 
-    It does nothing but once in a process, and nothing on a GPU, where it was not tried.
+    On a GPU, where reading was not tried, it always compiles.
 
     Args:
-        parts: texts or numbers that, with the versions and the source code, determine the graphs: options of the
-            network and the step, shapes, number format.
+        cell: one that is not compiled for these shapes yet.
+        inputs: those of its `construct`.
+        key: texts or numbers that determine the graph, with the cell's class, the inputs, the versions and the source
+            code: options of the network and the step, number format.
     """
-    global _was_used
-    folder = None if _was_used or os.environ.get(VARIABLE) == "0" else find_folder(parts)
-    _was_used = True
-    if folder is None:
-        yield
-    elif is_complete(folder):
-        with contextlib.suppress(OSError):
-            os.utime(folder)  # used last
-        with use(folder):
-            yield
-    elif ranks.current().local_rank == 0:
-        with writing(folder):
-            yield
-    else:
-        yield
+    shapes = [(tensor.shape, str(tensor.dtype)) for tensor in inputs]
+    file = find_file(type(cell).__name__, shapes, *key)
+    if file:
+        with contextlib.suppress(OSError):  # without space or permission there is no cache
+            compile_with_cache(cell, inputs, file)
+    cell.compile(*inputs)  # does nothing if it is compiled
 
 
-def find_folder(parts: tuple[object, ...]) -> pathlib.Path | None:
-    """The folder of a set of graphs; None if there can be none."""
-    cache = cache_folder()
-    if cache is None or mindspore.get_context("device_target") != "CPU":
+def find_file(*key: object) -> pathlib.Path | None:
+    """The file of a graph, which need not exist; None if there can be none."""
+    cache = None if os.environ.get(VARIABLE) == "0" else cache_folder()
+    context = mindspore.get_context("mode"), mindspore.get_context("device_target")
+    if cache is None or context != (mindspore.GRAPH_MODE, "CPU"):
         return None
     library = build.load_library("CPU")
     # The library's name stands for the processor; oneDNN's variable makes it another one.
     machine = library and library._name, os.environ.get("ONEDNN_MAX_CPU_ISA"), ranks.current().threads
-    known = (*parts, *machine, versions.software(), sys.version, hash_sources())
+    known = (*key, *machine, versions.software(), sys.version, hash_sources())
     return cache / "graphs" / hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:32]
 
 
 @functools.cache
 def hash_sources() -> str:
     """A hash of the code that graphs are made from."""
-    return hash_files(ROOT / "model", "*.py") + hash_files(ROOT / "train", "*.py")
-
-
-@contextlib.contextmanager
-def use(folder: pathlib.Path) -> Iterator[None]:
-    """A context in which MindSpore's compile cache is this folder."""
-    # To see whether something has changed, MindSpore reads the program that runs and all that it imports. It fails if
-    # the program is no file, and to look for a module it makes a new one, with which sys loses its redirected streams.
-    # The folder's name covers all changes, so give it a file that imports nothing.
-    api.entry_script_path = launch.__file__
-    mindspore.set_context(enable_compile_cache=True, compile_cache_path=str(folder))
-    try:
-        yield
-    finally:
-        mindspore.set_context(enable_compile_cache=False)
-
-
-def is_complete(folder: pathlib.Path) -> bool:
-    """Whether a folder has what was written to it; removes one that is damaged."""
-    try:
-        if (folder / DIGEST).read_text() == hash_files(folder, GRAPHS):
-            return True
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        pass
-    return False
-
-
-def hash_files(folder: pathlib.Path, pattern: str) -> str:
-    """A hash of the files below a folder whose names match a pattern."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob(pattern)):
-        digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for file in sorted(path for folder in ("model", "train") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
+def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Path) -> None:
+    """Compile a cell with the graph in a file, or write its graph there; do neither if MindSpore would not read it."""
+    global _missed
+    graph = read(file)
+    if graph and not _missed:
+        with mindspore_cache(file.parent) as path:
+            path.write_bytes(graph)
+            cell.compile(*inputs)
+        os.utime(file)  # used last
+    elif not graph and ranks.current().local_rank == 0:
+        _missed = True
+        with mindspore_cache(file.parent) as path:
+            cell.compile(*inputs)
+            graph = path.read_bytes()
+        write_bytes(file, hashlib.sha256(graph).digest() + graph)
+        remove_old(file.parent)
+
+
+def read(file: pathlib.Path) -> bytes:
+    """A graph as MindSpore wrote it; b"" if there is none or the file is damaged."""
+    content = file.read_bytes() if file.is_file() else b""
+    digest, graph = content[:32], content[32:]
+    return graph if hashlib.sha256(graph).digest() == digest else b""
+
+
 @contextlib.contextmanager
-def writing(folder: pathlib.Path) -> Iterator[None]:
-    """A context in which MindSpore writes to a new folder, which becomes `folder`. Without space, there is no cache."""
+def mindspore_cache(parent: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A context in which MindSpore caches one graph; yields the path where it reads or writes that."""
+    global _used
+    folder = parent / PROCESS_FOLDER
+    files = folder / "rank_0" / "graph_cache"
     try:
-        folder.parent.mkdir(exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
-    except OSError:
-        yield
-        return
-    try:
-        with use(partial):
-            yield
-        with contextlib.suppress(OSError):  # another process was faster, or the disk is full
-            (partial / DIGEST).write_text(hash_files(partial, GRAPHS))
-            partial.rename(folder)
-            remove_old(folder.parent)
+        files.mkdir(parents=True)
+        # To see whether something has changed, MindSpore hashes the program that runs and all that it imports. It fails
+        # if the program is no file, and to look for a module it makes a new one, with which sys loses its redirected
+        # streams. The name of a graph's file covers all changes, so give it another program, and the hash of that.
+        api.entry_script_path = str(SOURCE)
+        source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+        (files / "compile_dependency.hash").write_text(hashlib.sha256(source.encode()).hexdigest())
+        mindspore.set_context(enable_compile_cache=True, compile_cache_path=str(folder))
+        _used += 1
+        yield files / f"compile_cache_{_used - 1}.mindir"
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_old(root: pathlib.Path) -> None:
-    """Remove all but the last used sets of graphs."""
-    folders = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime)
-    for folder in folders[:-KEPT]:
+        mindspore.set_context(enable_compile_cache=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_old(folder: pathlib.Path) -> None:
+    """Remove all but the last used graphs, and what ended processes left."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

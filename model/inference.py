@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 
 from model import exportable
 from model.backend import Backend
+from model.graph_cache import compile_graph
 from model.precision import resolve_precision, set_precision
 from model.pwcnet import DIV_FLOW, PWCNet, round_up, to_network
 from model.resizing import resize, resize_array
@@ -50,8 +51,9 @@ class FlowPredictor:
     Sides that are not multiples of 64 are resized, not padded: padding adds an edge that moves with neither image, and
     published results of this network were made by resizing, with corners aligned ("irr") or not ("nvlabs").
 
-    MindSpore compiles the network for each batch and each size in multiples of 64 pixels, which takes seconds. The
-    resizing is not part of the graph, so that all image sizes that become the same one share it.
+    MindSpore compiles the network for each batch and each size in multiples of 64 pixels, which takes seconds the first
+    time (see `model.graph_cache`). The resizing is not part of the graph, so that all image sizes that become the same
+    one share it.
 
     Args:
         network: a `model.pwcnet.PWCNet`, or any Cell from two images to flows; one without `align_corners` aligns them.
@@ -60,6 +62,7 @@ class FlowPredictor:
     def __init__(self, network: nn.Cell) -> None:
         self.network = network
         self.align_corners = getattr(network, "align_corners", True)
+        self.compiled: set[tuple[int, ...]] = set()
 
     def flow(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
         """The flow from image 1 to image 2.
@@ -82,7 +85,11 @@ class FlowPredictor:
                 raise ValueError(f"images are {images.dtype} {images.shape[1:]}, expected uint8 (H, W, 3)")
         if images1.shape != images2.shape:
             raise ValueError(f"image 1 is {images1.shape[1:]} and image 2 {images2.shape[1:]}; expected one size")
-        flow = self.network(Tensor(self.prepare(images1)), Tensor(self.prepare(images2)))[-1].asnumpy()
+        inputs = Tensor(self.prepare(images1)), Tensor(self.prepare(images2))
+        if isinstance(self.network, PWCNet) and inputs[0].shape not in self.compiled:
+            compile_graph(self.network, inputs, *self.network.graph_key)
+            self.compiled.add(inputs[0].shape)
+        flow = self.network(*inputs)[-1].asnumpy()
         _, height, width, _ = images1.shape
         scale = np.array([width / round_up(width), height / round_up(height)], np.float32) / np.float32(DIV_FLOW)
         flow = resize_array(flow * scale.reshape(2, 1, 1), (height, width), self.align_corners)

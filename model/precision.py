@@ -8,7 +8,7 @@ from launch.logs import print_note
 from model import native
 
 if TYPE_CHECKING:
-    from mindspore import nn
+    from model.pwcnet import PWCNet
 
 Precision = Literal["float32", "float16", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -64,7 +64,7 @@ def resolve_precision(precision: str, backend: str) -> Precision:
     return "float32"
 
 
-def set_precision(network: "nn.Cell", precision: Precision) -> None:
+def set_precision(network: "PWCNet", precision: Precision) -> None:
     """Make a network's convolutions compute in a number format, and leave the rest in float32.
 
     The convolutions take nearly all of the time. Flow, warping, cost volume, loss and weight updates are sums of many
@@ -73,6 +73,7 @@ def set_precision(network: "nn.Cell", precision: Precision) -> None:
 
     Call it before the network's first use: compiled graphs keep the precision that they were compiled with.
     """
+    network.precision = precision
     for _, cell in network.cells_and_names():
         if hasattr(cell, "set_precision"):
             cell.set_precision(precision)

@@ -177,6 +177,7 @@ class PWCNet(nn.Cell):
 
     Attributes:
         backend: the one in use.
+        precision: number format of the convolutions; see `model.precision.set_precision`.
 
     Raises:
         ValueError: there is no such variant or backend.
@@ -199,6 +200,7 @@ class PWCNet(nn.Cell):
         self.variant = variant
         self.dense = dense
         self.normalize_features = normalize_features
+        self.precision = "float32"
         self.align_corners = irr
         self.context_sees_flow = irr
         self.feature_pyramid_extractor = FeaturePyramid(2 if irr else 3, backend)
@@ -214,6 +216,12 @@ class PWCNet(nn.Cell):
         self.cost_volume = CostVolume(backend)
         self.warp = Warp(warp_mode, backend)
         self.normalize_pair = exportable.normalize_pair if backend == "exportable" else normalize_pair
+
+    @property
+    def graph_key(self) -> tuple[str | bool, ...]:
+        """What determines the network's compiled graph, with the shape of the images."""
+        options = self.variant, self.dense, self.normalize_features, self.warp.mode
+        return (*options, self.backend, self.precision)
 
     def construct(self, image1: Tensor, image2: Tensor) -> tuple[Tensor, ...]:
         """Estimate the flow from image 1 to image 2, at five resolutions.

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -30,10 +31,8 @@ class Line(nn.Cell):
 
 slope, start = map(float, sys.argv[1:])
 line, other, x = Line(slope, start), Line(7.0, 0.0), Tensor(np.float32(10))
-with graph_cache.cached("line", slope):
-    line.compile(x)
-with graph_cache.cached("other"):  # only the first set of a process is kept
-    other.compile(x)
+graph_cache.compile_graph(line, [x], slope)
+graph_cache.compile_graph(other, [x], "other")
 print(line(x), other(x))
 assert sys.stderr is stream, "compiling must not change where messages go"
 """
@@ -63,40 +62,53 @@ def compute(cache: pathlib.Path, slope: float, start: float, **variables: str) -
     return [float(value) for value in done.stdout.split()]
 
 
-def written(cache: pathlib.Path) -> dict[pathlib.Path, int]:
-    """The files of all graphs, and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in (cache / "graphs").rglob("*") if path.is_file()}
+def files(cache: pathlib.Path) -> list[pathlib.Path]:
+    """All files of graphs, those first that were used first."""
+    return sorted((cache / "graphs").glob("*"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def test_the_next_process_reads_graphs_but_not_weights(cache: pathlib.Path) -> None:
     """Weights come from the network; other constants are another graph; PWCNET_GRAPH_CACHE=0 disables it."""
     assert compute(cache, 2, 1, PWCNET_GRAPH_CACHE="0") == [21, 70]
-    assert not written(cache)
+    assert not files(cache)
     assert compute(cache, 2, 1) == [21, 70]
-    first = written(cache)
-    assert len(list((cache / "graphs").iterdir())) == 1 and any(path.suffix == ".mindir" for path in first)
-    assert compute(cache, 2, 3) == [23, 70]
-    assert written(cache) == first
+    two, other = files(cache)
+    written = two.read_bytes()
     assert compute(cache, 5, 3) == [53, 70]
-    assert len(list((cache / "graphs").iterdir())) == 2
+    (five,) = {*files(cache)} - {two, other}
+    assert compute(cache, 2, 3) == [23, 70]
+    assert two.read_bytes() == written and files(cache) == [five, two, other]
+    two.write_bytes(five.read_bytes())
+    assert compute(cache, 2, 3) == [53, 70], "a graph that is there must be read"
 
 
-@pytest.mark.parametrize("fault", ["truncated", "unfinished", "not a folder"])
+@pytest.mark.parametrize("fault", ["truncated", "empty", "no folder"])
 def test_a_damaged_cache_is_replaced(cache: pathlib.Path, fault: str) -> None:
-    """What a full disk, a killed process or anything else left is no graph."""
+    """What a full disk or anything else left is no graph."""
     assert compute(cache, 2, 1) == [21, 70]
-    (folder,) = (cache / "graphs").iterdir()
-    graph = next(folder.rglob("*.mindir"))
-    if fault == "truncated":
-        graph.chmod(0o600)
-        os.truncate(graph, graph.stat().st_size // 2)
-    elif fault == "unfinished":
-        (folder / "digest").unlink()
+    two, other = files(cache)
+    written = two.read_bytes()
+    if fault == "no folder":
+        shutil.rmtree(cache / "graphs")
+        (cache / "graphs").touch()
     else:
-        folder.rename(cache / "elsewhere")
-        folder.touch()
+        os.truncate(two, 0 if fault == "empty" else two.stat().st_size // 2)
     assert compute(cache, 2, 1) == [21, 70]
-    assert [path for path in (cache / "graphs").iterdir() if path.name.startswith("partial")] == []
-    if fault == "truncated":
-        assert written(cache).keys() >= {graph}
-    assert compute(cache, 2, 1) == [21, 70]
+    if fault != "no folder":
+        assert {*files(cache)} == {two, other} and len(two.read_bytes()) == len(written)
+        assert compute(cache, 2, 1) == [21, 70]
+
+
+def test_old_graphs_are_removed(tmp_path: pathlib.Path) -> None:
+    """Those used last stay; what a killed process left goes, too."""
+    from model import graph_cache
+
+    for index in range(graph_cache.KEPT + 2):
+        path = tmp_path / f"{index}"
+        if index == 1:
+            (path / "rank_0").mkdir(parents=True)
+        else:
+            path.touch()
+        os.utime(path, (index, index))
+    graph_cache.remove_old(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{index}" for index in range(2, graph_cache.KEPT + 2)}

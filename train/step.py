@@ -15,6 +15,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 from launch import collective
 from launch.communicator import ALONE, Communicator
 from model import native
+from model.graph_cache import compile_graph
 from model.pwcnet import to_network
 from prep.reader import Batch
 from train.update import GraphUpdate, NativeUpdate, State, StepOptions, StepResult, UpdateInputs, buffer, flatten
@@ -43,8 +44,8 @@ class TrainStep:
         self.state = State(network, size, self.options)
         self.sums = buffer("losses", loss.length), buffer("gradient", size)
         self.add = AddGradients(network, loss, self.state, self.sums, self.options.accumulates)
-        passes = comm.size * self.options.accumulation_steps
-        inputs = UpdateInputs(self.weights, self.state, *self.sums, self.options, passes)
+        self.passes = comm.size * self.options.accumulation_steps
+        inputs = UpdateInputs(self.weights, self.state, *self.sums, self.options, self.passes)
         self.update: GraphUpdate | NativeUpdate
         if getattr(network, "backend", "") == "native" and native.has_operator("adam"):
             self.update = NativeUpdate(inputs)
@@ -66,11 +67,17 @@ class TrainStep:
         losses, norm, finite = self.update(Tensor(learning_rate, float32))
         return StepResult(losses, float(norm), bool(finite))
 
-    def compile(self, batch: Batch) -> None:
-        """Compile all graphs for batches of the shape of this one."""
-        self.add.compile(*next(self.micro_batches(batch)))
+    def compile(self, batch: Batch, *key: object) -> None:
+        """Compile all graphs for batches of the shape of this one.
+
+        Args:
+            batch: only its shape matters.
+            key: texts or numbers that determine network and loss, for the graph cache.
+        """
+        key = (*key, self.options, self.passes)
+        compile_graph(self.add, next(self.micro_batches(batch)), *key)
         if isinstance(self.update, GraphUpdate):
-            self.update.compile(Tensor(0.0, float32))
+            compile_graph(self.update, [Tensor(0.0, float32)], *key)
 
     def micro_batches(self, batch: Batch) -> Iterator[list[Tensor]]:
         """Yield image1, image2, flow and valid of each micro-batch."""

@@ -1,7 +1,6 @@
 """The trainer: sets up a run, trains step by step, validates, saves. Every rank has one; rank 0 writes and shows."""
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import time
@@ -16,7 +15,6 @@ from launch.communicator import ALONE, Communicator
 from launch.errors import counted
 from launch.files import write_json
 from launch.watchdog import Phase
-from model import graph_cache
 from model.flops import TRAINING_FACTOR, count_flops, measure_peak
 from model.inference import FlowPredictor
 from model.losses import make_loss
@@ -211,8 +209,7 @@ class Trainer:
         """Do one step on this rank's share of the global batch."""
         if self.steps_done == self.first_step:
             with self.goodput.spending("compilation"):
-                with self.graph_cache(batch):
-                    self.step.compile(batch)
+                self.step.compile(batch, self.network.graph_key, self.recipe.loss)
                 self.comm.barrier()
                 self.peak = measure_peak(self.precision)  # while all ranks do the same
             self.goodput.record(self.first_step)
@@ -228,11 +225,6 @@ class Trainer:
         if self.steps_done % self.recipe.log_every == 0:
             self.log(result, rate)
         return result
-
-    def graph_cache(self, batch: reader.Batch) -> contextlib.AbstractContextManager[None]:
-        """The cache for the graphs of the step on batches of this one's shape."""
-        options = self.recipe.network_options, self.recipe.loss, self.network.backend, self.precision
-        return graph_cache.cached(*options, self.step.options, self.comm.size, batch.image1.shape)
 
     def finish_step(self, stop_request: StopRequest) -> None:
         """Validate and save if that is due after a step, and stop if that was requested."""
