@@ -7,6 +7,7 @@ read, and holds only that graph.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -22,7 +23,7 @@ from mindspore.common import api
 
 import launch
 from launch import ranks, versions
-from launch.files import cache_folder, write_bytes
+from launch.files import cache_folder
 from model.native import build
 
 KEPT = 100
@@ -84,26 +85,26 @@ def hash_sources() -> str:
 def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Path) -> None:
     """Compile a cell with the graph in a file, or write its graph there; do neither if MindSpore would not read it."""
     global _missed
-    graph = read(file)
-    if graph and not _missed:
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "ab+") as stream:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(stream, fcntl.LOCK_EX)  # one rank compiles it, and those that wait here read it
+        stream.seek(0)
+        digest, graph = stream.read(32), stream.read()
+        if hashlib.sha256(graph).digest() != digest:  # it is new, or was not written completely
+            _missed = True
+            with mindspore_cache(file.parent) as path:
+                cell.compile(*inputs)
+                graph = path.read_bytes()
+            stream.truncate(0)
+            stream.write(hashlib.sha256(graph).digest() + graph)
+            remove_old(file.parent)
+            return
+    os.utime(file)  # used last
+    if not _missed:
         with mindspore_cache(file.parent) as path:
             path.write_bytes(graph)
             cell.compile(*inputs)
-        os.utime(file)  # used last
-    elif not graph and ranks.current().local_rank == 0:
-        _missed = True
-        with mindspore_cache(file.parent) as path:
-            cell.compile(*inputs)
-            graph = path.read_bytes()
-        write_bytes(file, hashlib.sha256(graph).digest() + graph)
-        remove_old(file.parent)
-
-
-def read(file: pathlib.Path) -> bytes:
-    """A graph as MindSpore wrote it; b"" if there is none or the file is damaged."""
-    content = file.read_bytes() if file.is_file() else b""
-    digest, graph = content[:32], content[32:]
-    return graph if hashlib.sha256(graph).digest() == digest else b""
 
 
 @contextlib.contextmanager
