@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, float16, float32, nn, ops
+from mindspore import Tensor, bfloat16, float16, float32, nn, ops
 from mindspore.common.initializer import HeNormal
 
 from model import native
@@ -55,8 +55,7 @@ class Convolution(nn.Conv2d):
         self.activation = nn.LeakyReLU(0.1) if activation else None
         self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
-        if self.is_native:
-            self.operator = native_convolution(stride, blocked_output=False)
+        self.blocked_output = False
         self.set_precision("float32")
 
     def construct(self, x: Tensor) -> Tensor:
@@ -70,10 +69,14 @@ class Convolution(nn.Conv2d):
 
     def set_precision(self, precision: Precision) -> None:
         """Compute in `precision` from here on; the weights stay float32."""
+        self.precision: Precision = precision
         if precision == "float16":  # by MindSpore's operators
             self.is_native = False
             self.to_float(float16)
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
+        if self.is_native:
+            blocked_type = bfloat16 if precision == "bfloat16" else float32
+            self.operator = native_convolution(self.geometry[0], blocked_type if self.blocked_output else None)
 
 
 def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
@@ -85,27 +88,32 @@ def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
         layers: as `conv` makes them, the first one to be computed first.
     """
     for layer in layers[:-1]:
-        if layer[0].is_native:
-            layer[0].operator = native_convolution(layer[0].geometry[0], blocked_output=True)
+        layer[0].blocked_output = True
+        layer[0].set_precision(layer[0].precision)
 
 
-def native_convolution(stride: int, blocked_output: bool) -> ops.Custom:
+def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
     """The native convolution with its gradient: (x, weight, bias, settings) to y.
 
-    Images in blocked layout are (N, ceil(C / BLOCK), H, W, BLOCK); zeros fill up the last block. x is in that layout if
-    it has five axes, y if `blocked_output`.
+    Images in blocked layout are (N, ceil(C / BLOCK), H, W, BLOCK), in the type that the convolution multiplies, and
+    zeros fill up the last block. x is in that layout if it has five axes.
+
+    Args:
+        stride: in pixels.
+        blocked_type: of y in blocked layout; None for y in plain layout.
     """
+    type_of_y = blocked_type or float32
 
     def infer_shape(x: list[int], weight: list[int], bias: list[int], settings: list[int]) -> list[int]:
         height, width = ((side - 1) // stride + 1 for side in x[2:4])
-        if blocked_output:
+        if blocked_type:
             return [x[0], -(-weight[0] // BLOCK), height, width, BLOCK]
         return [x[0], weight[0], height, width]
 
     gradients = native.operator(
         "Convolution3x3Gradient",
         lambda x, weight, y, dy, settings: (x, weight, [weight[0]]),
-        lambda x, weight, y, dy, settings: (float32, float32, float32),
+        lambda x, weight, y, dy, settings: (x, float32, float32),
     )
 
     def bprop(
@@ -114,7 +122,7 @@ def native_convolution(stride: int, blocked_output: bool) -> ops.Custom:
         x_gradient, weight_gradient, bias_gradient = gradients(x, weight, y, dy, settings)
         return x_gradient, weight_gradient, bias_gradient, ops.zeros_like(settings)
 
-    return native.operator("Convolution3x3", infer_shape, lambda *_: float32, bprop)
+    return native.operator("Convolution3x3", infer_shape, lambda *_: type_of_y, bprop)
 
 
 def native_dense_block() -> ops.Custom:

@@ -22,24 +22,28 @@
 namespace pwcnet {
 namespace {
 
-// Images, (N, C, H, W), are tensors with four axes, or with five in blocked layout: (N, C / kLanes rounded up, H, W,
-// kLanes). The channels that fill up the last block are zero.
+// Images, (N, C, H, W), are float32 tensors with four axes, or tensors with five in blocked layout: (N, C / kLanes
+// rounded up, H, W, kLanes), in the type that the convolution multiplies. The channels that fill up the last block are
+// zero.
 bool is_blocked(const Call& call, int i) { return i < call.count && call.ranks[i] == 5; }
+bool is_bfloat16(const Call& call, int i) { return is_blocked(call, i) && !std::strcmp(call.dtypes[i], "bfloat16"); }
 
-// The specification of `name`, which has the axes of the call's tensor `i`.
+// The specification of `name`, which has the axes and the type of the call's tensor `i`.
 TensorSpec input_spec(const Call& call, int i, const char* name) {
+  if (is_bfloat16(call, i)) return {name, "bfloat16", 5, {kN, kBlocks, kH, kW, kLanes}};
   if (is_blocked(call, i)) return {name, "float32", 5, {kN, kBlocks, kH, kW, kLanes}};
   return {name, "float32", 4, {kN, kC, kH, kW}};
 }
 
 TensorSpec result_spec(const Call& call, int i, const char* name) {
+  if (is_bfloat16(call, i)) return {name, "bfloat16", 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
   if (is_blocked(call, i)) return {name, "float32", 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
   return {name, "float32", 4, {kN, kOut, kOutH, kOutW}};
 }
 
 memory images(const Call& call, int i, const memory::dims& dims) {
   const auto tag = is_blocked(call, i) ? memory::format_tag::aBcd16b : memory::format_tag::abcd;
-  return wrap({dims, memory::data_type::f32, tag}, call.params[i]);
+  return wrap({dims, is_bfloat16(call, i) ? memory::data_type::bf16 : memory::data_type::f32, tag}, call.params[i]);
 }
 
 Status check_images(const Call& call, int i, const char* name, const memory::dims& dims) {
@@ -63,10 +67,15 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
                    sizes[kOut], sizes[kH],
                    sizes[kW],   settings[0],
                    settings[1], settings[2] ? kLeaky : kNothing,
-                   settings[3], 0};
+                   settings[3], 0,
+                   is_bfloat16(call, x), is_bfloat16(call, y)};
   if (g.stride < 1 || g.dilation < 1) {
     std::fprintf(stderr, "%s: stride is %d and dilation %d, expected 1 or more\n", call.name, settings[0], settings[1]);
     return kShape;
+  }
+  if (!g.bfloat16 && (g.bfloat16_x || g.bfloat16_y)) {
+    std::fprintf(stderr, "%s: x or y is bfloat16, expected float32, as the settings say\n", call.name);
+    return kDtype;
   }
   *geometry = g;
   if (const Status status = check_images(call, x, "x", g.x())) return status;
@@ -88,12 +97,16 @@ BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memor
 void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
                           const memory& result) {
   const memory source = in_layout(x, blocked(g, g.in, g.type()));
-  write_in_layout(result, blocked(g, g.out, memory::data_type::f32), [&](const memory& computed) {
-    const auto y = as_images<float>(g, g.out, computed);
-    if (g.bfloat16) {
-      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias, y);
+  write_in_layout(result, blocked(g, g.out, g.y_type()), [&](const memory& computed) {
+    if (g.bfloat16_y) {
+      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias,
+                           as_images<Bfloat16>(g, g.out, computed));
+    } else if (g.bfloat16) {
+      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias,
+                           as_images<float>(g, g.out, computed));
     } else {
-      convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias, y);
+      convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias,
+                           as_images<float>(g, g.out, computed));
     }
   });
 }
@@ -115,19 +128,27 @@ void convolve(const Geometry& g, const memory& x, const float* weight, const flo
   });
 }
 
+// The gradient before LeakyReLU, from its result and the gradient of that.
+template <class Number>
+memory gradient_before_activation(const memory& y, const memory& upstream) {
+  const memory before = allocate(upstream.get_desc());
+  const int64_t count = upstream.get_desc().get_size() / sizeof(Number);
+  const auto *result = static_cast<const Number*>(y.get_data_handle()),
+             *gradient = static_cast<const Number*>(upstream.get_data_handle());
+  auto* product = static_cast<Number*>(before.get_data_handle());
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; ++i)
+    product[i] = to_float(gradient[i]) * (is_positive(result[i]) ? 1.f : kLeakySlope);
+  return before;
+}
+
 void convolve_gradient(const Geometry& g, const memory& x, const float* weight, const memory& y, memory upstream,
                        const memory& x_gradient, float* weight_gradient, float* bias_gradient) {
   Convolution& convolution = find_convolution(g);
   const memory::dims weights{g.out, g.in, 3, 3};
   if (g.after == kLeaky) {
-    const memory before = allocate(upstream.get_desc());
-    const int64_t count = upstream.get_desc().get_size() / sizeof(float);
-    const auto *result = static_cast<const float*>(y.get_data_handle()),
-               *gradient = static_cast<const float*>(upstream.get_data_handle());
-    auto* product = static_cast<float*>(before.get_data_handle());
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; ++i) product[i] = gradient[i] * (result[i] > 0 ? 1.f : kLeakySlope);
-    upstream = before;
+    upstream = g.bfloat16_y ? gradient_before_activation<Bfloat16>(y, upstream)
+                            : gradient_before_activation<float>(y, upstream);
   }
   if (suits_winograd(g)) {
     const memory source = in_layout(x, blocked(g, g.in, g.type()));
@@ -152,7 +173,7 @@ void convolve_gradient(const Geometry& g, const memory& x, const float* weight, 
                {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
     });
   }
-  const Geometry backward{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0};
+  const Geometry backward{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0, 0, g.bfloat16_x};
   if (suits_winograd(backward)) {
     float* turned = scratch.floats(g.in * g.out * kTaps);
     turn_weights(weight, g.out, g.in, 0, g.in, turned, g.out);

@@ -24,15 +24,23 @@ struct Geometry {
   int64_t bfloat16;
   // The layout of images: blocks of so many channels, or whatever is fastest if it is 0.
   int64_t block;
+  // Whether the gradient of x, and y, are rounded to bfloat16.
+  int64_t bfloat16_x = 0, bfloat16_y = 0;
 
   int64_t out_h() const { return (h - 1) / stride + 1; }
   int64_t out_w() const { return (w - 1) / stride + 1; }
   memory::dims x() const { return {n, in, h, w}; }
   memory::dims y() const { return {n, out, out_h(), out_w()}; }
-  memory::data_type type() const { return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32; }
-  bool operator<(const Geometry& o) const {
-    return std::tie(n, in, out, h, w, stride, dilation, after, bfloat16, block) <
-           std::tie(o.n, o.in, o.out, o.h, o.w, o.stride, o.dilation, o.after, o.bfloat16, o.block);
+  memory::data_type type() const { return type_of(bfloat16); }
+  memory::data_type x_gradient_type() const { return type_of(bfloat16_x); }
+  memory::data_type y_type() const { return type_of(bfloat16_y); }
+  auto fields() const {
+    return std::tie(n, in, out, h, w, stride, dilation, after, bfloat16, block, bfloat16_x, bfloat16_y);
+  }
+  bool operator<(const Geometry& o) const { return fields() < o.fields(); }
+
+  static memory::data_type type_of(int64_t bfloat16) {
+    return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
   }
 };
 
@@ -56,8 +64,8 @@ class Convolution {
         pad_{g.dilation, g.dilation},
         after_(g.after),
         type_(g.type()),
-        // A blocked result is the next layer's input; any other becomes float32 in any case.
-        result_type_(g.block && g.after != kAdd ? type_ : memory::data_type::f32),
+        x_gradient_type_(g.x_gradient_type()),
+        y_type_(g.y_type()),
         tag_(g.block == 16  ? memory::format_tag::aBcd16b
              : g.block == 8 ? memory::format_tag::aBcd8b
                             : memory::format_tag::any) {}
@@ -73,7 +81,7 @@ class Convolution {
   const InputGradient& input_gradient() {
     if (!input_gradient_) {
       const dnnl::convolution_backward_data::primitive_desc chosen(
-          engine(), kDirect, images(x_, memory::data_type::f32), weights(type_), images(y_, type_), stride_, dilation_,
+          engine(), kDirect, images(x_, x_gradient_type_), weights(type_), images(y_, type_), stride_, dilation_,
           pad_, pad_, describe_forward(), attributes(kNothing));
       input_gradient_ = InputGradient{chosen, dnnl::convolution_backward_data(chosen)};
     }
@@ -109,13 +117,13 @@ class Convolution {
   dnnl::convolution_forward::primitive_desc describe_forward() const {
     const auto training = dnnl::prop_kind::forward_training;
     const auto bias = after_ == kAdd ? memory::desc() : plain({weight_[0]});
-    return {engine(),  training, kDirect, images(x_, type_), weights(type_), bias, images(y_, result_type_), stride_,
+    return {engine(),  training, kDirect, images(x_, type_), weights(type_), bias, images(y_, y_type_), stride_,
             dilation_, pad_,     pad_,    attributes(after_)};
   }
 
   memory::dims x_, weight_, y_, stride_, dilation_, pad_;
   After after_;
-  memory::data_type type_, result_type_;
+  memory::data_type type_, x_gradient_type_, y_type_;
   memory::format_tag tag_;
   std::optional<Forward> forward_;
   std::optional<InputGradient> input_gradient_;

@@ -70,7 +70,7 @@ struct Shape {
     return {{1, channels, rows(), w}, type, block == 16 ? memory::format_tag::aBcd16b : memory::format_tag::aBcd8b};
   }
   Geometry convolution(int64_t in, int64_t out, After after) const {
-    return {1, in, out, rows(), w, 1, 1, after, bfloat16, block};
+    return {1, in, out, rows(), w, 1, 1, after, bfloat16, block, 0, bfloat16 && after != kAdd};
   }
 };
 
