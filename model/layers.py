@@ -96,7 +96,8 @@ def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
     """The native convolution with its gradient: (x, weight, bias, settings) to y.
 
     Images in blocked layout are (N, ceil(C / BLOCK), H, W, BLOCK), in the type that the convolution multiplies, and
-    zeros fill up the last block. x is in that layout if it has five axes.
+    zeros fill up the last block. x is in that layout if it has five axes, and in that of `native_flow_estimator`'s
+    features if it has six.
 
     Args:
         stride: in pixels.
@@ -105,10 +106,12 @@ def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
     type_of_y = blocked_type or float32
 
     def infer_shape(x: list[int], weight: list[int], bias: list[int], settings: list[int]) -> list[int]:
-        height, width = ((side - 1) // stride + 1 for side in x[2:4])
+        # The features of a flow estimator have six axes.
+        n, *sides = (x[2], x[3] - 1, x[4]) if len(x) == 6 else (x[0], *x[2:4])
+        height, width = ((side - 1) // stride + 1 for side in sides)
         if blocked_type:
-            return [x[0], -(-weight[0] // BLOCK), height, width, BLOCK]
-        return [x[0], weight[0], height, width]
+            return [n, -(-weight[0] // BLOCK), height, width, BLOCK]
+        return [n, weight[0], height, width]
 
     gradients = native.operator(
         "Convolution3x3Gradient",
@@ -125,21 +128,29 @@ def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
     return native.operator("Convolution3x3", infer_shape, lambda *_: type_of_y, bprop)
 
 
-def native_dense_block() -> ops.Custom:
-    """The native dense block with its gradient: (x, five weights, five biases, settings) to y.
+def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) -> ops.Custom:
+    """The native dense flow estimator with its gradient: (x, six weights, six biases, settings) to (features, flow).
 
-    (N, C, H, W) to (N, C + the channels of the five, H, W), the last one's first and x last.
+    x is (N, C, H, W), the flow (N, 2, H, W). The features are the results of the layers, the last one's first, x, and,
+    if `with_flow`, the flow, in a layout for native operators alone: (1, blocks of channels, N, H + 1, W, block).
+
+    Args:
+        precision: float32 or bfloat16.
+        with_flow: whether the features include the flow.
+        is_read: whether anything reads the features.
     """
+    features_type = bfloat16 if precision == "bfloat16" else float32
+    block = native.estimator_block(precision == "bfloat16")
 
-    def infer_shape(x: list[int], *rest: list[int]) -> list[int]:
-        return [x[0], x[1] + sum(weight[0] for weight in rest[:5]), x[2], x[3]]
+    def infer_shape(x: list[int], *rest: list[int]) -> tuple[list[int], list[int]]:
+        channels = x[1] + sum(weight[0] for weight in rest[:5]) + 2 * with_flow
+        return [1, -(-channels // block), x[0], x[2] + 1, x[3], block], [x[0], 2, x[2], x[3]]
 
     def infer_gradient_shapes(*shapes: list[int]) -> tuple[list[int], ...]:
-        weights, y = shapes[:5], shapes[5]
-        grown = sum(weight[0] for weight in weights)
-        return ([y[0], y[1] - grown, y[2], y[3]], *weights, *([weight[0]] for weight in weights))
+        weights, flow = shapes[:6], shapes[-2]
+        return ([flow[0], weights[0][1], flow[2], flow[3]], *weights, *([weight[0]] for weight in weights))
 
-    gradients = native.operator("DenseBlockGradient", infer_gradient_shapes, lambda *_: (float32,) * 11)
+    gradients = native.operator("FlowEstimatorGradient", infer_gradient_shapes, lambda *_: (float32,) * 13)
 
     def bprop(
         x: Tensor,
@@ -148,18 +159,42 @@ def native_dense_block() -> ops.Custom:
         w3: Tensor,
         w4: Tensor,
         w5: Tensor,
+        w6: Tensor,
         b1: Tensor,
         b2: Tensor,
         b3: Tensor,
         b4: Tensor,
         b5: Tensor,
+        b6: Tensor,
         settings: Tensor,
-        y: Tensor,
-        dy: Tensor,
+        results: tuple[Tensor, Tensor],
+        upstream: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, ...]:
-        return (*gradients(w1, w2, w3, w4, w5, y, dy, settings), ops.zeros_like(settings))
+        used = upstream if is_read else upstream[1:]
+        return (*gradients(w1, w2, w3, w4, w5, w6, results[0], *used, settings), ops.zeros_like(settings))
 
-    return native.operator("DenseBlock", infer_shape, lambda *_: float32, bprop)
+    return native.operator("FlowEstimator", infer_shape, lambda *_: (features_type, float32), bprop)
+
+
+def native_unpack_features(precision: Precision, channels: int) -> ops.Custom:
+    """Features of the native flow estimator, without the flow, to (N, channels, H, W)."""
+    features_type = bfloat16 if precision == "bfloat16" else float32
+    block = native.estimator_block(precision == "bfloat16")
+    gradients = native.operator(
+        "UnpackFeaturesGradient",
+        lambda dy: [1, -(-dy[1] // block), dy[0], dy[2] + 1, dy[3], block],
+        lambda dy: features_type,
+    )
+
+    def bprop(features: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
+        return (gradients(dy),)
+
+    return native.operator(
+        "UnpackFeatures",
+        lambda features: [features[2], channels, features[3] - 1, features[4]],
+        lambda features: float32,
+        bprop,
+    )
 
 
 def conv(channels_in: int, channels_out: int, backend: Backend, **options: Any) -> nn.SequentialCell:

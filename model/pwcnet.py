@@ -17,7 +17,7 @@ from mindspore.common.initializer import HeNormal
 
 from model import exportable, native
 from model.backend import Backend, resolve_backend
-from model.layers import conv, keep_blocked_layout, native_dense_block
+from model.layers import conv, keep_blocked_layout, native_flow_estimator, native_unpack_features
 from model.operators import COST_CHANNELS, CostVolume, Warp, normalize_pair
 from model.precision import Precision
 from model.resizing import resize
@@ -60,10 +60,20 @@ class FlowEstimator(nn.Cell):
     """Five convolutions and a linear one that turn cost volume and features into flow.
 
     Dense (as in DenseNet) each layer's output is concatenated in front of its input; plain, it replaces it. The native
-    operator for the dense layers computes all five in one buffer.
+    operator for dense estimators computes everything in one buffer.
+
+    Args:
+        channels_in: of the input.
+        dense: dense layers, or plain ones.
+        backend: of the network.
+        reader: what reads the features before the last layer: the next level's "upsampling", the "context" network, the
+            "context and flow", which gets the flow with them, or nothing, "".
+
+    Attributes:
+        channels_out: of the features, without the flow.
     """
 
-    def __init__(self, channels_in: int, dense: bool, backend: Backend) -> None:
+    def __init__(self, channels_in: int, dense: bool, backend: Backend, reader: str = "") -> None:
         super().__init__()
         layers = []
         for channels in ESTIMATOR_CHANNELS:
@@ -73,32 +83,37 @@ class FlowEstimator(nn.Cell):
         self.conv_last = conv(channels_in, 2, backend, activation=False)
         self.channels_out = channels_in
         self.dense = dense
-        self.can_fuse = dense and backend == "native" and native.has_operator("DenseBlock")
-        if self.can_fuse:
-            self.operator = native_dense_block()
+        self.reader = reader
+        self.with_flow = reader == "context and flow"
+        self.can_fuse = dense and backend == "native"
         self.set_precision("float32")
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) to the features before the last layer and the flow (N, 2, H, W)."""
+        """(N, C, H, W) to the features for the reader, in a layout that it reads, and the flow (N, 2, H, W)."""
         layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
         if self.is_fused:
-            x = self.operator(
-                x,
-                *[layer[0].weight for layer in layers],
-                *[layer[0].bias for layer in layers],
-                self.settings,
-            )
-        else:
-            for layer in layers:
-                y = layer(x)
-                x = ops.concat((y, x), 1) if self.dense else y
-        return x, self.conv_last(x)
+            layers = (*layers, self.conv_last)
+            weights, biases = [layer[0].weight for layer in layers], [layer[0].bias for layer in layers]
+            features, flow = self.operator(x, *weights, *biases, self.settings)
+            if self.reader == "upsampling":
+                features = self.unpack(features)
+            return features, flow
+        for layer in layers:
+            y = layer(x)
+            x = ops.concat((y, x), 1) if self.dense else y
+        flow = self.conv_last(x)
+        if self.with_flow:
+            x = ops.concat((x, flow.astype(x.dtype)), 1)
+        return x, flow
 
     def set_precision(self, precision: Precision) -> None:
         """Compute in `precision` from here on; the layers themselves are set apart from this."""
         bfloat16 = precision == "bfloat16"
-        self.is_fused = self.can_fuse and precision != "float16" and native.has_dense_block(bfloat16)
-        self.settings = Tensor([bfloat16], int32)
+        self.is_fused = self.can_fuse and precision != "float16" and native.estimator_block(bfloat16) > 0
+        if self.is_fused:
+            self.settings = Tensor([bfloat16, self.with_flow], int32)
+            self.operator = native_flow_estimator(precision, self.with_flow, self.reader != "")
+            self.unpack = native_unpack_features(precision, self.channels_out)
 
 
 class BilinearUpsampling(nn.Cell):
@@ -154,8 +169,8 @@ class ContextNetwork(nn.Cell):
         for channels, dilation in CONTEXT_LAYERS:
             layers.append(conv(channels_in, channels, backend, dilation=dilation))
             channels_in = channels
-        keep_blocked_layout(layers)
         layers.append(conv(channels_in, 2, backend, activation=False))
+        keep_blocked_layout(layers)
         self.convs = nn.SequentialCell(layers)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -202,14 +217,14 @@ class PWCNet(nn.Cell):
         self.normalize_features = normalize_features
         self.precision = "float32"
         self.align_corners = irr
-        self.context_sees_flow = irr
         self.feature_pyramid_extractor = FeaturePyramid(2 if irr else 3, backend)
-        estimators, upsamplings = [FlowEstimator(COST_CHANNELS, dense, backend)], []
-        for channels in PYRAMID_CHANNELS[-2 : -OUTPUT_LEVELS - 1 : -1]:
+        readers = ["" if irr else "upsampling"] * (OUTPUT_LEVELS - 1) + ["context and flow" if irr else "context"]
+        estimators, upsamplings = [FlowEstimator(COST_CHANNELS, dense, backend, readers[0])], []
+        for channels, reader in zip(PYRAMID_CHANNELS[-2 : -OUTPUT_LEVELS - 1 : -1], readers[1:], strict=True):
             coarser = estimators[-1].channels_out
             upsamplings.append(BilinearUpsampling(backend) if irr else TransposedUpsampling(coarser))
             channels_in = COST_CHANNELS + channels + upsamplings[-1].channels_out
-            estimators.append(FlowEstimator(channels_in, dense, backend))
+            estimators.append(FlowEstimator(channels_in, dense, backend, reader))
         self.flow_estimators = nn.CellList(estimators)
         self.upsamplings = nn.CellList(upsamplings)
         self.context_networks = ContextNetwork(estimators[-1].channels_out + (2 if irr else 0), backend)
@@ -252,10 +267,7 @@ class PWCNet(nn.Cell):
                 dense, flow = estimator(ops.concat(inputs, 1))
             flow = flow.astype(float32)
             if index == OUTPUT_LEVELS - 1:
-                inputs = dense
-                if self.context_sees_flow:
-                    inputs = ops.concat((dense, flow.astype(dense.dtype)), 1)
-                flow = flow + self.context_networks(inputs).astype(float32)
+                flow = flow + self.context_networks(dense).astype(float32)
             flows = flows + (flow,)
         return flows
 

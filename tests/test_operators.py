@@ -257,8 +257,10 @@ def test_the_layout_between_convolutions_changes_nothing(precision: Precision, g
     keep_blocked_layout(layers)
     assert layers[0](Tensor(x.astype(np.float32))).shape == (2, 2, 16, 18, 16)
     blocked = run_with_gradients(nn.SequentialCell(layers), gradient, x)
-    for found, value in zip(blocked, plain, strict=True):
-        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+    for index, (found, value) in enumerate(zip(blocked, plain, strict=True)):
+        # In bfloat16, the gradients between the convolutions are rounded.
+        error = np.sqrt(np.mean((found - value) ** 2) / np.mean(value**2))
+        assert error < (2**-8 if index and precision == "bfloat16" else 1e-6), error
 
 
 @pytest.fixture
@@ -288,57 +290,85 @@ def test_bfloat16_rounds_only_what_it_multiplies(
         assert 1e-4 < error < 2**-8, error  # half of bfloat16's spacing is at most 2 ** -9 of a number
 
 
-class Layers(nn.Cell):
-    """The dense layers of a flow estimator alone."""
+class Estimator(nn.Cell):
+    """A dense flow estimator with a reader of its features, computed by one operator or, if not `fused`, by many."""
 
-    def __init__(self, channels: int, fused: bool) -> None:
+    def __init__(self, channels: int, reader: str, fused: bool) -> None:
         super().__init__()
-        self.estimator = FlowEstimator(channels, True, "native")
+        self.estimator = FlowEstimator(channels, True, "native", reader)
+        self.reader = reader
+        self.context = conv(self.estimator.channels_out + 2 * self.estimator.with_flow, 33, "native", dilation=2)
         assert self.estimator.is_fused
         self.estimator.is_fused = fused
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.estimator(x)[0]
+        features, flow = self.estimator(x)
+        if self.reader == "":
+            return flow
+        if self.reader != "upsampling":
+            features = self.context(features)
+        return ops.concat((features, flow), 1)
+
+
+def output_channels(cell: Estimator) -> int:
+    """Channels of the cell's result."""
+    features = {"": 0, "upsampling": cell.estimator.channels_out}
+    return 2 + features.get(cell.reader, 33)
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 81, 6, 7), (3, 115, 5, 9), (2, 117, 1, 1), (2, 16, 3, 20), (2, 83, 13, 14)],
+    "reader,shape",
+    [
+        ("", (1, 81, 6, 7)),
+        ("upsampling", (2, 117, 1, 1)),
+        ("upsampling", (2, 83, 13, 14)),
+        ("context", (2, 115, 5, 9)),
+        ("context and flow", (3, 115, 5, 9)),
+        ("context and flow", (2, 16, 3, 20)),
+        ("context", (2, 83, 13, 14)),
+        ("context and flow", (2, 16, 13, 14)),
+    ],
     ids=[
-        "one image",
-        "no multiple of a block",
+        "one image, only the flow",
         "a single pixel",
-        "whole blocks",
-        "large enough for Winograd's filtering",
+        "Winograd's filtering, features",
+        "no multiple of a block",
+        "the flow in the last block",
+        "the flow in a block of its own",
+        "Winograd's filtering",
+        "Winograd's filtering, the flow in a block of its own",
     ],
 )
-def test_dense_block_equals_its_layers(shape: tuple[int, ...], graph_mode: None) -> None:
-    """The block and its gradients are those of five convolutions with concatenation; images do not mix."""
-    if not (native.available() and native.has_dense_block(False)):
-        pytest.skip("no dense block here")
+def test_flow_estimator_equals_its_layers(reader: str, shape: tuple[int, ...], graph_mode: None) -> None:
+    """Features, flow and gradients are those of six convolutions with concatenation; images do not mix."""
+    if not (native.available() and native.estimator_block(False)):
+        pytest.skip("no native flow estimator here")
     rng = np.random.default_rng(5)
-    x, gradient = rng.normal(size=shape), rng.normal(size=(shape[0], shape[1] + 448, *shape[2:]))
-    cells = [Layers(shape[1], fused) for fused in (True, False)]
+    cells = [Estimator(shape[1], reader, fused) for fused in (True, False)]
+    x, gradient = rng.normal(size=shape), rng.normal(size=(shape[0], output_channels(cells[0]), *shape[2:]))
     for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
         fused.set_data(single)
     results = [run_with_gradients(cell, gradient, x) for cell in cells]
     for fused, single in zip(*results, strict=True):
-        scale = np.sqrt(np.mean(single**2)) + 1e-30  # of the flow's weights, which have no gradient here
-        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=2e-5)
+        scale = np.sqrt(np.mean(single**2)) + 1e-30  # of the context's weights, which may have no gradient
+        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=3e-5)
 
 
-def test_dense_block_in_bfloat16_is_close_to_float32(bfloat16: None) -> None:
+@pytest.mark.parametrize("reader", ["upsampling", "context and flow"])
+def test_flow_estimator_in_bfloat16_is_close_to_float32(reader: str, bfloat16: None) -> None:
     """Values are within bfloat16's rounding, gradients within what a changed sign before an activation makes of it."""
-    if not native.has_dense_block(True):
-        pytest.skip("no dense block here")
+    if not native.estimator_block(True):
+        pytest.skip("no native flow estimator here")
     rng = np.random.default_rng(6)
-    x, gradient = rng.normal(size=(2, 83, 12, 14)), rng.normal(size=(2, 83 + 448, 12, 14))
-    cells = [Layers(83, fused=True) for _ in range(2)]
+    cells = [Estimator(83, reader, fused=True) for _ in range(2)]
+    x, gradient = rng.normal(size=(2, 83, 12, 14)), rng.normal(size=(2, output_channels(cells[0]), 12, 14))
     for half, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
         half.set_data(single)
     cells[0].estimator.set_precision("bfloat16")
+    cells[0].context[0].set_precision("bfloat16")
     results = [run_with_gradients(cell, gradient, x) for cell in cells]
     for index, (half, single) in enumerate(zip(*results, strict=True)):
         if single.any():
             error = np.sqrt(np.mean((half - single) ** 2) / np.mean(single**2))
-            assert 1e-4 < error < (0.01 if index == 0 else 0.1), error
+            low = -1 if single.shape == (2,) else 1e-4  # the flow's biases are not rounded
+            assert low < error < (0.01 if index == 0 else 0.1), error

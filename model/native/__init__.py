@@ -25,9 +25,12 @@ def has_bfloat16() -> bool:
     return has_operator("has_bfloat16") and bool(function("has_bfloat16", ctypes.c_int)())
 
 
-def has_dense_block(bfloat16: bool) -> bool:
-    """Whether there is an operator for the dense flow estimators: oneDNN must use blocked layouts on this processor."""
-    return has_operator("has_dense_block") and bool(function("has_dense_block", ctypes.c_int)(int(bfloat16)))
+def estimator_block(bfloat16: bool) -> int:
+    """Channels in a block of the native flow estimator's features.
+
+    0 if there is no such estimator: oneDNN must use blocked layouts on this processor.
+    """
+    return function("estimator_block", ctypes.c_int)(int(bfloat16)) if has_operator("estimator_block") else 0
 
 
 def measure_peak(bfloat16: bool) -> float | None:

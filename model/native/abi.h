@@ -54,7 +54,8 @@ enum Symbol : int64_t {
   kOutH = -7,
   kOutW = -8,
   kBlocks = -9,
-  kOutBlocks = -10
+  kOutBlocks = -10,
+  kRows = -11
 };
 
 class Sizes {
@@ -63,14 +64,14 @@ class Sizes {
   int64_t& operator[](Symbol symbol) { return values_[-1 - symbol]; }
 
  private:
-  int64_t values_[10] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1};  // -1: not set yet
+  int64_t values_[11] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};  // -1: not set yet
 };
 
 struct TensorSpec {
   const char* name;
   const char* dtype;
   int rank;
-  int64_t shape[5];  // sizes, or Symbols
+  int64_t shape[6];  // sizes, or Symbols
 };
 
 inline std::string format_shape(const int64_t* shape, int rank) {
@@ -93,7 +94,7 @@ inline Status check_tensor(const Call& call, int i, const TensorSpec& spec, Size
     return kDtype;
   }
   const int64_t* found = call.shapes[i];
-  int64_t expected[5];
+  int64_t expected[6];
   bool matches = call.ranks[i] == spec.rank;
   for (int axis = 0; axis < spec.rank; ++axis) {
     const int64_t size = spec.shape[axis];

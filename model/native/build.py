@@ -83,7 +83,7 @@ def cpu_target() -> Target:
     library = find_installed("onednn-cpu-gomp", "libdnnl.so.3")
     if header and library:
         command += [f"-I{header.parent}", str(library), f"-Wl,-rpath,{library.parent}"]
-        names = ("convolution.cpp", "dense_block.cpp", "flow_convolution.cpp", "winograd.cpp")
+        names = ("convolution.cpp", "flow_convolution.cpp", "flow_estimator.cpp", "winograd.cpp")
         sources += [HERE / "cpu" / name for name in names]
     return Target("cpu", command, sources)
 

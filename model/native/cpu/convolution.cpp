@@ -12,63 +12,142 @@
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "../abi.h"
 #include "bfloat16.h"
 #include "flow_convolution.h"
 #include "onednn.h"
+#include "tall.h"
 #include "winograd.h"
 
 namespace pwcnet {
 namespace {
 
-// Images, (N, C, H, W), are float32 tensors with four axes, or tensors with five in blocked layout: (N, C / kLanes
-// rounded up, H, W, kLanes), in the type that the convolution multiplies. The channels that fill up the last block are
-// zero.
-bool is_blocked(const Call& call, int i) { return i < call.count && call.ranks[i] == 5; }
-bool is_bfloat16(const Call& call, int i) { return is_blocked(call, i) && !std::strcmp(call.dtypes[i], "bfloat16"); }
+// Images, (N, C, H, W), are float32 tensors with four axes; or tensors with five in blocked layout, (N, C / kLanes
+// rounded up, H, W, kLanes), in the type that the convolution multiplies; or, if they are read, the features of a flow
+// estimator (tall.h), with six. The channels that fill up the last block are zero.
+int rank_of(const Call& call, int i) { return i < call.count ? call.ranks[i] : 0; }
+bool is_bfloat16(const Call& call, int i) { return rank_of(call, i) > 4 && !std::strcmp(call.dtypes[i], "bfloat16"); }
+const char* type_name(const Call& call, int i) { return is_bfloat16(call, i) ? "bfloat16" : "float32"; }
 
 // The specification of `name`, which has the axes and the type of the call's tensor `i`.
 TensorSpec input_spec(const Call& call, int i, const char* name) {
-  if (is_bfloat16(call, i)) return {name, "bfloat16", 5, {kN, kBlocks, kH, kW, kLanes}};
-  if (is_blocked(call, i)) return {name, "float32", 5, {kN, kBlocks, kH, kW, kLanes}};
+  if (rank_of(call, i) == 6) {
+    const int64_t *shape = call.shapes[i], block = shape[5] == 8 ? 8 : kLanes;
+    return {name, type_name(call, i), 6, {1, kBlocks, kN, kRows, kW, block}};
+  }
+  if (rank_of(call, i) == 5) return {name, type_name(call, i), 5, {kN, kBlocks, kH, kW, kLanes}};
   return {name, "float32", 4, {kN, kC, kH, kW}};
 }
 
 TensorSpec result_spec(const Call& call, int i, const char* name) {
-  if (is_bfloat16(call, i)) return {name, "bfloat16", 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
-  if (is_blocked(call, i)) return {name, "float32", 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
+  if (rank_of(call, i) == 5) return {name, type_name(call, i), 5, {kN, kOutBlocks, kOutH, kOutW, kLanes}};
   return {name, "float32", 4, {kN, kOut, kOutH, kOutW}};
 }
 
-memory images(const Call& call, int i, const memory::dims& dims) {
-  const auto tag = is_blocked(call, i) ? memory::format_tag::aBcd16b : memory::format_tag::abcd;
-  return wrap({dims, is_bfloat16(call, i) ? memory::data_type::bf16 : memory::data_type::f32, tag}, call.params[i]);
+// The tensor `i` of a call.
+struct Images {
+  memory::dims dims;  // N, C, H, W
+  void* data;
+  int rank;
+  memory::data_type type;
+  int64_t block;  // with six axes
+
+  Images(const Call& call, int i, const memory::dims& dims)
+      : dims(dims),
+        data(call.params[i]),
+        rank(call.ranks[i]),
+        type(is_bfloat16(call, i) ? memory::data_type::bf16 : memory::data_type::f32),
+        block(rank == 6 ? call.shapes[i][5] : kLanes) {}
+
+  Status check(const Call& call, int i, const char* name) const {
+    const int64_t n = dims[0], c = dims[1], h = dims[2], w = dims[3], blocks = round_up(c, block) / block;
+    const std::vector<int64_t> expected = rank == 6   ? std::vector<int64_t>{1, blocks, n, h + 1, w, block}
+                                          : rank == 5 ? std::vector<int64_t>{n, blocks, h, w, block}
+                                                      : std::vector<int64_t>{n, c, h, w};
+    if (std::equal(expected.begin(), expected.end(), call.shapes[i])) return kOk;
+    return fail_shape(call, name, call.shapes[i], rank, expected.data(), rank);
+  }
+
+  // How oneDNN describes images with four or five axes.
+  memory::desc desc() const { return {dims, type, rank == 5 ? memory::format_tag::aBcd16b : memory::format_tag::abcd}; }
+  TallLayout tall() const { return {dims[0], dims[2], dims[3], block}; }
+  // Whether kernels for blocks of kLanes channels of this type can use features as they are.
+  bool is_tall_in(memory::data_type wanted) const { return rank == 6 && block == kLanes && type == wanted; }
+};
+
+// Images as oneDNN describes them; features are copied.
+memory as_memory(const Images& x) {
+  if (x.rank < 6) return wrap(x.desc(), x.data);
+  const memory copy = allocate(plain(x.dims));
+  auto* values = static_cast<float*>(copy.get_data_handle());
+  if (x.type == memory::data_type::bf16) {
+    x.tall().unpack(static_cast<const Bfloat16*>(x.data), x.dims[1], values);
+  } else {
+    x.tall().unpack(static_cast<const float*>(x.data), x.dims[1], values);
+  }
+  return copy;
 }
 
-Status check_images(const Call& call, int i, const char* name, const memory::dims& dims) {
-  const bool blocked = is_blocked(call, i);
-  const int64_t blocks = round_up(dims[1], kLanes) / kLanes;
-  const int64_t expected[5] = {dims[0], blocked ? blocks : dims[1], dims[2], dims[3], kLanes};
-  const int rank = call.ranks[i];
-  if (std::equal(expected, expected + rank, call.shapes[i])) return kOk;
-  return fail_shape(call, name, call.shapes[i], rank, expected, rank);
+// Calls `write` with memory of a layout, and converts what it wrote unless the images have that layout.
+template <class Function>
+void write_images(const Images& y, const memory::desc& layout, Function write) {
+  if (y.rank < 6) {
+    write_in_layout(wrap(y.desc(), y.data), layout, write);
+    return;
+  }
+  const memory copy = allocate(plain(y.dims));
+  write_in_layout(copy, layout, write);
+  const auto* values = static_cast<const float*>(copy.get_data_handle());
+  if (y.type == memory::data_type::bf16) {
+    y.tall().pack(values, y.dims[1], y.dims[1], static_cast<Bfloat16*>(y.data));
+  } else {
+    y.tall().pack(values, y.dims[1], y.dims[1], static_cast<float*>(y.data));
+  }
 }
 
-// Whether flow_convolution.h computes this, from tensor `x` to tensor `y`.
-bool is_flow(const Geometry& g, const Call& call, int x, int y) {
-  return g.out == kFlowChannels && g.stride == 1 && g.dilation == 1 && g.after == kNothing && !is_blocked(call, x) &&
-         !is_blocked(call, y);
+memory::desc in_blocks(const memory::dims& dims, memory::data_type type) {
+  return {dims, type, memory::format_tag::aBcd16b};
+}
+
+template <class Number>
+BlockedImages<Number> blocks_of(const memory& found) {
+  const memory::dims dims = found.get_desc().get_dims();
+  const int64_t plane = dims[2] * dims[3];
+  return {static_cast<Number*>(found.get_data_handle()), round_up(dims[1], kLanes) * plane, kLanes * plane};
+}
+
+// Images in blocks, for reading.
+template <class Number>
+BlockedImages<const Number> read_blocks(const Images& x) {
+  constexpr auto type = type_of_number<Number>;
+  if (x.is_tall_in(type)) return x.tall().images(static_cast<const Number*>(x.data));
+  return blocks_of<const Number>(in_layout(as_memory(x), in_blocks(x.dims, type)));
+}
+
+// Calls `write` with images in blocks for their result, which it writes.
+template <class Number, class Function>
+void write_blocks(const Images& y, Function write) {
+  constexpr auto type = type_of_number<Number>;
+  if (y.is_tall_in(type)) {
+    write(y.tall().images(static_cast<Number*>(y.data)));
+  } else {
+    write_images(y, in_blocks(y.dims, type), [&](const memory& computed) { write(blocks_of<Number>(computed)); });
+  }
+}
+
+// Whether flow_convolution.h computes this.
+bool is_flow(const Geometry& g, const Images& x, const Images& y) {
+  return g.out == kFlowChannels && g.stride == 1 && g.dilation == 1 && g.after == kNothing && x.rank < 6 && y.rank == 4;
 }
 
 // Reads a call's settings, and checks that the shapes of its input `x` and output `y` follow from them.
 Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settings, int x, int y, Geometry* geometry) {
-  const Geometry g{sizes[kN],   sizes[kC],
-                   sizes[kOut], sizes[kH],
-                   sizes[kW],   settings[0],
-                   settings[1], settings[2] ? kLeaky : kNothing,
-                   settings[3], 0,
-                   is_bfloat16(call, x), is_bfloat16(call, y)};
+  const int64_t height = rank_of(call, x) == 6 ? sizes[kRows] - 1 : sizes[kH];
+  const Geometry g{sizes[kN],   sizes[kC],   sizes[kOut],          height,
+                   sizes[kW],   settings[0], settings[1],          settings[2] ? kLeaky : kNothing,
+                   settings[3], 0,           is_bfloat16(call, x), is_bfloat16(call, y)};
   if (g.stride < 1 || g.dilation < 1) {
     std::fprintf(stderr, "%s: stride is %d and dilation %d, expected 1 or more\n", call.name, settings[0], settings[1]);
     return kShape;
@@ -78,48 +157,35 @@ Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settin
     return kDtype;
   }
   *geometry = g;
-  if (const Status status = check_images(call, x, "x", g.x())) return status;
-  return check_images(call, y, "y", g.y());
+  if (const Status status = Images(call, x, g.x()).check(call, x, "x")) return status;
+  return Images(call, y, g.y()).check(call, y, "y");
 }
 
-// The layout of images that Winograd's filtering reads and writes.
-memory::desc blocked(const Geometry& g, int64_t channels, memory::data_type type) {
-  return {{g.n, channels, g.h, g.w}, type, memory::format_tag::aBcd16b};
-}
-
+// Convolves images by Winograd's filtering.
 template <class Number>
-BlockedImages<Number> as_images(const Geometry& g, int64_t channels, const memory& found) {
-  const int64_t plane = g.h * g.w;
-  return {static_cast<Number*>(found.get_data_handle()), round_up(channels, kLanes) * plane, kLanes * plane};
+void convolve_by_winograd(const Geometry& g, const BlockedImages<const Number>& x, const float* weight,
+                          const float* bias, const Images& y) {
+  if (g.bfloat16_y) {
+    if constexpr (sizeof(Number) == sizeof(Bfloat16))
+      write_blocks<Bfloat16>(y, [&](const auto& result) { convolve_by_winograd(g, x, weight, bias, result); });
+  } else {
+    write_blocks<float>(y, [&](const auto& result) { convolve_by_winograd(g, x, weight, bias, result); });
+  }
 }
 
-// Convolves images of any layout by Winograd's filtering, and converts the result.
-void convolve_by_winograd(const Geometry& g, const memory& x, const float* weight, const float* bias,
-                          const memory& result) {
-  const memory source = in_layout(x, blocked(g, g.in, g.type()));
-  write_in_layout(result, blocked(g, g.out, g.y_type()), [&](const memory& computed) {
-    if (g.bfloat16_y) {
-      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias,
-                           as_images<Bfloat16>(g, g.out, computed));
-    } else if (g.bfloat16) {
-      convolve_by_winograd(g, as_images<const Bfloat16>(g, g.in, source), weight, bias,
-                           as_images<float>(g, g.out, computed));
-    } else {
-      convolve_by_winograd(g, as_images<const float>(g, g.in, source), weight, bias,
-                           as_images<float>(g, g.out, computed));
-    }
-  });
-}
-
-void convolve(const Geometry& g, const memory& x, const float* weight, const float* bias, const memory& result) {
+void convolve(const Geometry& g, const Images& x, const float* weight, const float* bias, const Images& y) {
   if (suits_winograd(g)) {
-    convolve_by_winograd(g, x, weight, bias, result);
+    if (g.bfloat16) {
+      convolve_by_winograd(g, read_blocks<Bfloat16>(x), weight, bias, y);
+    } else {
+      convolve_by_winograd(g, read_blocks<float>(x), weight, bias, y);
+    }
     return;
   }
   const auto& step = find_convolution(g).forward();
-  const memory source = in_layout(x, step.chosen.src_desc());
+  const memory source = in_layout(as_memory(x), step.chosen.src_desc());
   const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), step.chosen.weights_desc());
-  write_in_layout(result, step.chosen.dst_desc(), [&](const memory& computed) {
+  write_images(y, step.chosen.dst_desc(), [&](const memory& computed) {
     execute(step.run, step.chosen.scratchpad_desc(),
             {{DNNL_ARG_SRC, source},
              {DNNL_ARG_WEIGHTS, weights},
@@ -137,55 +203,66 @@ memory gradient_before_activation(const memory& y, const memory& upstream) {
              *gradient = static_cast<const Number*>(upstream.get_data_handle());
   auto* product = static_cast<Number*>(before.get_data_handle());
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < count; ++i)
-    product[i] = to_float(gradient[i]) * (is_positive(result[i]) ? 1.f : kLeakySlope);
+  for (int64_t i = 0; i < count; ++i) product[i] = to_float(gradient[i]) * (is_positive(result[i]) ? 1.f : kLeakySlope);
   return before;
 }
 
-void convolve_gradient(const Geometry& g, const memory& x, const float* weight, const memory& y, memory upstream,
-                       const memory& x_gradient, float* weight_gradient, float* bias_gradient) {
-  Convolution& convolution = find_convolution(g);
-  const memory::dims weights{g.out, g.in, 3, 3};
-  if (g.after == kLeaky) {
-    upstream = g.bfloat16_y ? gradient_before_activation<Bfloat16>(y, upstream)
-                            : gradient_before_activation<float>(y, upstream);
-  }
+// The gradients of weight and bias. Leaves `upstream` in the layout that it was needed in.
+void differentiate_weights(const Geometry& g, const Images& x, memory* upstream, float* weight_gradient,
+                           float* bias_gradient) {
   if (suits_winograd(g)) {
-    const memory source = in_layout(x, blocked(g, g.in, g.type()));
-    upstream = in_layout(upstream, blocked(g, g.out, g.type()));
+    *upstream = in_layout(*upstream, in_blocks(g.y(), g.type()));
     if (g.bfloat16) {
-      differentiate_weights_by_winograd(g, as_images<const Bfloat16>(g, g.in, source),
-                                        as_images<const Bfloat16>(g, g.out, upstream), weight_gradient, bias_gradient);
+      differentiate_weights_by_winograd(g, read_blocks<Bfloat16>(x), blocks_of<const Bfloat16>(*upstream),
+                                        weight_gradient, bias_gradient);
     } else {
-      differentiate_weights_by_winograd(g, as_images<const float>(g, g.in, source),
-                                        as_images<const float>(g, g.out, upstream), weight_gradient, bias_gradient);
+      differentiate_weights_by_winograd(g, read_blocks<float>(x), blocks_of<const float>(*upstream), weight_gradient,
+                                        bias_gradient);
     }
-  } else {
-    const auto& step = convolution.weight_gradient();
-    const memory source = in_layout(x, step.chosen.src_desc());
-    upstream = in_layout(upstream, step.chosen.diff_dst_desc());
-    const memory result = wrap(plain(weights), weight_gradient);
-    write_in_layout(result, step.chosen.diff_weights_desc(), [&](const memory& computed) {
-      execute(step.run, step.chosen.scratchpad_desc(),
-              {{DNNL_ARG_SRC, source},
-               {DNNL_ARG_DIFF_DST, upstream},
-               {DNNL_ARG_DIFF_WEIGHTS, computed},
-               {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
-    });
-  }
-  const Geometry backward{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0, 0, g.bfloat16_x};
-  if (suits_winograd(backward)) {
-    float* turned = scratch.floats(g.in * g.out * kTaps);
-    turn_weights(weight, g.out, g.in, 0, g.in, turned, g.out);
-    convolve_by_winograd(backward, upstream, turned, nullptr, x_gradient);
     return;
   }
-  const auto& step = convolution.input_gradient();
-  const memory weights_there = in_layout(wrap(plain(weights), weight), step.chosen.weights_desc());
-  const memory source = in_layout(upstream, step.chosen.diff_dst_desc());
-  write_in_layout(x_gradient, step.chosen.diff_src_desc(), [&](const memory& computed) {
+  const auto& step = find_convolution(g).weight_gradient();
+  const memory source = in_layout(as_memory(x), step.chosen.src_desc());
+  *upstream = in_layout(*upstream, step.chosen.diff_dst_desc());
+  const memory result = wrap(plain({g.out, g.in, 3, 3}), weight_gradient);
+  write_in_layout(result, step.chosen.diff_weights_desc(), [&](const memory& computed) {
     execute(step.run, step.chosen.scratchpad_desc(),
-            {{DNNL_ARG_DIFF_DST, source}, {DNNL_ARG_WEIGHTS, weights_there}, {DNNL_ARG_DIFF_SRC, computed}});
+            {{DNNL_ARG_SRC, source},
+             {DNNL_ARG_DIFF_DST, *upstream},
+             {DNNL_ARG_DIFF_WEIGHTS, computed},
+             {DNNL_ARG_DIFF_BIAS, wrap(plain({g.out}), bias_gradient)}});
+  });
+}
+
+void differentiate_input(const Geometry& g, const memory& upstream, const float* weight, const Images& x_gradient) {
+  const Geometry turned{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0, 0, g.bfloat16_x};
+  if (suits_winograd(turned)) {
+    float* turned_weight = scratch.floats(g.in * g.out * kTaps);
+    turn_weights(weight, g.out, g.in, 0, g.in, turned_weight, g.out);
+    const memory source = in_layout(upstream, in_blocks(g.y(), g.type()));
+    if (g.bfloat16) {
+      convolve_by_winograd(turned, blocks_of<const Bfloat16>(source), turned_weight, nullptr, x_gradient);
+    } else {
+      convolve_by_winograd(turned, blocks_of<const float>(source), turned_weight, nullptr, x_gradient);
+    }
+    return;
+  }
+  const auto& step = find_convolution(g).input_gradient();
+  const memory weights = in_layout(wrap(plain({g.out, g.in, 3, 3}), weight), step.chosen.weights_desc());
+  const memory source = in_layout(upstream, step.chosen.diff_dst_desc());
+  write_images(x_gradient, step.chosen.diff_src_desc(), [&](const memory& computed) {
+    execute(step.run, step.chosen.scratchpad_desc(),
+            {{DNNL_ARG_DIFF_DST, source}, {DNNL_ARG_WEIGHTS, weights}, {DNNL_ARG_DIFF_SRC, computed}});
+  });
+}
+
+// The convolution that gives a flow, of images in blocks of either type.
+template <class Number>
+void differentiate_flow(const Geometry& g, const Images& x, const float* weight, const float* upstream,
+                        const Images& x_gradient, float* weight_gradient, float* bias_gradient) {
+  differentiate_flow_weights<kLanes>(g, read_blocks<Number>(x), upstream, weight_gradient, bias_gradient);
+  write_blocks<Number>(x_gradient, [&](const BlockedImages<Number>& result) {
+    differentiate_flow_input<kLanes>(g, weight, upstream, 0, g.in, BlockedImages<const Number>{}, result);
   });
 }
 
@@ -232,10 +309,13 @@ PWCNET_OPERATOR(Convolution3x3) {
                const float *weight = call.data<float>(1), *bias = call.data<float>(2);
                Geometry g;
                if (const Status status = read_geometry(call, sizes, call.data<int32_t>(3), 0, 4, &g)) return status;
-               if (is_flow(g, call, 0, 4)) {
-                 convolve_to_flow(call.data<float>(0), weight, bias, call.data<float>(4), sizes);
+               const Images x(call, 0, g.x()), y(call, 4, g.y());
+               if (!is_flow(g, x, y)) {
+                 convolve(g, x, weight, bias, y);
+               } else if (g.bfloat16_x) {
+                 convolve_to_flow<kLanes>(g, read_blocks<Bfloat16>(x), weight, bias, call.data<float>(4));
                } else {
-                 convolve(g, images(call, 0, g.x()), weight, bias, images(call, 4, g.y()));
+                 convolve_to_flow<kLanes>(g, read_blocks<float>(x), weight, bias, call.data<float>(4));
                }
                return kOk;
              });
@@ -252,17 +332,25 @@ PWCNET_OPERATOR(Convolution3x3Gradient) {
                                          kWeightGradient,
                                          kBiasGradient};
   return run(call, specs, [&](const Sizes& sizes) {
-    const float* weight = call.data<float>(1);
+    const float *weight = call.data<float>(1), *flow_gradient = call.data<float>(3);
     float *weight_gradient = call.data<float>(6), *bias_gradient = call.data<float>(7);
     Geometry g;
     if (const Status status = read_geometry(call, sizes, call.data<int32_t>(4), 0, 2, &g)) return status;
-    if (is_flow(g, call, 0, 2)) {
-      convolve_to_flow_gradient(call.data<float>(0), weight, call.data<float>(3), call.data<float>(5), weight_gradient,
-                                bias_gradient, sizes);
-    } else {
-      convolve_gradient(g, images(call, 0, g.x()), weight, images(call, 2, g.y()), images(call, 3, g.y()),
-                        images(call, 5, g.x()), weight_gradient, bias_gradient);
+    const Images x(call, 0, g.x()), y(call, 2, g.y()), gradient(call, 3, g.y()), x_gradient(call, 5, g.x());
+    if (is_flow(g, x, y)) {
+      if (g.bfloat16_x) {
+        differentiate_flow<Bfloat16>(g, x, weight, flow_gradient, x_gradient, weight_gradient, bias_gradient);
+      } else {
+        differentiate_flow<float>(g, x, weight, flow_gradient, x_gradient, weight_gradient, bias_gradient);
+      }
+      return kOk;
     }
+    memory upstream = as_memory(gradient);
+    if (g.after == kLeaky)
+      upstream = g.bfloat16_y ? gradient_before_activation<Bfloat16>(as_memory(y), upstream)
+                              : gradient_before_activation<float>(as_memory(y), upstream);
+    differentiate_weights(g, x, &upstream, weight_gradient, bias_gradient);
+    differentiate_input(g, upstream, weight, x_gradient);
     return kOk;
   });
 }

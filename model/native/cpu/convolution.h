@@ -81,8 +81,8 @@ class Convolution {
   const InputGradient& input_gradient() {
     if (!input_gradient_) {
       const dnnl::convolution_backward_data::primitive_desc chosen(
-          engine(), kDirect, images(x_, x_gradient_type_), weights(type_), images(y_, type_), stride_, dilation_,
-          pad_, pad_, describe_forward(), attributes(kNothing));
+          engine(), kDirect, images(x_, x_gradient_type_), weights(type_), images(y_, type_), stride_, dilation_, pad_,
+          pad_, describe_forward(), attributes(kNothing));
       input_gradient_ = InputGradient{chosen, dnnl::convolution_backward_data(chosen)};
     }
     return *input_gradient_;
