@@ -28,6 +28,7 @@ class Convolution(nn.Conv2d):
         backend: of the network; where there is no native convolution, MindSpore's takes its place.
         stride, dilation: in pixels.
         activation: whether LeakyReLU follows.
+        reads_image: whether x is an image, whose gradient is seldom asked for.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Convolution(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         activation: bool = True,
+        reads_image: bool = False,
     ) -> None:
         super().__init__(
             channels_in,
@@ -56,6 +58,7 @@ class Convolution(nn.Conv2d):
         self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
         self.blocked_output = False
+        self.reads_image = reads_image
         self.set_precision("float32")
 
     def construct(self, x: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ class Convolution(nn.Conv2d):
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
         if self.is_native:
             blocked_type = bfloat16 if precision == "bfloat16" else float32
-            self.operator = native_convolution(self.geometry[0], blocked_type if self.blocked_output else None)
+            self.operator = native_convolution(
+                self.geometry[0], blocked_type if self.blocked_output else None, self.reads_image
+            )
 
 
 def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
@@ -92,7 +97,7 @@ def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
         layer[0].set_precision(layer[0].precision)
 
 
-def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
+def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops.Custom:
     """The native convolution with its gradient: (x, weight, bias, settings) to y.
 
     Images in blocked layout are (N, ceil(C / BLOCK), H, W, BLOCK), in the type that the convolution multiplies, and
@@ -102,6 +107,7 @@ def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
     Args:
         stride: in pixels.
         blocked_type: of y in blocked layout; None for y in plain layout.
+        reads_image: whether the gradient of x is an operator of its own, which MindSpore leaves out if nothing needs it.
     """
     type_of_y = blocked_type or float32
 
@@ -115,17 +121,29 @@ def native_convolution(stride: int, blocked_type: Any) -> ops.Custom:
 
     gradients = native.operator(
         "Convolution3x3Gradient",
-        lambda x, weight, y, dy, settings: (x, weight, [weight[0]]),
-        lambda x, weight, y, dy, settings: (x, float32, float32),
+        lambda x, weight, y, dy, settings: (weight, [weight[0]], x),
+        lambda x, weight, y, dy, settings: (float32, float32, x),
+    )
+    weight_gradients = native.operator(
+        "Convolution3x3Gradient",
+        lambda x, weight, y, dy, settings: (weight, [weight[0]]),
+        lambda x, weight, y, dy, settings: (float32, float32),
     )
 
     def bprop(
         x: Tensor, weight: Tensor, bias: Tensor, settings: Tensor, y: Tensor, dy: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x_gradient, weight_gradient, bias_gradient = gradients(x, weight, y, dy, settings)
+        weight_gradient, bias_gradient, x_gradient = gradients(x, weight, y, dy, settings)
         return x_gradient, weight_gradient, bias_gradient, ops.zeros_like(settings)
 
-    return native.operator("Convolution3x3", infer_shape, lambda *_: type_of_y, bprop)
+    def bprop_of_image(
+        x: Tensor, weight: Tensor, bias: Tensor, settings: Tensor, y: Tensor, dy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight_gradient, bias_gradient = weight_gradients(x, weight, y, dy, settings)
+        return gradients(x, weight, y, dy, settings)[2], weight_gradient, bias_gradient, ops.zeros_like(settings)
+
+    name, gradient = ("ImageConvolution3x3", bprop_of_image) if reads_image else ("Convolution3x3", bprop)
+    return native.operator(name, infer_shape, lambda *_: type_of_y, gradient)
 
 
 def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) -> ops.Custom:
@@ -173,21 +191,16 @@ def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) 
         used = upstream if is_read else upstream[1:]
         return (*gradients(w1, w2, w3, w4, w5, w6, results[0], *used, settings), ops.zeros_like(settings))
 
-    return native.operator("FlowEstimator", infer_shape, lambda *_: (features_type, float32), bprop)
+    name = "FeatureEstimator" if is_read else "FlowEstimator"
+    return native.operator(name, infer_shape, lambda *_: (features_type, float32), bprop)
 
 
-def native_unpack_features(precision: Precision, channels: int) -> ops.Custom:
+def native_unpack_features(channels: int) -> ops.Custom:
     """Features of the native flow estimator, without the flow, to (N, channels, H, W)."""
-    features_type = bfloat16 if precision == "bfloat16" else float32
-    block = native.estimator_block(precision == "bfloat16")
-    gradients = native.operator(
-        "UnpackFeaturesGradient",
-        lambda dy: [1, -(-dy[1] // block), dy[0], dy[2] + 1, dy[3], block],
-        lambda dy: features_type,
-    )
+    gradients = native.operator("UnpackFeaturesGradient", lambda dy, features: features, lambda dy, features: features)
 
     def bprop(features: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
-        return (gradients(dy),)
+        return (gradients(dy, features),)
 
     return native.operator(
         "UnpackFeatures",

@@ -40,17 +40,19 @@ class FeaturePyramid(nn.Cell):
         super().__init__()
         levels = []
         for channels_in, channels in itertools.pairwise(PYRAMID_CHANNELS):
-            layers = [conv(channels_in, channels, backend, stride=2)]
+            layers = [conv(channels_in, channels, backend, stride=2, reads_image=not levels)]
             layers += [conv(channels, channels, backend) for _ in range(depth - 1)]
+            levels.append(layers)
+        keep_blocked_layout(levels[0] + levels[1])  # only the second level reads the first one
+        for layers in levels[2:]:
             keep_blocked_layout(layers)
-            levels.append(nn.SequentialCell(*layers))
-        self.convs = nn.CellList(levels)
+        self.convs = nn.CellList([nn.SequentialCell(*layers) for layers in levels])
 
     def construct(self, image: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to six features (N, C_l, H / 2^l, W / 2^l), finest first."""
+        """(N, 3, H, W) to features (N, C_l, H / 2^l, W / 2^l) for l = 2 to 6, finest first."""
         pyramid = ()
-        x = image
-        for level in self.convs:
+        x = self.convs[0](image)
+        for level in self.convs[1:]:
             x = level(x)
             pyramid = pyramid + (x,)
         return pyramid
@@ -113,7 +115,7 @@ class FlowEstimator(nn.Cell):
         if self.is_fused:
             self.settings = Tensor([bfloat16, self.with_flow], int32)
             self.operator = native_flow_estimator(precision, self.with_flow, self.reader != "")
-            self.unpack = native_unpack_features(precision, self.channels_out)
+            self.unpack = native_unpack_features(self.channels_out)
 
 
 class BilinearUpsampling(nn.Cell):

@@ -246,7 +246,8 @@ def test_large_convolutions_round_as_their_factors_do(
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_layout_between_convolutions_changes_nothing(precision: Precision, graph_mode: None) -> None:
-    """Channels of no multiple of a block, with stride and dilation, by oneDNN and by Winograd's filtering."""
+    """Channels of no multiple of a block, with stride and dilation, by oneDNN and by Winograd's filtering. Nor does it
+    change anything that the first layer reads an image."""
     need_native_convolution(precision)
     rng = np.random.default_rng(8)
     layers = [conv(3, 20, "native", stride=2), conv(20, 33, "native"), conv(33, 18, "native", dilation=2)]
@@ -254,6 +255,7 @@ def test_the_layout_between_convolutions_changes_nothing(precision: Precision, g
         layer[0].set_precision(precision)
     x, gradient = rng.normal(size=(2, 3, 32, 36)), rng.normal(size=(2, 18, 16, 18))
     plain = run_with_gradients(nn.SequentialCell(layers), gradient, x)
+    layers[0][0].reads_image = True
     keep_blocked_layout(layers)
     assert layers[0](Tensor(x.astype(np.float32))).shape == (2, 2, 16, 18, 16)
     blocked = run_with_gradients(nn.SequentialCell(layers), gradient, x)
@@ -308,6 +310,33 @@ class Estimator(nn.Cell):
         if self.reader != "upsampling":
             features = self.context(features)
         return ops.concat((features, flow), 1)
+
+
+class TwoEstimators(nn.Cell):
+    """One that gives only a flow, and one whose features are read, too."""
+
+    def __init__(self, channels: int, fused: bool) -> None:
+        super().__init__()
+        self.first = Estimator(channels, "", fused)
+        self.second = Estimator(channels + 2, "context and flow", fused)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.second(ops.concat((x, self.first(x)), 1))
+
+
+def test_flow_estimators_have_gradients_of_their_own(graph_mode: None) -> None:
+    """MindSpore gives operators of one name the gradient of one of them."""
+    if not (native.available() and native.estimator_block(False)):
+        pytest.skip("no native flow estimator here")
+    rng = np.random.default_rng(9)
+    cells = [TwoEstimators(19, fused) for fused in (True, False)]
+    x, gradient = rng.normal(size=(2, 19, 6, 7)), rng.normal(size=(2, 35, 6, 7))
+    for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
+        fused.set_data(single)
+    results = [run_with_gradients(cell, gradient, x) for cell in cells]
+    for fused, single in zip(*results, strict=True):
+        scale = np.sqrt(np.mean(single**2)) + 1e-30
+        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=3e-5)
 
 
 def output_channels(cell: Estimator) -> int:

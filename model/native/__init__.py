@@ -58,7 +58,8 @@ def operator(name: str, infer_shape: Callable, infer_dtype: Callable, bprop: Cal
         name: the exported function's.
         infer_shape: the inputs' shapes to the output's shape, or to a tuple of them.
         infer_dtype: the inputs' dtypes to the output's dtype, or to a tuple of them.
-        bprop: (*inputs, output, gradient) to the gradients of the inputs.
+        bprop: (*inputs, output, gradient) to the gradients of the inputs. In a graph, MindSpore uses one of those with
+            the same name for all operators of that name.
 
     Returns:
         A `mindspore.ops.Custom`.

@@ -23,6 +23,13 @@
   }                                                                                                              \
   static int run_##name(const Call& call)
 
+// Exports the operator `name` once more, as `other`: MindSpore gives all operators of a name the same gradient.
+#define PWCNET_OPERATOR_ALIAS(other, name)                                                                        \
+  extern "C" int other(int count, void** params, int* ranks, int64_t** shapes, const char** dtypes, void* stream, \
+                       void*) {                                                                                   \
+    return run_##name(Call{#other, count, params, ranks, shapes, dtypes, stream});                                \
+  }
+
 namespace pwcnet {
 
 // What an operator returns. CUDA's own errors are added to kCudaError.

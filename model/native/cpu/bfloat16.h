@@ -24,9 +24,6 @@ struct Bfloat16 {
   }
 };
 
-inline bool is_positive(Bfloat16 value) { return static_cast<int16_t>(value.bits) > 0; }
-inline bool is_positive(float value) { return value > 0; }
-
 inline float to_float(float value) { return value; }
 inline float to_float(Bfloat16 value) {
   const uint32_t word = uint32_t(value.bits) << 16;

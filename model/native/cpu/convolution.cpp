@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -194,16 +195,17 @@ void convolve(const Geometry& g, const Images& x, const float* weight, const flo
   });
 }
 
-// The gradient before LeakyReLU, from its result and the gradient of that.
 template <class Number>
 memory gradient_before_activation(const memory& y, const memory& upstream) {
+  constexpr int64_t kPart = 4096;
   const memory before = allocate(upstream.get_desc());
   const int64_t count = upstream.get_desc().get_size() / sizeof(Number);
   const auto *result = static_cast<const Number*>(y.get_data_handle()),
              *gradient = static_cast<const Number*>(upstream.get_data_handle());
   auto* product = static_cast<Number*>(before.get_data_handle());
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < count; ++i) product[i] = to_float(gradient[i]) * (is_positive(result[i]) ? 1.f : kLeakySlope);
+  for (int64_t at = 0; at < count; at += kPart)
+    differentiate_leaky(result + at, gradient + at, product + at, std::min(kPart, count - at));
   return before;
 }
 
@@ -259,9 +261,10 @@ void differentiate_input(const Geometry& g, const memory& upstream, const float*
 // The convolution that gives a flow, of images in blocks of either type.
 template <class Number>
 void differentiate_flow(const Geometry& g, const Images& x, const float* weight, const float* upstream,
-                        const Images& x_gradient, float* weight_gradient, float* bias_gradient) {
+                        float* weight_gradient, float* bias_gradient, const std::optional<Images>& x_gradient) {
   differentiate_flow_weights<kLanes>(g, read_blocks<Number>(x), upstream, weight_gradient, bias_gradient);
-  write_blocks<Number>(x_gradient, [&](const BlockedImages<Number>& result) {
+  if (!x_gradient) return;
+  write_blocks<Number>(*x_gradient, [&](const BlockedImages<Number>& result) {
     differentiate_flow_input<kLanes>(g, weight, upstream, 0, g.in, BlockedImages<const Number>{}, result);
   });
 }
@@ -321,27 +324,28 @@ PWCNET_OPERATOR(Convolution3x3) {
              });
 }
 
-// x, weight, y, gradient of y, settings -> gradients of x, weight and bias
+// Of an image, whose gradient is seldom needed.
+PWCNET_OPERATOR_ALIAS(ImageConvolution3x3, Convolution3x3)
+
+// x, weight, y, gradient of y, settings -> gradients of weight, bias and, if there is a tensor for it, x
 PWCNET_OPERATOR(Convolution3x3Gradient) {
-  const std::vector<TensorSpec> specs = {input_spec(call, 0, "x"),
-                                         kWeight,
-                                         result_spec(call, 2, "y"),
-                                         result_spec(call, 2, "gradient"),
-                                         kSettings,
-                                         input_spec(call, 0, "x_gradient"),
-                                         kWeightGradient,
-                                         kBiasGradient};
+  std::vector<TensorSpec> specs = {
+      input_spec(call, 0, "x"), kWeight,      result_spec(call, 2, "y"), result_spec(call, 2, "gradient"), kSettings,
+      kWeightGradient,          kBiasGradient};
+  if (call.count > 7) specs.push_back(input_spec(call, 0, "x_gradient"));
   return run(call, specs, [&](const Sizes& sizes) {
     const float *weight = call.data<float>(1), *flow_gradient = call.data<float>(3);
-    float *weight_gradient = call.data<float>(6), *bias_gradient = call.data<float>(7);
+    float *weight_gradient = call.data<float>(5), *bias_gradient = call.data<float>(6);
     Geometry g;
     if (const Status status = read_geometry(call, sizes, call.data<int32_t>(4), 0, 2, &g)) return status;
-    const Images x(call, 0, g.x()), y(call, 2, g.y()), gradient(call, 3, g.y()), x_gradient(call, 5, g.x());
+    const Images x(call, 0, g.x()), y(call, 2, g.y()), gradient(call, 3, g.y());
+    std::optional<Images> x_gradient;
+    if (call.count > 7) x_gradient.emplace(call, 7, g.x());
     if (is_flow(g, x, y)) {
       if (g.bfloat16_x) {
-        differentiate_flow<Bfloat16>(g, x, weight, flow_gradient, x_gradient, weight_gradient, bias_gradient);
+        differentiate_flow<Bfloat16>(g, x, weight, flow_gradient, weight_gradient, bias_gradient, x_gradient);
       } else {
-        differentiate_flow<float>(g, x, weight, flow_gradient, x_gradient, weight_gradient, bias_gradient);
+        differentiate_flow<float>(g, x, weight, flow_gradient, weight_gradient, bias_gradient, x_gradient);
       }
       return kOk;
     }
@@ -350,7 +354,7 @@ PWCNET_OPERATOR(Convolution3x3Gradient) {
       upstream = g.bfloat16_y ? gradient_before_activation<Bfloat16>(as_memory(y), upstream)
                               : gradient_before_activation<float>(as_memory(y), upstream);
     differentiate_weights(g, x, &upstream, weight_gradient, bias_gradient);
-    differentiate_input(g, upstream, weight, x_gradient);
+    if (x_gradient) differentiate_input(g, upstream, weight, *x_gradient);
     return kOk;
   });
 }

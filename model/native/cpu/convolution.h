@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bfloat16.h"
 #include "onednn.h"
 
 namespace pwcnet {
@@ -133,6 +134,17 @@ class Convolution {
 inline Convolution& find_convolution(const Geometry& geometry) {
   static Cache<Geometry, Convolution> cache;
   return cache.find(geometry);
+}
+
+// The gradient before LeakyReLU, from its result and the gradient of that.
+template <class Number, class Upstream>
+void differentiate_leaky(const Number* result, const Upstream* upstream, Number* before, int64_t count) {
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Vector gradient = load(upstream + at);
+    store(before + at, load(result + at) > 0 ? gradient : gradient * kLeakySlope);
+  }
+  for (; at < count; ++at) before[at] = to_float(upstream[at]) * (to_float(result[at]) > 0 ? 1.f : kLeakySlope);
 }
 
 // The gradient of a convolution without stride is one, too, with turned weights. Turns the weights (out, in, 3, 3) for

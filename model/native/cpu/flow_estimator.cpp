@@ -193,8 +193,7 @@ class Estimator {
           std::memset(static_cast<void*>(before + start), 0, row * sizeof(T));
           continue;
         }
-        for (int64_t at = start; at < start + row; ++at)
-          before[at] = gradient[at] * (is_positive(result[at]) ? 1.f : kLeakySlope);
+        differentiate_leaky(result + start, gradient + start, before + start, row);
       }
   }
 
@@ -308,6 +307,9 @@ PWCNET_OPERATOR(FlowEstimator) {
   });
 }
 
+// With features that another operator reads.
+PWCNET_OPERATOR_ALIAS(FeatureEstimator, FlowEstimator)
+
 // Six weights, features, gradient of the features if anything else reads them, gradient of the flow, settings
 // -> gradients of x, weights and biases
 PWCNET_OPERATOR(FlowEstimatorGradient) {
@@ -345,15 +347,17 @@ PWCNET_OPERATOR(UnpackFeatures) {
              });
 }
 
-// Gradient of (N, C, H, W) -> gradient of the features
+// Gradient of (N, C, H, W), features -> gradient of the features
 PWCNET_OPERATOR(UnpackFeaturesGradient) {
   const int64_t height = size_of(call, 0, 4, 2);
-  return run(call, {{"gradient", "float32", 4, {kN, kC, kH, kW}}, buffer_spec(call, "features_gradient", 1, height)},
-             [&](const Sizes& sizes) {
-               return dispatch(call, 1, sizes[kC], height, [&](auto kind, auto layout) {
-                 layout.pack(call.data<float>(0), sizes[kC], sizes[kC], call.data<typename decltype(kind)::Number>(1));
-               });
-             });
+  const std::vector<TensorSpec> specs = {{"gradient", "float32", 4, {kN, kC, kH, kW}},
+                                         buffer_spec(call, "features", 1, height),
+                                         buffer_spec(call, "features_gradient", 2, height)};
+  return run(call, specs, [&](const Sizes& sizes) {
+    return dispatch(call, 2, sizes[kC], height, [&](auto kind, auto layout) {
+      layout.pack(call.data<float>(0), sizes[kC], sizes[kC], call.data<typename decltype(kind)::Number>(2));
+    });
+  });
 }
 
 }  // namespace pwcnet
