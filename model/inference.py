@@ -93,7 +93,7 @@ class FlowPredictor:
         _, height, width, _ = images1.shape
         scale = np.array([width / round_up(width), height / round_up(height)], np.float32) / np.float32(DIV_FLOW)
         flow = resize_array(flow * scale.reshape(2, 1, 1), (height, width), self.align_corners)
-        return np.ascontiguousarray(flow.transpose(0, 2, 3, 1))
+        return np.stack((flow[:, 0], flow[:, 1]), 3)
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 RGB to the network's (N, 3, H', W') float32 in [0, 1]."""

@@ -127,7 +127,7 @@ class BilinearUpsampling(nn.Cell):
         super().__init__()
         self.resize = exportable.resize if backend == "exportable" else resize
 
-    def construct(self, flow: Tensor, dense: Tensor, size: tuple[int, int]) -> Tensor:
+    def construct(self, flow: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Flow (N, 2, h, w) to (N, 2, 2 h, 2 w), `size` being (2 h, 2 w)."""
         return self.resize(flow, size)
 
@@ -142,9 +142,9 @@ class TransposedUpsampling(nn.Cell):
         self.flow = doubling_convolution(2)
         self.features = doubling_convolution(channels_in)
 
-    def construct(self, flow: Tensor, dense: Tensor, size: tuple[int, int]) -> Tensor:
+    def construct(self, flow: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Flow (N, 2, h, w) and features (N, C, h, w) to (N, 4, 2 h, 2 w), float32, flow first."""
-        return ops.concat((self.flow(flow), self.features(dense.astype(float32))), 1)
+        return ops.concat((self.flow(flow), self.features(features.astype(float32))), 1)
 
 
 def doubling_convolution(channels_in: int) -> nn.Conv2dTranspose:
@@ -254,22 +254,22 @@ class PWCNet(nn.Cell):
         pyramid = self.feature_pyramid_extractor(ops.concat((image1, image2), 0))
         batch = image1.shape[0]
         flows = ()
-        flow, dense = None, None
+        flow, shared = None, None
         for index in range(OUTPUT_LEVELS):
             features = pyramid[-1 - index]
             features1, features2 = features[:batch], features[batch:]
             estimator = self.flow_estimators[index]
             if index == 0:
-                dense, flow = estimator(self.match(features1, features2))
+                shared, flow = estimator(self.match(features1, features2))
             else:
-                coarser = self.upsamplings[index - 1](flow, dense, features1.shape[2:])
+                coarser = self.upsamplings[index - 1](flow, shared, features1.shape[2:])
                 features2 = self.warp_to_first(features2, coarser, image1.shape[2:])
                 costs = self.match(features1, features2)
                 inputs = (costs, features1, coarser.astype(features1.dtype))
-                dense, flow = estimator(ops.concat(inputs, 1))
+                shared, flow = estimator(ops.concat(inputs, 1))
             flow = flow.astype(float32)
             if index == OUTPUT_LEVELS - 1:
-                flow = flow + self.context_networks(dense).astype(float32)
+                flow = flow + self.context_networks(shared).astype(float32)
             flows = flows + (flow,)
         return flows
 
