@@ -107,7 +107,7 @@ def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops
     Args:
         stride: in pixels.
         blocked_type: of y in blocked layout; None for y in plain layout.
-        reads_image: whether the gradient of x is an operator of its own, which MindSpore leaves out if nothing needs it.
+        reads_image: whether the gradient of x is an operator of its own, which MindSpore leaves out where it can be.
     """
     type_of_y = blocked_type or float32
 
