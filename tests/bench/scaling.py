@@ -37,11 +37,15 @@ seconds per step of the ring."""
 
 
 def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
-    """Run scaling_child.py on some ranks; returns what rank 0 measured, in seconds."""
+    """Run scaling_child.py on some ranks; returns what rank 0 measured, in seconds.
+
+    Each rank has a core, if there are enough. A single one would use more: MindSpore's threads are not only OpenMP's.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:ranks]
     child = [sys.executable, HERE / "scaling_child.py", options.batch, *options.size, options.steps, time.time()]
     words = [str(word) for word in child]
     if options.hosts:
-        with tempfile.TemporaryDirectory() as folder, Hosts(folder, ranks, sorted(os.sched_getaffinity(0))) as hosts:
+        with tempfile.TemporaryDirectory() as folder, Hosts(folder, ranks, cores) as hosts:
             process = hosts.mpirun(*words)
             output, errors = process.communicate()
     else:
@@ -50,6 +54,7 @@ def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         output, errors = process.communicate()
     lines = [line for line in output.splitlines() if line.startswith("{")]
