@@ -36,7 +36,7 @@ constexpr int64_t kPoint = kTiles * kChunk + kLanes;
 
 // For the gradient of the weights, words are of one or two tiles. The sums of kGradientStep inputs and kGroup results
 // are in registers, those of kInputs and kResults in the caches.
-constexpr int kGradientStep = 8, kWords = kTiles, kInputs = kChunk / 2, kResults = kChunk;
+constexpr int kGradientStep = 8, kWords = kTiles, kInputs = 96, kResults = kChunk;
 
 struct Tile {
   int64_t image, y, x;  // of its first result
