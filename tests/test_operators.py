@@ -251,6 +251,7 @@ def test_the_layout_between_convolutions_changes_nothing(precision: Precision, g
     change anything that the first layer reads an image."""
     need_native_convolution(precision)
     rng = np.random.default_rng(8)
+    mindspore.set_seed(0)  # of the weights
     layers = [conv(3, 20, "native", stride=2), conv(20, 33, "native"), conv(33, 18, "native", dilation=2)]
     for layer in layers:
         layer[0].set_precision(precision)
@@ -261,9 +262,9 @@ def test_the_layout_between_convolutions_changes_nothing(precision: Precision, g
     assert layers[0](Tensor(x.astype(np.float32))).shape == (2, 2, 16, 18, 16)
     blocked = run_with_gradients(nn.SequentialCell(layers), gradient, x)
     for index, (found, value) in enumerate(zip(blocked, plain, strict=True)):
-        # In bfloat16, the gradients between the convolutions are rounded.
+        # In bfloat16, the gradients between the convolutions are rounded once more.
         error = np.sqrt(np.mean((found - value) ** 2) / np.mean(value**2))
-        assert error < (2**-8 if index and precision == "bfloat16" else 1e-6), error
+        assert error < (0.01 if index and precision == "bfloat16" else 1e-6), error
 
 
 @pytest.fixture
