@@ -124,11 +124,6 @@ def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops
         lambda x, weight, y, dy, settings: (weight, [weight[0]], x),
         lambda x, weight, y, dy, settings: (float32, float32, x),
     )
-    weight_gradients = native.operator(
-        "Convolution3x3Gradient",
-        lambda x, weight, y, dy, settings: (weight, [weight[0]]),
-        lambda x, weight, y, dy, settings: (float32, float32),
-    )
 
     def bprop(
         x: Tensor, weight: Tensor, bias: Tensor, settings: Tensor, y: Tensor, dy: Tensor
@@ -136,14 +131,21 @@ def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops
         weight_gradient, bias_gradient, x_gradient = gradients(x, weight, y, dy, settings)
         return x_gradient, weight_gradient, bias_gradient, ops.zeros_like(settings)
 
+    if not reads_image:
+        return native.operator("Convolution3x3", infer_shape, lambda *_: type_of_y, bprop)
+    weight_gradients = native.operator(
+        "Convolution3x3Gradient",
+        lambda x, weight, y, dy, settings: (weight, [weight[0]]),
+        lambda x, weight, y, dy, settings: (float32, float32),
+    )
+
     def bprop_of_image(
         x: Tensor, weight: Tensor, bias: Tensor, settings: Tensor, y: Tensor, dy: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight_gradient, bias_gradient = weight_gradients(x, weight, y, dy, settings)
         return gradients(x, weight, y, dy, settings)[2], weight_gradient, bias_gradient, ops.zeros_like(settings)
 
-    name, gradient = ("ImageConvolution3x3", bprop_of_image) if reads_image else ("Convolution3x3", bprop)
-    return native.operator(name, infer_shape, lambda *_: type_of_y, gradient)
+    return native.operator("ImageConvolution3x3", infer_shape, lambda *_: type_of_y, bprop_of_image)
 
 
 def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) -> ops.Custom:

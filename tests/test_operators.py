@@ -326,6 +326,16 @@ class TwoEstimators(nn.Cell):
         return self.second(ops.concat((x, self.first(x)), 1))
 
 
+def check_equal(cells: list[nn.Cell], gradient: np.ndarray, x: np.ndarray) -> None:
+    """A fused cell and one of single layers have the same values and gradients, once they have the same weights."""
+    for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
+        fused.set_data(single)
+    results = [run_with_gradients(cell, gradient, x) for cell in cells]
+    for fused, single in zip(*results, strict=True):
+        scale = np.sqrt(np.mean(single**2)) + 1e-30  # of the context's weights, which may have no gradient
+        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=3e-5)
+
+
 def test_flow_estimators_have_gradients_of_their_own(graph_mode: None) -> None:
     """MindSpore gives operators of one name the gradient of one of them."""
     if not (native.available() and native.estimator_block(False)):
@@ -334,12 +344,7 @@ def test_flow_estimators_have_gradients_of_their_own(graph_mode: None) -> None:
     mindspore.set_seed(0)  # of the weights
     cells = [TwoEstimators(19, fused) for fused in (True, False)]
     x, gradient = rng.normal(size=(2, 19, 6, 7)), rng.normal(size=(2, 35, 6, 7))
-    for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
-        fused.set_data(single)
-    results = [run_with_gradients(cell, gradient, x) for cell in cells]
-    for fused, single in zip(*results, strict=True):
-        scale = np.sqrt(np.mean(single**2)) + 1e-30
-        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=3e-5)
+    check_equal(cells, gradient, x)
 
 
 def output_channels(cell: Estimator) -> int:
@@ -379,12 +384,7 @@ def test_flow_estimator_equals_its_layers(reader: str, shape: tuple[int, ...], g
     mindspore.set_seed(0)  # of the weights
     cells = [Estimator(shape[1], reader, fused) for fused in (True, False)]
     x, gradient = rng.normal(size=shape), rng.normal(size=(shape[0], output_channels(cells[0]), *shape[2:]))
-    for fused, single in zip(*(cell.trainable_params() for cell in cells), strict=True):
-        fused.set_data(single)
-    results = [run_with_gradients(cell, gradient, x) for cell in cells]
-    for fused, single in zip(*results, strict=True):
-        scale = np.sqrt(np.mean(single**2)) + 1e-30  # of the context's weights, which may have no gradient
-        np.testing.assert_allclose(fused / scale, single / scale, rtol=1e-3, atol=3e-5)
+    check_equal(cells, gradient, x)
 
 
 @pytest.mark.parametrize("reader", ["upsampling", "context and flow"])

@@ -195,6 +195,7 @@ void convolve(const Geometry& g, const Images& x, const float* weight, const flo
   });
 }
 
+// The gradient before LeakyReLU in scratch memory, in the layout of the gradient after it.
 template <class Number>
 memory gradient_before_activation(const memory& y, const memory& upstream) {
   constexpr int64_t kPart = 4096;

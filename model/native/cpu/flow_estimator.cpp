@@ -206,14 +206,15 @@ class Estimator {
       return;
     }
     const auto mark = scratch.mark();
-    const auto& [chosen, primitive] = tall(in, kGrowth[k], kNothing).weight_gradient();
-    const memory found = allocate(chosen.diff_weights_desc());
-    execute(primitive, chosen.scratchpad_desc(),
-            {{DNNL_ARG_SRC, wrap(chosen.src_desc(), buffer + input_of(k))},
-             {DNNL_ARG_DIFF_DST, wrap(chosen.diff_dst_desc(), before + result_of(k))},
-             {DNNL_ARG_DIFF_WEIGHTS, found},
-             {DNNL_ARG_DIFF_BIAS, wrap(plain({kGrowth[k]}), bias_gradient)}});
-    convert(found, wrap(plain({kGrowth[k], in, 3, 3}), weight_gradient));
+    const auto& step = tall(in, kGrowth[k], kNothing).weight_gradient();
+    const memory result = wrap(plain({kGrowth[k], in, 3, 3}), weight_gradient);
+    write_in_layout(result, step.chosen.diff_weights_desc(), [&](const memory& computed) {
+      execute(step.run, step.chosen.scratchpad_desc(),
+              {{DNNL_ARG_SRC, wrap(step.chosen.src_desc(), buffer + input_of(k))},
+               {DNNL_ARG_DIFF_DST, wrap(step.chosen.diff_dst_desc(), before + result_of(k))},
+               {DNNL_ARG_DIFF_WEIGHTS, computed},
+               {DNNL_ARG_DIFF_BIAS, wrap(plain({kGrowth[k]}), bias_gradient)}});
+    });
     scratch.release(mark);
   }
 };
@@ -229,10 +230,11 @@ int64_t size_of(const Call& call, int i, int rank, int axis) {
   return i < call.count && call.ranks[i] == rank ? call.shapes[i][axis] : 0;
 }
 
-// A buffer's tensor, or its gradient's, for `features` of the rank and sizes of images.
+// The specification of a buffer or of its gradient, for images of this height. The type and the block are those of the
+// call's tensor `i`; bfloat16 numbers come in blocks of kLanes.
 TensorSpec buffer_spec(const Call& call, const char* name, int i, int64_t height) {
   const bool bfloat16 = i < call.count && !std::strcmp(call.dtypes[i], "bfloat16");
-  const int64_t block = size_of(call, i, 6, 5) == 8 ? 8 : kLanes;
+  const int64_t block = !bfloat16 && size_of(call, i, 6, 5) == 8 ? 8 : kLanes;
   return {name, bfloat16 ? "bfloat16" : "float32", 6, {1, kBlocks, kN, height + 1, kW, block}};
 }
 
@@ -262,8 +264,8 @@ struct Kind {
   static constexpr int block = kBlock;
 };
 
-// Calls `function` with the kind of numbers and blocks that the call's tensor `i` has, a buffer of so many channels,
-// and with its layout.
+// Calls `function` with the kind of numbers and blocks that the call's tensor `i` has, and with its layout. That is a
+// buffer of so many channels.
 template <class Function>
 Status dispatch(const Call& call, int i, int64_t channels, int64_t height, Function function) {
   const int64_t* shape = call.shapes[i];
@@ -271,7 +273,6 @@ Status dispatch(const Call& call, int i, int64_t channels, int64_t height, Funct
   const int64_t expected[6] = {1, layout.blocks(channels), layout.n, height + 1, layout.w, layout.block};
   if (!std::equal(expected, expected + 6, shape)) return fail_shape(call, "features", shape, 6, expected, 6);
   if (!std::strcmp(call.dtypes[i], "bfloat16")) {
-    if (layout.block != kLanes) return fail_shape(call, "features", shape, 6, expected, 5);
     function(Kind<Bfloat16, kLanes>(), layout);
   } else if (layout.block == kLanes) {
     function(Kind<float, kLanes>(), layout);
