@@ -32,6 +32,16 @@ inline float to_float(Bfloat16 value) {
   return result;
 }
 
+// Calls `function` with a zero of the type that it is to compute with.
+template <class Function>
+void with_number(bool bfloat16, Function function) {
+  if (bfloat16) {
+    function(Bfloat16{});
+  } else {
+    function(float{});
+  }
+}
+
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 

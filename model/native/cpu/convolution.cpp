@@ -82,12 +82,10 @@ struct Images {
 memory as_memory(const Images& x) {
   if (x.rank < 6) return wrap(x.desc(), x.data);
   const memory copy = allocate(plain(x.dims));
-  auto* values = static_cast<float*>(copy.get_data_handle());
-  if (x.type == memory::data_type::bf16) {
-    x.tall().unpack(static_cast<const Bfloat16*>(x.data), x.dims[1], values);
-  } else {
-    x.tall().unpack(static_cast<const float*>(x.data), x.dims[1], values);
-  }
+  with_number(x.type == memory::data_type::bf16, [&](auto number) {
+    const auto* features = static_cast<const decltype(number)*>(x.data);
+    x.tall().unpack(features, x.dims[1], static_cast<float*>(copy.get_data_handle()));
+  });
   return copy;
 }
 
@@ -100,12 +98,10 @@ void write_images(const Images& y, const memory::desc& layout, Function write) {
   }
   const memory copy = allocate(plain(y.dims));
   write_in_layout(copy, layout, write);
-  const auto* values = static_cast<const float*>(copy.get_data_handle());
-  if (y.type == memory::data_type::bf16) {
-    y.tall().pack(values, y.dims[1], y.dims[1], static_cast<Bfloat16*>(y.data));
-  } else {
-    y.tall().pack(values, y.dims[1], y.dims[1], static_cast<float*>(y.data));
-  }
+  with_number(y.type == memory::data_type::bf16, [&](auto number) {
+    auto* features = static_cast<decltype(number)*>(y.data);
+    y.tall().pack(static_cast<const float*>(copy.get_data_handle()), y.dims[1], y.dims[1], features);
+  });
 }
 
 memory::desc in_blocks(const memory::dims& dims, memory::data_type type) {
@@ -176,11 +172,8 @@ void convolve_by_winograd(const Geometry& g, const BlockedImages<const Number>& 
 
 void convolve(const Geometry& g, const Images& x, const float* weight, const float* bias, const Images& y) {
   if (suits_winograd(g)) {
-    if (g.bfloat16) {
-      convolve_by_winograd(g, read_blocks<Bfloat16>(x), weight, bias, y);
-    } else {
-      convolve_by_winograd(g, read_blocks<float>(x), weight, bias, y);
-    }
+    with_number(g.bfloat16,
+                [&](auto number) { convolve_by_winograd(g, read_blocks<decltype(number)>(x), weight, bias, y); });
     return;
   }
   const auto& step = find_convolution(g).forward();
@@ -215,13 +208,11 @@ void differentiate_weights(const Geometry& g, const Images& x, memory* upstream,
                            float* bias_gradient) {
   if (suits_winograd(g)) {
     *upstream = in_layout(*upstream, in_blocks(g.y(), g.type()));
-    if (g.bfloat16) {
-      differentiate_weights_by_winograd(g, read_blocks<Bfloat16>(x), blocks_of<const Bfloat16>(*upstream),
-                                        weight_gradient, bias_gradient);
-    } else {
-      differentiate_weights_by_winograd(g, read_blocks<float>(x), blocks_of<const float>(*upstream), weight_gradient,
+    with_number(g.bfloat16, [&](auto number) {
+      using Number = decltype(number);
+      differentiate_weights_by_winograd(g, read_blocks<Number>(x), blocks_of<const Number>(*upstream), weight_gradient,
                                         bias_gradient);
-    }
+    });
     return;
   }
   const auto& step = find_convolution(g).weight_gradient();
@@ -243,11 +234,9 @@ void differentiate_input(const Geometry& g, const memory& upstream, const float*
     float* turned_weight = scratch.floats(g.in * g.out * kTaps);
     turn_weights(weight, g.out, g.in, 0, g.in, turned_weight, g.out);
     const memory source = in_layout(upstream, in_blocks(g.y(), g.type()));
-    if (g.bfloat16) {
-      convolve_by_winograd(turned, blocks_of<const Bfloat16>(source), turned_weight, nullptr, x_gradient);
-    } else {
-      convolve_by_winograd(turned, blocks_of<const float>(source), turned_weight, nullptr, x_gradient);
-    }
+    with_number(g.bfloat16, [&](auto number) {
+      convolve_by_winograd(turned, blocks_of<const decltype(number)>(source), turned_weight, nullptr, x_gradient);
+    });
     return;
   }
   const auto& step = find_convolution(g).input_gradient();
@@ -316,11 +305,11 @@ PWCNET_OPERATOR(Convolution3x3) {
                const Images x(call, 0, g.x()), y(call, 4, g.y());
                if (!is_flow(g, x, y)) {
                  convolve(g, x, weight, bias, y);
-               } else if (g.bfloat16_x) {
-                 convolve_to_flow<kLanes>(g, read_blocks<Bfloat16>(x), weight, bias, call.data<float>(4));
-               } else {
-                 convolve_to_flow<kLanes>(g, read_blocks<float>(x), weight, bias, call.data<float>(4));
+                 return kOk;
                }
+               with_number(g.bfloat16_x, [&](auto number) {
+                 convolve_to_flow<kLanes>(g, read_blocks<decltype(number)>(x), weight, bias, call.data<float>(4));
+               });
                return kOk;
              });
 }
@@ -343,17 +332,17 @@ PWCNET_OPERATOR(Convolution3x3Gradient) {
     std::optional<Images> x_gradient;
     if (call.count > 7) x_gradient.emplace(call, 7, g.x());
     if (is_flow(g, x, y)) {
-      if (g.bfloat16_x) {
-        differentiate_flow<Bfloat16>(g, x, weight, flow_gradient, weight_gradient, bias_gradient, x_gradient);
-      } else {
-        differentiate_flow<float>(g, x, weight, flow_gradient, weight_gradient, bias_gradient, x_gradient);
-      }
+      with_number(g.bfloat16_x, [&](auto number) {
+        using Number = decltype(number);
+        differentiate_flow<Number>(g, x, weight, flow_gradient, weight_gradient, bias_gradient, x_gradient);
+      });
       return kOk;
     }
     memory upstream = as_memory(gradient);
     if (g.after == kLeaky)
-      upstream = g.bfloat16_y ? gradient_before_activation<Bfloat16>(as_memory(y), upstream)
-                              : gradient_before_activation<float>(as_memory(y), upstream);
+      with_number(g.bfloat16_y, [&](auto number) {
+        upstream = gradient_before_activation<decltype(number)>(as_memory(y), upstream);
+      });
     differentiate_weights(g, x, &upstream, weight_gradient, bias_gradient);
     if (x_gradient) differentiate_input(g, upstream, weight, *x_gradient);
     return kOk;
