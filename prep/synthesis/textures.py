@@ -17,6 +17,7 @@ from prep.synthesis.version1 import draw_palette, to_fixed_point
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
+DETAIL = 2  # pixels of a texture for one of a frame: sampled any finer, frames would be blurred beside photographs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp")
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
@@ -76,7 +77,7 @@ class Textures:
 
     Args:
         seed: of the dataset.
-        side: of a texture, in pixels.
+        side: of a procedural texture, in pixels. Photographs are larger by DETAIL, so that they cover a frame.
         photographs: what to make textures of; procedural without.
         share: of photographs among the textures.
     """
@@ -87,7 +88,7 @@ class Textures:
         self.drawn: dict[int, np.ndarray] = {}
 
     def pick(self, rng: np.random.Generator, block: int) -> np.ndarray:
-        """One of a block's textures: uint8 (side, side, 3)."""
+        """One of a block's textures: uint8 (S, S, 3)."""
         if block != self.block:
             self.block, self.drawn = block, {}
         number = int(rng.integers(PER_BLOCK))
@@ -98,7 +99,7 @@ class Textures:
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw a texture."""
         if self.photographs and rng.random() < self.share:
-            return self.photographs.draw(rng, self.side)
+            return self.photographs.draw(rng, DETAIL * self.side)
         return draw_procedural(rng, self.side)
 
 
@@ -125,8 +126,7 @@ def draw_procedural(rng: np.random.Generator, side: int) -> np.ndarray:
     texture *= np.exp(0.35 * upsample(rng, 3, side))
     grain = draw_grain(rng, side) * np.exp(rng.uniform(np.log(0.5), np.log(18)))
     texture += grain * np.exp(0.8 * upsample(rng, 5, side))
-    # Blur detail that resampling would lose.
-    texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.6), np.log(1.2))))
+    texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.4), np.log(0.8))))
     return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from prep.synthesis import effects, shapes
 from prep.synthesis.layers import Frame, Layer, find_occluded
 from prep.synthesis.motion import Box, Deformation, Motion, about, limit_strain, similarity, smooth_field
-from prep.synthesis.textures import BLOCK, MAX_SIDE, Photographs, Textures, recolour
+from prep.synthesis.textures import BLOCK, DETAIL, MAX_SIDE, Photographs, Textures, recolour
 
 CHAIRS_WIDTH = 512  # lengths below are in pixels of a FlyingChairs frame, 384x512
 
@@ -99,6 +99,7 @@ class PairMaker:
         self.ingredients = ingredients or Ingredients()
         side = min(max(height, width), MAX_SIDE)
         self.textures = Textures(seed, side, photographs, self.ingredients.photographs)
+        self.zoom = max(height, width) / side / DETAIL  # pixels of a frame for one of a texture
         self.scale = width / CHAIRS_WIDTH
 
     def make(self, number: int) -> SyntheticPair:
@@ -142,7 +143,7 @@ class PairMaker:
         """The background and the layers in front of it, from back to front."""
         camera = self.draw_camera(rng)
         layers = [self.draw_background(rng, block, camera)]
-        count = int(rng.integers(3, 9))
+        count = int(rng.integers(0, 7))
         thin = int(rng.integers(1, 3)) if rng.random() < self.ingredients.thin else 0
         # Near layers cover far ones and follow the camera more.
         nearness = np.sort(np.exp(rng.uniform(0, np.log(2.5), count + thin)))
@@ -161,12 +162,10 @@ class PairMaker:
         return Camera(((self.width - 1) / 2, (self.height - 1) / 2), moves * shift, moves * zoom, moves * turn, pace)
 
     def draw_background(self, rng: np.random.Generator, block: int, camera: Camera) -> Layer:
-        """The layer at the back, which fills the frame."""
+        """The layer at the back, which fills the frame; beyond its edges, the texture is mirrored."""
         texture = recolour(rng, self.textures.pick(rng, block))
-        side = len(texture)
-        # At least the frame's longer side, where the texture is large enough for it.
-        scale = max(self.width, self.height) / side * rng.uniform(1.0, 1.25)
-        middle = ((side - 1) / 2, (side - 1) / 2)
+        scale = self.zoom * rng.uniform(1.0, 1.25)
+        middle = ((len(texture) - 1) / 2, (len(texture) - 1) / 2)
         pose = about(camera.centre, similarity(rng.uniform(-0.15, 0.15), scale))
         pose[:2, 2] = np.array(camera.centre) - pose[:2, :2] @ middle
         margin_x, margin_y = self.width // 4, self.height // 4
@@ -201,8 +200,11 @@ class PairMaker:
         return Layer(patch, pose, self.bend(rng, matrix, camera, box, depth=False))
 
     def cut(self, rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:
-        """A random part of a texture, in a random scale and random colours, as uint8 (side, side, 3)."""
-        scale = max(np.exp(rng.uniform(np.log(0.6), np.log(1.3))), side / len(texture))
+        """A random part of a texture, in a random scale and random colours, as uint8 (side, side, 3).
+
+        Where the part is larger than the texture, that is mirrored.
+        """
+        scale = self.zoom * np.exp(rng.uniform(np.log(0.6), np.log(1.3)))
         room = max(0, len(texture) - side / scale)
         matrix = np.array([[1 / scale, 0, rng.uniform(0, room)], [0, 1 / scale, rng.uniform(0, room)]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
