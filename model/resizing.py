@@ -33,7 +33,7 @@ def interpolation_matrix(before: int, after: int, align_corners: bool) -> Tensor
 
 def resize_array(images: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
     """`resize` of a NumPy array, (N, C, H, W) float32 to (N, C, *size), outside of a graph."""
-    for axis in (3, 2):  # columns first: choosing them costs more, and there are fewer rows before enlarging
+    for axis in (3, 2):  # columns first: gathering them is slower, and before enlarging there are fewer rows
         before, after = images.shape[axis], size[axis - 2]
         if before != after:
             positions = sample_positions(before, after, align_corners)

@@ -17,7 +17,7 @@ from prep.synthesis.version1 import draw_palette, to_fixed_point
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
-DETAIL = 2  # pixels of a texture for one of a frame: sampled any finer, frames would be blurred beside photographs
+DETAIL = 2  # texture pixels per pixel of a frame: with one, interpolation would blur frames more than cameras do
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp")
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
@@ -126,6 +126,7 @@ def draw_procedural(rng: np.random.Generator, side: int) -> np.ndarray:
     texture *= np.exp(0.35 * upsample(rng, 3, side))
     grain = draw_grain(rng, side) * np.exp(rng.uniform(np.log(0.5), np.log(18)))
     texture += grain * np.exp(0.8 * upsample(rng, 5, side))
+    # Surfaces are not equally sharp.
     texture = cv2.GaussianBlur(texture, (0, 0), np.exp(rng.uniform(np.log(0.4), np.log(0.8))))
     return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
 

@@ -99,7 +99,7 @@ class PairMaker:
         self.ingredients = ingredients or Ingredients()
         side = min(max(height, width), MAX_SIDE)
         self.textures = Textures(seed, side, photographs, self.ingredients.photographs)
-        self.zoom = max(height, width) / side / DETAIL  # pixels of a frame for one of a texture
+        self.texture_scale = max(height, width) / side / DETAIL  # frame pixels per texture pixel
         self.scale = width / CHAIRS_WIDTH
 
     def make(self, number: int) -> SyntheticPair:
@@ -164,7 +164,7 @@ class PairMaker:
     def draw_background(self, rng: np.random.Generator, block: int, camera: Camera) -> Layer:
         """The layer at the back, which fills the frame; beyond its edges, the texture is mirrored."""
         texture = recolour(rng, self.textures.pick(rng, block))
-        scale = self.zoom * rng.uniform(1.0, 1.25)
+        scale = self.texture_scale * rng.uniform(1.0, 1.25)
         middle = ((len(texture) - 1) / 2, (len(texture) - 1) / 2)
         pose = about(camera.centre, similarity(rng.uniform(-0.15, 0.15), scale))
         pose[:2, 2] = np.array(camera.centre) - pose[:2, :2] @ middle
@@ -204,7 +204,7 @@ class PairMaker:
 
         Where the part is larger than the texture, that is mirrored.
         """
-        scale = self.zoom * np.exp(rng.uniform(np.log(0.6), np.log(1.3)))
+        scale = self.texture_scale * np.exp(rng.uniform(np.log(0.6), np.log(1.3)))
         room = max(0, len(texture) - side / scale)
         matrix = np.array([[1 / scale, 0, rng.uniform(0, room)], [0, 1 / scale, rng.uniform(0, room)]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

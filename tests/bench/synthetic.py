@@ -232,10 +232,11 @@ def print_table(results: dict[str, dict[str, list[float]]], pairs: list[TestPair
     for variant, by_seed in results.items():
         if not by_seed:
             continue
-        median = np.median(list(by_seed.values()), 0)
+        epe = list(by_seed.values())
+        median = np.median(epe, 0)
         first = median if first is None else first
         relative = np.exp(np.mean(np.log(median / first)))
-        print(f"| {variant} | {len(by_seed)} | {cells(list(by_seed.values()))} | {relative:.2f} |")
+        print(f"| {variant} | {len(epe)} | {cells(epe)} | {relative:.2f} |")
 
 
 def main() -> None:
