@@ -59,6 +59,8 @@ UNUSED = (
     "mindspore/lib/plugin/*ascend*",
     "mindspore/lib/plugin/libmindspore_gpu.so.11.1",
     "mindspore/include/*",
+    # The compiler of graph kernels, which only MindSpore's option `enable_graph_kernel` uses.
+    "mindspore/lib/plugin/*/libakg.so",
     # Recurrent networks, which cuDNN loads when one is used; other front ends of cuSOLVER and cuFFT.
     "nvidia/cudnn/lib/libcudnn_adv_*",
     "nvidia/cusolver/lib/libcusolverMg.so*",
@@ -71,6 +73,8 @@ UNUSED_ON_CPU = ("mindspore/lib/plugin/gpu*/*", "mindspore/lib/plugin/libmindspo
 """Files that only GPUs need."""
 NVCC = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"))
 """Wheels with a complete nvcc. Those of CUDA 11 and 12 lack the compiler driver."""
+ASSEMBLER = ("nvidia-cuda-nvcc-cu11==11.8.*", "lz4")
+"""Wheels with ptxas, whose machine code every driver for CUDA 11.8 takes, and with what unpacks PTX."""
 MANIFEST = "bundle.json"
 WORK = "downloading"
 """Folder in a bundle that is not complete."""
@@ -142,7 +146,8 @@ def collect(options: argparse.Namespace) -> None:
     with new_bundle(out) as folder:
         wheels = download(folder, options.python, extras)
         if options.strip:
-            wheels = strip_all(wheels, architectures or ())
+            ptxas = find_ptxas(folder) if architectures else None
+            wheels = strip_all(wheels, architectures or (), ptxas)
         operators = build_operators(folder) if architectures else []
         files = [store(file, out, options.split) for file in [*wheels, *operators]]
         contents = {
@@ -251,11 +256,24 @@ def build_operators(folder: pathlib.Path) -> list[pathlib.Path]:
     return [pathlib.Path(run(build, "cannot compile the CUDA operators", env=environment, cwd=ROOT).splitlines()[-1])]
 
 
-def strip_all(wheels: list[pathlib.Path], architectures: tuple[int, ...]) -> list[pathlib.Path]:
+def find_ptxas(folder: pathlib.Path) -> pathlib.Path:
+    """Install NVIDIA's assembler into a folder; returns its path."""
+    toolkit = folder / "assembler"
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
+    run([*pip, "--target", str(toolkit), *ASSEMBLER], "pip could not download ptxas", "is there a network?")
+    sys.path.append(str(toolkit))  # of lz4, here and in worker processes
+    return toolkit / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
+
+
+def strip_all(
+    wheels: list[pathlib.Path], architectures: tuple[int, ...], ptxas: pathlib.Path | None
+) -> list[pathlib.Path]:
     """Strip wheels, several at a time; returns the paths of the smaller ones."""
     with concurrent.futures.ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
         # The largest first: they take the longest.
-        running = [pool.submit(strip, wheel, architectures) for wheel in sorted(wheels, key=size_of, reverse=True)]
+        running = [
+            pool.submit(strip, wheel, architectures, ptxas) for wheel in sorted(wheels, key=size_of, reverse=True)
+        ]
         workers = multiprocessing.active_children()
         stripped = []
         try:
@@ -279,8 +297,12 @@ def size_of(path: pathlib.Path) -> int:
     return path.stat().st_size
 
 
-def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
-    """Write a wheel without unused files and GPU code, compressed by LZMA; returns its path."""
+def strip(wheel: pathlib.Path, architectures: tuple[int, ...], ptxas: pathlib.Path | None = None) -> pathlib.Path:
+    """Write a wheel without unused files and GPU code, compressed by LZMA; returns its path.
+
+    Args:
+        ptxas: compiles the GPU code that the driver of the other machine would have to compile.
+    """
     unused = UNUSED if architectures else UNUSED + UNUSED_ON_CPU
     with (
         replacing(wheel) as target,
@@ -295,6 +317,8 @@ def strip(wheel: pathlib.Path, architectures: tuple[int, ...]) -> pathlib.Path:
                 continue
             data = bytearray(source.read(item))
             if ".so" in item.filename and architectures:
+                if ptxas:
+                    fatbin.assemble(data, architectures, ptxas)
                 fatbin.blank_unused(data, architectures)
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             records[item.filename] = f"{item.filename},sha256={digest},{len(data)}"
@@ -342,16 +366,32 @@ def install(bundle: pathlib.Path) -> None:
     with scratch_folder(folder):
         files = [assemble(file, bundle, folder) for file in contents["files"]]
         print(f"all {len(files)} files are intact; installing into {environment}", flush=True)
-        if not (environment / "bin" / "python").exists():
-            run([python, "-m", "venv", str(environment)], f"cannot create the environment {environment}")
-        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile"]
-        wheels = [str(file) for file in files if file.suffix == ".whl"]
-        run([*pip, "-q", "--disable-pip-version-check", *wheels], f"pip could not install into {environment}")
+        own = environment / "bin" / "python"
+        if not own.exists():
+            # Debian's Python makes no environment with pip unless python3-venv is installed.
+            options = [] if succeeds([python, "-c", "import ensurepip"]) else ["--without-pip"]
+            run([python, "-m", "venv", *options, str(environment)], f"cannot create the environment {environment}")
+        pip = [str(own), "-m", "pip"] if succeeds([str(own), "-m", "pip", "--version"]) else [python, "-m", "pip"]
+        pip += ["--python", str(own), "install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "-q"]
+        pip.append("--disable-pip-version-check")
+        # Three at a time, because unpacking takes long. NVIDIA's wheels have files in common.
+        groups: dict[str, list[str]] = {"mindspore": [], "nvidia": [], "": []}
+        for file in files:
+            if file.suffix == ".whl":
+                groups[next(name for name in groups if file.name.startswith(name))].append(str(file))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            failure = f"pip could not install into {environment}"
+            list(pool.map(lambda wheels: run([*pip, *wheels], failure), filter(None, groups.values())))
         (environment / OPERATORS).mkdir(parents=True, exist_ok=True)
         for file in files:
             if file.suffix == ".so":
                 shutil.copy2(file, environment / OPERATORS)
     print(f"installed; next: . {environment}/bin/activate && launch/doctor.sh")
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether a command ends with status 0; it prints nothing."""
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def find_interpreter(version: str, environment: pathlib.Path) -> str | None:

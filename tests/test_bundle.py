@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 
+import lz4.block
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,14 +63,66 @@ def test_damaged_fat_binaries_are_left_alone(junk: bytes, cut: int) -> None:
 def test_each_gpu_keeps_the_code_that_it_loads() -> None:
     """Machine code of the GPU's own major version, else the newest PTX that is not newer than the GPU."""
     entries = [
-        fatbin.Entry(fatbin.CUBIN, 80, 0, 1),
-        fatbin.Entry(fatbin.PTX, 60, 1, 1),
-        fatbin.Entry(fatbin.PTX, 86, 2, 1),
+        fatbin.Entry(fatbin.CUBIN, 80, 0, 0, 1),
+        fatbin.Entry(fatbin.PTX, 60, 0, 1, 1),
+        fatbin.Entry(fatbin.PTX, 86, 0, 2, 1),
     ]
     assert fatbin.needed(entries, [80]) == fatbin.needed(entries, [89]) == {(fatbin.CUBIN, 80)}
     assert fatbin.needed(entries, [90]) == {(fatbin.PTX, 86)}
     assert fatbin.needed(entries, [70]) == {(fatbin.PTX, 60)}
     assert fatbin.needed(entries, [50]) == set()
+
+
+def encode_ptx(architecture: int, text: bytes, options: bytes = b"") -> bytes:
+    """An entry of PTX as nvcc writes it: compressed, with options for the compiler if it is to be linked."""
+    code = lz4.block.compress(text, store_size=False)
+    payload = code + bytes(-len(code) % 8)
+    size = fatbin.ENTRY.size + fatbin.DETAILS.size + 8 + len(options)
+    header = fatbin.ENTRY.pack(fatbin.PTX, 257, size, len(payload), len(code), 64, 6, 7, architecture)
+    return header + fatbin.DETAILS.pack(0, 0x2011, 0, len(text)) + bytes(8) + options + payload
+
+
+def add_entry(binary: bytes, entry: bytes) -> bytes:
+    """A fat binary with one entry more."""
+    body = binary[fatbin.HEADER.size :] + entry
+    return fatbin.HEADER.pack(fatbin.MAGIC, 1, fatbin.HEADER.size, len(body)) + body
+
+
+@pytest.fixture
+def ptxas(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A stand-in for NVIDIA's assembler, which few machines have: its machine code names its inputs."""
+    path = tmp_path / "ptxas"
+    path.write_text('#!/bin/sh\n[ "$1" != -arch=sm_100 ] && { printf "%s " "$1"; cat "$3"; } > "$5"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_ptx_becomes_machine_code_in_its_place(ptxas: pathlib.Path) -> None:
+    """A GPU loads it instead; code of other GPUs that the bundle is for stays, and so does everything around it."""
+    cubins = [(fatbin.CUBIN, architecture, b"%d" % architecture * 40) for architecture in (60, 70, 80)]
+    binary = add_entry(encode(cubins), encode_ptx(86, b"add.f32 a, b;" * 20))
+    data = bytearray(b"before" + binary + b"after" + binary + b"end")
+    assert fatbin.assemble(data, [80, 90], ptxas) == 2
+    assert len(data) == len(b"before" + binary + b"after" + binary + b"end")
+    assert data.startswith(b"before") and data.endswith(b"end")
+    assert data[len(b"before" + binary) :].startswith(b"after")
+    for entries in fatbin.fat_binaries(data):
+        assert [(entry.kind, entry.architecture) for entry in entries] == [(fatbin.CUBIN, 80), (fatbin.CUBIN, 90)]
+        code = [bytes(data[entry.start : entry.start + entry.size]).rstrip(b"\0") for entry in entries]
+        assert code == [b"80" * 40, b"-arch=sm_90 " + b"add.f32 a, b;" * 20]
+
+
+@pytest.mark.parametrize("reason", ["to be linked", "unknown architecture", "no room", "machine code exists"])
+def test_other_ptx_stays(ptxas: pathlib.Path, reason: str) -> None:
+    """PTX without the code that it is to be linked with, for GPUs that the assembler does not know, or too long."""
+    cubins = [
+        (fatbin.CUBIN, 90 if reason == "machine code exists" else 60, b"60" * (1 if reason == "no room" else 999))
+    ]
+    options = b"--compile-only  " if reason == "to be linked" else b""
+    data = bytearray(add_entry(encode(cubins), encode_ptx(86, b"add.f32 a, b;" * 20, options)))
+    before = bytes(data)
+    assert fatbin.assemble(data, [100 if reason == "unknown architecture" else 90], ptxas) == 0
+    assert data == before
 
 
 def make_wheel(folder: pathlib.Path) -> pathlib.Path:
@@ -113,12 +166,19 @@ def test_a_stripped_wheel_lists_its_files_with_their_hashes(tmp_path: pathlib.Pa
                 assert (digest, int(size)) == (f"sha256={expected}", len(data))
 
 
+@pytest.mark.parametrize("ensurepip", [True, False])
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root for a network namespace")
-def test_a_bundle_installs_without_a_network(tmp_path: pathlib.Path) -> None:
-    """In a namespace without routes, into a new environment that then imports what was bundled."""
+def test_a_bundle_installs_without_a_network(tmp_path: pathlib.Path, ensurepip: bool) -> None:
+    """In a namespace without routes, into a new environment that then imports what was bundled.
+
+    Debian's Python lacks ensurepip unless python3-venv is installed.
+    """
     made = make_bundle(tmp_path / "bundle")
     assert len(list(made.glob("*.whl.*"))) > 1
     environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path / "environment"), "PIP_CONFIG_FILE": os.devnull}
+    if not ensurepip:
+        (tmp_path / "ensurepip.py").write_text("raise ImportError\n")
+        environment["PYTHONPATH"] = str(tmp_path)
     command = ["unshare", "--net", sys.executable, ROOT / "launch/bundle.py", "--install", made]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
