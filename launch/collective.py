@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 
 import mindspore
 import numpy as np
@@ -71,6 +72,7 @@ def start_nccl(comm: Communicator) -> bool:
 
     problem = None
     try:
+        importlib.import_module("mpi4py.MPI")  # the MPI library that MindSpore's plugin needs, if not loaded yet
         communication.init("nccl")
         if (communication.get_rank(), communication.get_group_size()) != (comm.rank, comm.size):
             raise RuntimeError("MindSpore numbered the ranks differently from the launcher")

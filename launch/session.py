@@ -78,7 +78,10 @@ def start(
         gpus.check_device(rank, device)
         with logs.log_to(log):
             start_mindspore(rank, device)
-            yield Communicator(rank), plan
+            comm = Communicator(rank)
+            if device == "gpu" and collective == "nccl":  # no sum needs it; this shows that NCCL works
+                use_nccl(comm, collective)
+            yield comm, plan
         return
     reporter = watchdog.watch(rank)
     comm = Communicator(rank)  # until MPI has started
@@ -97,11 +100,7 @@ def start(
                 hide_launcher()
             start_mindspore(rank, device)
             if device == "gpu" and collective != "mpi":
-                from launch.collective import start_nccl
-
-                comm.nccl = start_nccl(comm)
-                if collective == "nccl" and not comm.nccl:
-                    raise JobError("--collective nccl: NCCL cannot be used; see above, or use --collective mpi")
+                use_nccl(comm, collective)
             comm.progress(watchdog.Phase.RUNNING)
             yield comm, plan
             comm.leave()
@@ -109,6 +108,15 @@ def start(
             give_up(error, comm, reporter)
     # MindSpore's destructors can crash or wait for ranks that have left.
     atexit.register(leave, 0)
+
+
+def use_nccl(comm: Communicator, collective: str) -> None:
+    """Start NCCL; JobError if it is required and cannot be used."""
+    from launch.collective import start_nccl
+
+    comm.nccl = start_nccl(comm)
+    if collective == "nccl" and not comm.nccl:
+        raise JobError("--collective nccl: NCCL cannot be used; see above, or use --collective mpi")
 
 
 @contextlib.contextmanager
