@@ -78,7 +78,7 @@ set_up() {
         fi
         if ! "${check[@]}" >/dev/null 2>&1; then
             local extras=$*
-            echo "Installing packages into $environment (once; MindSpore is 300 MB) ..." >&2
+            echo "Installing packages into $environment (once; MindSpore is 770 MB) ..." >&2
             "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
                 -e "$root${extras:+[${extras// /,}]}" >&2 ||
                 fail "pip could not install the packages into $environment; see its message above"

@@ -492,14 +492,17 @@ def test_a_full_disk_is_one_line_and_the_conversion_resumes(root: Path, tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 20 MB."""
+    """A file system of 20 MB. A process unmounts it when its input ends, also if the tests are killed."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    script = 'mount -t tmpfs -o size=20m tmpfs "$0" && echo mounted && cat && umount --lazy "$0"'
+    with subprocess.Popen(
+        ["sh", "-c", script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as owner:
+        if not (owner.stdout and owner.stdout.readline()):
+            pytest.skip("no file system can be mounted here")
+        yield folder
+    assert owner.returncode == 0
 
 
 @pytest.mark.slow

@@ -41,7 +41,6 @@ class Launched(Job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", tiny.LAUNCHERS)
 def test_a_killed_rank_ends_the_job_with_one_line_and_a_non_zero_status(launcher: str, tmp_path: pathlib.Path) -> None:
     job = Launched(launcher, tmp_path)
     job.wait_for_start()

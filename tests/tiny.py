@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pytest
 from PIL import Image
 
 from prep import reader
@@ -339,17 +338,16 @@ LAUNCHERS = {
 """What starts two ranks beside this environment's mpirun: Debian's, and Slurm's."""
 
 
-def launch(launcher: str, *program: Any, **environment: str) -> subprocess.Popen[str]:
-    """Start a Python program as two ranks by one of LAUNCHERS, with all of its output in stderr.
+def has_launcher(launcher: str) -> bool:
+    """Whether one of LAUNCHERS is installed and starts programs."""
+    if launcher == "srun":  # it may be installed where Slurm does not run
+        return not subprocess.run(["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode
+    return shutil.which(LAUNCHERS[launcher][0]) is not None
 
-    Skips the test if the launcher is not installed.
-    """
+
+def launch(launcher: str, *program: Any, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python program as two ranks by one of LAUNCHERS, with all of its output in stderr."""
     command = [*LAUNCHERS[launcher], sys.executable, *program]
-    if not shutil.which(command[0]) or (
-        launcher == "srun"
-        and subprocess.run(["timeout", "9", "srun", "--mpi=pmix", "true"], capture_output=True).returncode
-    ):
-        pytest.skip(f"no {launcher} here beside this environment's mpirun")
     return subprocess.Popen(
         ["sh", "-c", 'exec "$@" >&2', "sh", *map(str, command)],
         text=True,

@@ -24,7 +24,7 @@ RECIPE = {
     "start_from_coarser_flow": "false",
     "log_every": 1,
     "validate_every": 2,
-    "checkpoint_every": 1,
+    "checkpoint_every": 2,
     "validation_batch": 1,  # each other batch size, such as that of a last batch, would be another graph to compile
 }
 MIXED: dict[str, Any] = {"mixture": "[3,1]", "ema_decay": 0.5}
@@ -134,6 +134,14 @@ def two_hosts(tmp_path: pathlib.Path) -> Iterator[hosts.Hosts | None]:
         return
     with hosts.Hosts(tmp_path, 2) as two:
         yield two
+
+
+@pytest.fixture(params=tiny.LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> str:
+    """The name of each launcher beside this environment's mpirun; skips the test if it is not installed."""
+    if not tiny.has_launcher(request.param):
+        pytest.skip(f"no {request.param} here beside this environment's mpirun")
+    return request.param
 
 
 def read_events(run: pathlib.Path) -> Any:
