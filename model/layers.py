@@ -75,8 +75,7 @@ class Convolution(nn.Conv2d):
         self.precision: Precision = precision
         if precision == "float16":  # by MindSpore's operators
             self.is_native = False
-            # The gradients of MindSpore 2.8's float16 convolutions on GPUs take no dilation.
-            self.to_float(float32 if self.geometry[1] > 1 else float16)
+            self.to_float(float16)
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
         if self.is_native:
             blocked_type = bfloat16 if precision == "bfloat16" else float32

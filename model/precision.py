@@ -21,15 +21,16 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=CHOICES,
         default="float32",
-        help="number format of the convolutions; auto: the fastest one on this device (default: float32)",
+        help="number format of the convolutions; auto: the fastest that is safe here (default: float32)",
     )
 
 
 def resolve_precision(precision: str, backend: str) -> Precision:
     """The number format to compute in on MindSpore's current device.
 
-    "auto" is float16 on a GPU, and on a CPU bfloat16 if it can multiply that, else float32. Where bfloat16 would be
-    slower than float32, which takes its place, a note says so.
+    "auto" is float32 on a GPU, where float16 has not been seen right yet (launch/README.md). On a CPU that can multiply
+    bfloat16 numbers, it is bfloat16, else float32. Where bfloat16 would be slower than float32, which takes its place,
+    a note says so.
 
     Args:
         precision: one of `CHOICES`.
@@ -49,7 +50,7 @@ def resolve_precision(precision: str, backend: str) -> Precision:
             raise UserError(
                 f"precision bfloat16: MindSpore's convolutions on {device} do not have it; use float16 or auto"
             )
-        return "float16" if precision == "auto" else cast("Precision", precision)
+        return "float32" if precision == "auto" else cast("Precision", precision)
     if precision not in ("auto", "bfloat16"):
         return cast("Precision", precision)
     reason = ""
@@ -73,6 +74,12 @@ def set_precision(network: "PWCNet", precision: Precision) -> None:
 
     Call it before the network's first use: compiled graphs keep the precision that they were compiled with.
     """
+    import mindspore
+
+    if precision == "float16" and mindspore.get_context("device_target") == "GPU":
+        # Otherwise MindSpore 2.8 changes the layout to NHWC, where it adds biases to rows instead of channels, and the
+        # gradients of convolutions take no dilation.
+        mindspore.set_context(disable_format_transform=True)
     network.precision = precision
     for _, cell in network.cells_and_names():
         if hasattr(cell, "set_precision"):

@@ -294,18 +294,6 @@ def test_bfloat16_rounds_only_what_it_multiplies(
         assert 1e-4 < error < 2**-8, error  # half of bfloat16's spacing is at most 2 ** -9 of a number
 
 
-@pytest.mark.parametrize("dilation", [1, 4])
-def test_dilated_convolutions_stay_in_float32(dilation: int, graph_mode: None) -> None:
-    """On GPUs, MindSpore's float16 convolutions have no gradient with dilation."""
-    cells = [Convolution(8, 8, "mindspore", dilation=dilation, activation=False) for _ in range(2)]
-    cells[1].set_precision("float16")
-    cells[1].weight.set_data(cells[0].weight)
-    x = Tensor(np.random.default_rng(6).normal(size=(1, 8, 12, 14)).astype(np.float32))
-    float32, float16 = (cell(x) for cell in cells)
-    assert float16.dtype == (mindspore.float32 if dilation > 1 else mindspore.float16)
-    assert np.array_equal(float16.asnumpy(), float32.asnumpy()) == (dilation > 1)
-
-
 class Estimator(nn.Cell):
     """A dense flow estimator with a reader of its features, computed by one operator or, if not `fused`, by many."""
 

@@ -59,6 +59,10 @@ TF32_TOLERANCE = 5e-3
 FLOAT16_TOLERANCE = 5e-3
 """The same for float16 convolutions, whose results are rounded to a 10-bit mantissa."""
 
+NETWORK_TOLERANCE = {False: 0.02, True: 0.1}
+"""The same for the whole network, in float16 or not, by norms: rounding adds up, and changes signs before activations.
+Biases of the wrong channels make 0.4."""
+
 NOT_RUN = "not run"
 NO_OPERATORS = (
     "the project's own operators are unavailable (a note in the log says why): build them elsewhere with "
@@ -311,6 +315,74 @@ def check_operators(options: Namespace) -> Result:
     if not available:
         line = f"{NO_OPERATORS}; {line}"
     return {"status": doctor.FAIL if wrong or not available else doctor.OK, "errors": errors, "line": line}
+
+
+def check_network(options: Namespace) -> Result:
+    """Compare the whole network's flow and gradient with those that the CPU computes in float32.
+
+    Alone, an operator may be right and in a graph wrong: MindSpore changes layouts only in graphs of several
+    convolutions.
+    """
+    import numpy as np
+
+    path = pathlib.Path(options.out) / "network.npz"
+    if options.device == "gpu":
+        words = ["--section", "network", "--result", path.with_suffix(".cpu"), "--device", "cpu", "--out", options.out]
+        done = doctor.run_limited([sys.executable, __file__, *words], 100)
+        if done.status != 0 or not path.is_file():
+            raise UserError(f"the reference on the CPU: {done.reason}")
+        path.with_suffix(".cpu").unlink()
+    start_mindspore(options)
+    if options.device == "cpu":
+        np.savez(path, *compute_network("native", False))
+    with np.load(path) as file:
+        flow, gradient, *weights = file.values()
+    cases: dict[str, tuple[Backend, bool]] = {
+        "native, float32": ("native", False),
+        "mindspore, float32": ("mindspore", False),
+    }
+    if options.device == "gpu":
+        cases["float16"] = ("native", True)
+    errors: dict[str, list[float]] = {}
+    wrong = []
+    for name, (backend, float16) in cases.items():
+        found = compute_network(backend, float16, weights)
+        errors[name] = [
+            float(np.linalg.norm(array - exact) / np.linalg.norm(exact))
+            for array, exact in zip(found[:2], (flow, gradient), strict=True)
+        ]
+        if not max(errors[name]) < NETWORK_TOLERANCE[float16]:
+            wrong.append(name)
+    line = "errors of flow and gradient: " + "; ".join(f"{name} {a:.0e}, {b:.0e}" for name, (a, b) in errors.items())
+    if wrong:
+        line = f"not the CPU's network: {', '.join(wrong)}; {line}"
+    return {"status": doctor.FAIL if wrong else doctor.OK, "errors": errors, "line": line}
+
+
+def compute_network(
+    backend: Backend, float16: bool, weights: Sequence[np.ndarray] | None = None
+) -> tuple[np.ndarray, ...]:
+    """The finest flow of two random images, the gradient of the loss, and the weights: those given or random ones."""
+    import numpy as np
+    from mindspore import Tensor
+
+    from model.pwcnet import to_network
+
+    train_step = make_train_step(float16, backend)
+    if float16:  # the scale that training begins with is reduced after an overflow
+        train_step.state.loss_scale.set_data(Tensor(64.0))
+    rng = np.random.default_rng(1)
+    for index, weight in enumerate(train_step.weights):
+        if weights is not None:
+            weight.set_data(Tensor(weights[index]))
+        elif weight.name.endswith("bias"):  # they start as zeros
+            weight.set_data(Tensor(rng.normal(0, 0.1, weight.shape).astype(np.float32)))
+    options = Namespace(batch=2, size=(128, 192))
+    (tensors,) = train_step.micro_batches(make_batch(options))
+    train_step.add(*tensors)
+    gradient = train_step.sums[1].asnumpy() / train_step.loss_scale
+    flow = train_step.state.network(*(to_network(image) for image in tensors[:2]))[-1].asnumpy()
+    return flow, gradient, *(weight.asnumpy() for weight in train_step.weights)
 
 
 def random_arrays(options: Namespace) -> dict[str, np.ndarray]:
@@ -700,6 +772,7 @@ SECTIONS = {
     # For a GPU newer than the plugin, the driver compiles the plugin's 407 modules on first use, and caches them.
     "plugin": Section("plugin", 420, check_plugin),
     "operators": Section("operators against float64", 150, check_operators, "plugin"),
+    "network": Section("network against the CPU", 240, check_network, "plugin"),
     "step": Section("step, float32", 150, partial(measure_step, float16=False, backend="native"), "plugin"),
     "step-float16": Section("step, float16", 150, partial(measure_step, float16=True, backend="native"), "plugin"),
     "step-mindspore": Section(
@@ -825,6 +898,7 @@ def run_sections(options: Namespace) -> dict[str, Result]:
         (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
         (out / "gpu_check.md").write_text(format_table(results, options, seconds))
     shutil.rmtree(out / "pairs", ignore_errors=True)
+    (out / "network.npz").unlink(missing_ok=True)
     return results
 
 
