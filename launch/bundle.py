@@ -74,7 +74,7 @@ UNUSED_ON_CPU = ("mindspore/lib/plugin/gpu*/*", "mindspore/lib/plugin/libmindspo
 NVCC = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"))
 """Wheels with a complete nvcc. Those of CUDA 11 and 12 lack the compiler driver."""
 ASSEMBLER = ("nvidia-cuda-nvcc-cu11==11.8.*", "lz4")
-"""Wheels with ptxas, whose machine code every driver for CUDA 11.8 takes, and with what unpacks PTX."""
+"""Wheels with ptxas, whose machine code any driver for CUDA 11.8 or later loads, and with the decompressor of PTX."""
 MANIFEST = "bundle.json"
 WORK = "downloading"
 """Folder in a bundle that is not complete."""
@@ -246,21 +246,24 @@ def build_operators(folder: pathlib.Path) -> list[pathlib.Path]:
     """Compile the project's CUDA operators, with nvcc from PyPI if this machine has none; returns the library."""
     environment = dict(os.environ)
     if not (os.environ.get("NVCC") or shutil.which("nvcc")):
-        toolkit = folder / "toolkit"
-        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
-        run([*pip, "--target", str(toolkit), *NVCC], "pip could not download nvcc", "is there a network?")
-        root = toolkit / "nvidia" / "cu13"
+        root = install_tool("nvcc", NVCC, folder) / "nvidia" / "cu13"
         (root / "lib64").symlink_to("lib")  # where nvcc looks for its libraries
         environment["NVCC"] = str(root / "bin" / "nvcc")
     build = [sys.executable, "-m", "model.native", "gpu", "--bundle", str(folder)]
     return [pathlib.Path(run(build, "cannot compile the CUDA operators", env=environment, cwd=ROOT).splitlines()[-1])]
 
 
+def install_tool(name: str, packages: tuple[str, ...], folder: pathlib.Path) -> pathlib.Path:
+    """Install the packages of a tool into a folder of its own in `folder`; returns that."""
+    target = folder / f"{name}-packages"
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
+    run([*pip, "--target", str(target), *packages], f"pip could not download {name}", "is there a network?")
+    return target
+
+
 def find_ptxas(folder: pathlib.Path) -> pathlib.Path:
     """Install NVIDIA's assembler into a folder; returns its path."""
-    toolkit = folder / "assembler"
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
-    run([*pip, "--target", str(toolkit), *ASSEMBLER], "pip could not download ptxas", "is there a network?")
+    toolkit = install_tool("ptxas", ASSEMBLER, folder)
     sys.path.append(str(toolkit))  # of lz4, here and in worker processes
     return toolkit / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
 
@@ -318,7 +321,7 @@ def strip(wheel: pathlib.Path, architectures: tuple[int, ...], ptxas: pathlib.Pa
             data = bytearray(source.read(item))
             if ".so" in item.filename and architectures:
                 if ptxas:
-                    fatbin.assemble(data, architectures, ptxas)
+                    fatbin.compile_ptx(data, architectures, ptxas)
                 fatbin.blank_unused(data, architectures)
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             records[item.filename] = f"{item.filename},sha256={digest},{len(data)}"

@@ -5,8 +5,8 @@ ones. They are kept in fat binaries: a header (magic number, version, header siz
 (kind, header size, payload size, architecture). NVIDIA does not document the format; `cuobjdump --list-elf` shows the
 same entries. Blanked code stays at its place, so nothing else in the library changes, and compresses to nothing.
 
-A driver compiles PTX when the library is loaded, which takes minutes for libraries with hundreds of kernels. `assemble`
-puts machine code in its place beforehand.
+A driver compiles PTX when the library is loaded, which takes minutes for libraries with hundreds of kernels.
+`compile_ptx` puts machine code in its place beforehand.
 """
 
 import concurrent.futures
@@ -122,7 +122,7 @@ def blank_unused(data: bytearray, architectures: Iterable[int]) -> int:
     return blanked
 
 
-def assemble(data: bytearray, architectures: Iterable[int], ptxas: pathlib.Path) -> int:
+def compile_ptx(data: bytearray, architectures: Iterable[int], ptxas: pathlib.Path) -> int:
     """Replace PTX that GPUs of these architectures would compile by machine code, in place.
 
     Code for other architectures gives way to it. PTX stays if it is to be linked with other PTX, if it is compressed by
@@ -137,12 +137,12 @@ def assemble(data: bytearray, architectures: Iterable[int], ptxas: pathlib.Path)
     architectures = tuple(architectures)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def translate(entries: list[Entry]) -> bytes | None:
-            return translated(data, entries, architectures, ptxas, pathlib.Path(folder))
+        def compile_one(entries: list[Entry]) -> bytes | None:
+            return compiled_entries(data, entries, architectures, ptxas, pathlib.Path(folder))
 
         found = list(fat_binaries(data))
         changed = 0
-        for entries, body in zip(found, pool.map(translate, found), strict=True):
+        for entries, body in zip(found, pool.map(compile_one, found), strict=True):
             room = entries[-1].start + entries[-1].size - entries[0].header
             if body is None or len(body) > room:
                 continue
@@ -154,10 +154,10 @@ def assemble(data: bytearray, architectures: Iterable[int], ptxas: pathlib.Path)
     return changed
 
 
-def translated(
+def compiled_entries(
     data: bytearray, entries: list[Entry], architectures: tuple[int, ...], ptxas: pathlib.Path, folder: pathlib.Path
 ) -> bytes | None:
-    """The entries of a fat binary with machine code instead of PTX; None if there is nothing to translate."""
+    """The entries of a fat binary with machine code instead of PTX; None if there is nothing to compile."""
     if not any(kind == PTX for kind, _ in needed(entries, architectures)):
         return None
     parts: dict[int, bytes] = {}  # by architecture

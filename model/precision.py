@@ -28,9 +28,9 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
 def resolve_precision(precision: str, backend: str) -> Precision:
     """The number format to compute in on MindSpore's current device.
 
-    "auto" is float32 on a GPU, where float16 has not been seen right yet (launch/README.md). On a CPU that can multiply
-    bfloat16 numbers, it is bfloat16, else float32. Where bfloat16 would be slower than float32, which takes its place,
-    a note says so.
+    "auto" is float32 on a GPU, where float16 is not yet known to be right (launch/README.md). On a CPU that can
+    multiply bfloat16 numbers, it is bfloat16, else float32. Where bfloat16 would be slower than float32, which takes
+    its place, a note says so.
 
     Args:
         precision: one of `CHOICES`.

@@ -102,7 +102,7 @@ def test_ptx_becomes_machine_code_in_its_place(ptxas: pathlib.Path) -> None:
     cubins = [(fatbin.CUBIN, architecture, b"%d" % architecture * 40) for architecture in (60, 70, 80)]
     binary = add_entry(encode(cubins), encode_ptx(86, b"add.f32 a, b;" * 20))
     data = bytearray(b"before" + binary + b"after" + binary + b"end")
-    assert fatbin.assemble(data, [80, 90], ptxas) == 2
+    assert fatbin.compile_ptx(data, [80, 90], ptxas) == 2
     assert len(data) == len(b"before" + binary + b"after" + binary + b"end")
     assert data.startswith(b"before") and data.endswith(b"end")
     assert data[len(b"before" + binary) :].startswith(b"after")
@@ -121,7 +121,7 @@ def test_other_ptx_stays(ptxas: pathlib.Path, reason: str) -> None:
     options = b"--compile-only  " if reason == "to be linked" else b""
     data = bytearray(add_entry(encode(cubins), encode_ptx(86, b"add.f32 a, b;" * 20, options)))
     before = bytes(data)
-    assert fatbin.assemble(data, [100 if reason == "unknown architecture" else 90], ptxas) == 0
+    assert fatbin.compile_ptx(data, [100 if reason == "unknown architecture" else 90], ptxas) == 0
     assert data == before
 
 

@@ -327,11 +327,9 @@ def check_network(options: Namespace) -> Result:
 
     path = pathlib.Path(options.out) / "network.npz"
     if options.device == "gpu":
-        words = ["--section", "network", "--result", path.with_suffix(".cpu"), "--device", "cpu", "--out", options.out]
-        done = doctor.run_limited([sys.executable, __file__, *words], 100)
-        if done.status != 0 or not path.is_file():
-            raise UserError(f"the reference on the CPU: {done.reason}")
-        path.with_suffix(".cpu").unlink()
+        reference = start_section("network", Namespace(**{**vars(options), "device": "cpu"}), 100)
+        if reference["status"] != doctor.OK:
+            raise UserError(f"the reference on the CPU: {reference['line']}")
     start_mindspore(options)
     if options.device == "cpu":
         np.savez(path, *compute_network("native", False))
