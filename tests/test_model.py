@@ -258,7 +258,7 @@ def test_overfitting_one_pair(pair: Batch) -> None:
     """The whole network learns one pair by heart."""
     mindspore.set_seed(1)
     network = PWCNet(normalize_features=True)
-    losses = learn(TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0)), pair, 40)
+    losses = learn(TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0)), pair, 20)
     assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
 
 
@@ -385,7 +385,7 @@ def test_float16_learns_and_survives_overflow(pair: Batch) -> None:
     network = PWCNet(dense=False, normalize_features=True)
     set_precision(network, "float16")
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0, loss_scaling=True))
-    losses = learn(step, pair, 25)
+    losses = learn(step, pair, 12)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
     before = [p.asnumpy().copy() for p in network.get_parameters()]

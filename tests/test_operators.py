@@ -1,5 +1,8 @@
 """The operators against float64 NumPy written straight from their definitions: values, gradients."""
 
+import functools
+from collections.abc import Callable
+
 import mindspore
 import numpy as np
 import pytest
@@ -102,12 +105,17 @@ class Product(nn.Cell):
         return (self.function(*inputs) * gradient).sum()
 
 
+@functools.cache  # so that a graph is compiled once for each Cell and shape
+def gradient_function(cell: nn.Cell, count: int) -> Callable[..., tuple]:
+    """The gradients of a Cell's product by its inputs, so many, and by its weights if it has any."""
+    return ops.grad(Product(cell), tuple(range(1, count + 1)), cell.trainable_params() or None)
+
+
 def run_with_gradients(cell: nn.Cell, gradient: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
     """A Cell's value and its inputs' and weights' gradients in float32, as NumPy arrays."""
     upstream, *tensors = (Tensor(array.astype(np.float32)) for array in (gradient, *inputs))
     weights = cell.trainable_params()
-    positions = tuple(range(1, len(inputs) + 1))
-    gradients = ops.grad(Product(cell), positions, weights or None)(upstream, *tensors)
+    gradients = gradient_function(cell, len(inputs))(upstream, *tensors)
     if weights:
         gradients = (gradients[0], *gradients[1])
     return [array.asnumpy() for array in (cell(*tensors), *gradients)]
@@ -136,6 +144,12 @@ def test_cost_volume_equals_its_definition(shape: tuple[int, ...], backend: Back
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
+def make_warp(backend: Backend) -> Warp:
+    """One for all tests."""
+    return Warp("bilinear", backend)
+
+
 @pytest.mark.parametrize("kind", ["fraction", "zero", "integer", "far"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_warp_equals_its_definition(shape: tuple[int, ...], kind: str, backend: Backend) -> None:
@@ -149,8 +163,7 @@ def test_warp_equals_its_definition(shape: tuple[int, ...], kind: str, backend: 
         "integer": rng.integers(-2, 3, size).astype(float),
         "far": rng.choice([-1e6, 1e4], size),
     }[kind]
-    cell = Warp("bilinear", backend)
-    value, to_features, to_flow = run_with_gradients(cell, gradient, features, flow)
+    value, to_features, to_flow = run_with_gradients(make_warp(backend), gradient, features, flow)
     expected = warp_numpy(features, flow, gradient)
     np.testing.assert_allclose(value, expected[0], atol=1e-4)
     np.testing.assert_allclose(to_features, expected[1], atol=1e-4)

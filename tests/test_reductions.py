@@ -117,7 +117,7 @@ import mindspore
 sys.path.insert(0, {folder!r})
 from test_reductions import large_sum, losses_and_gradients, normalized_features
 mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU", runtime_num_threads={threads})
-for make, calls in ((large_sum, 110), (losses_and_gradients, 20), (normalized_features, 20)):
+for make, calls in ((large_sum, 110), (losses_and_gradients, 17), (normalized_features, 17)):
     call = make()
     print(make.__name__, *sorted({{hashlib.sha256(b"".join(array.asnumpy().tobytes() for array in call())).hexdigest()
                                    for _ in range(calls)}}))
@@ -133,11 +133,11 @@ def test_bits_do_not_depend_on_calls_threads_or_load() -> None:
             text=True,
             stdout=subprocess.PIPE,
         )
-        for threads in (1, 2, 3)
+        for threads in (1, 3)
     ]
     printed = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert printed[0] == printed[1] == printed[2]
+    assert [process.returncode for process in started] == [0, 0]
+    assert printed[0] == printed[1]
     for line in printed[0].splitlines():
         assert len(line.split()) == 2, line
     assert len(printed[0].splitlines()) == 3
