@@ -55,7 +55,7 @@ def resolve_precision(precision: str, backend: str) -> Precision:
         return cast("Precision", precision)
     reason = ""
     if backend != "native" or not native.has_operator("Convolution3x3"):
-        reason = f"the convolutions of the backend {backend} do not have it"
+        reason = "MindSpore's convolutions on the CPU do not have it"
     elif not native.has_bfloat16():
         reason = "this processor has neither AVX512-BF16 nor AMX"
     if not reason:

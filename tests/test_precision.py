@@ -45,7 +45,9 @@ def test_without_bfloat16_it_is_float32(backend: str) -> None:
     """A processor without it gets a note if it was asked for by name; "auto" is silent. The network runs."""
     if not native.available():
         pytest.skip("there is no compiler here")
-    reason = "neither AVX512-BF16 nor AMX" if backend == "native" else "backend mindspore do not have it"
+    reason = (
+        "neither AVX512-BF16 nor AMX" if backend == "native" else "MindSpore's convolutions on the CPU do not have it"
+    )
     chosen, notes = choose("bfloat16", "auto", backend=backend, ONEDNN_MAX_CPU_ISA="AVX2")
     assert chosen == "float32 float32 True"
     assert notes.count("float32 instead of bfloat16") == 1 and reason in notes
