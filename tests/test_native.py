@@ -48,6 +48,13 @@ def compiler() -> str:
         pytest.skip(str(reason))
 
 
+def small_target(compiler: str, folder: pathlib.Path, program: str) -> build.Target:
+    """A library of one small file, one.cpp in a folder."""
+    source = folder / "one.cpp"
+    source.write_text(program)
+    return build.Target("test", [compiler, "-shared", "-fPIC"], [source])
+
+
 def test_ranks_that_start_at_once_build_once(compiler: str, tmp_path: pathlib.Path) -> None:
     """All get the same library; one compiles it; a later process finds it."""
     ranks = [start(LOAD, tmp_path) for _ in range(4)]
@@ -64,15 +71,14 @@ def test_a_library_is_rebuilt_when_anything_it_depends_on_changes(
 ) -> None:
     """Sources, headers, options, and the processor: machines of a cluster may share a home folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source, header = tmp_path / "one.cpp", tmp_path / "one.h"
+    header = tmp_path / "one.h"
     header.write_text("int number() { return 1; }")
-    source.write_text('#include "one.h"\nextern "C" int one() { return number(); }')
-    target = build.Target("test", [compiler, "-shared", "-fPIC"], [source])
+    target = small_target(compiler, tmp_path, '#include "one.h"\nextern "C" int one() { return number(); }')
     libraries = [build.build_library(target)]
     assert build.build_library(target) == libraries[0]
     header.write_text("int number() { return 2; }")
     libraries.append(build.build_library(target))
-    libraries.append(build.build_library(build.Target("test", [*target.command, "-O1"], [source])))
+    libraries.append(build.build_library(build.Target("test", [*target.command, "-O1"], target.sources)))
     with monkeypatch.context() as patch:
         patch.setattr(build, "processor", lambda: b"another")
         libraries.append(build.build_library(target))
@@ -120,7 +126,5 @@ def test_an_unusable_cache_folder_is_replaced(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    source = tmp_path / "one.cpp"
-    source.write_text('extern "C" int one() { return 1; }')
-    library = build.build_library(build.Target("test", [compiler, "-shared", "-fPIC"], [source]))
+    library = build.build_library(small_target(compiler, tmp_path, 'extern "C" int one() { return 1; }'))
     assert tmp_path / "temporary" in pathlib.Path(library).parents and ctypes.CDLL(str(library)).one() == 1

@@ -107,7 +107,7 @@ class Product(nn.Cell):
 
 @functools.cache  # so that a graph is compiled once for each Cell and shape
 def gradient_function(cell: nn.Cell, count: int) -> Callable[..., tuple]:
-    """The gradients of a Cell's product by its inputs, so many, and by its weights if it has any."""
+    """The function that gives the gradients of `Product(cell)` for a Cell's `count` inputs and its weights, if any."""
     return ops.grad(Product(cell), tuple(range(1, count + 1)), cell.trainable_params() or None)
 
 
@@ -146,7 +146,7 @@ def test_cost_volume_equals_its_definition(shape: tuple[int, ...], backend: Back
 
 @functools.cache
 def make_warp(backend: Backend) -> Warp:
-    """One for all tests."""
+    """The same Cell for all tests of a backend, so that they share its graphs."""
     return Warp("bilinear", backend)
 
 
