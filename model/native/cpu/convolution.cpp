@@ -273,7 +273,7 @@ constexpr TensorSpec kBiasGradient{"bias_gradient", "float32", 1, {kOut}};
 extern "C" int has_bfloat16() { return has_isa(dnnl::cpu_isa::avx512_core_bf16); }
 
 // Floating-point operations in a second of a convolution that is large, has many channels, and fits into the caches.
-// One thread is busy with one image, many with four.
+// One image keeps one thread busy; four are enough for many.
 extern "C" double measure_peak(int bfloat16) {
   std::lock_guard<std::mutex> lock(operator_mutex);
   scratch.restart();
