@@ -245,7 +245,7 @@ def middlebury(folder: Path, scenes: Iterable[str], height: int = 24, width: int
 
 
 def kubric(folder: Path, scenes: dict[str, int], height: int = 24, width: int = 40) -> Path:
-    """Scenes rendered by Kubric; `scenes` gives the number of frames by name. Each has a flow of (2, -1) pixels."""
+    """Scenes rendered by Kubric; `scenes` gives the number of frames by name. All moves by (2, -1) pixels a frame."""
     rng = np.random.default_rng(14)
     for scene, frames in scenes.items():
         for number in range(frames):

@@ -2,6 +2,9 @@
 
 SCENE/rgba_00000.png, forward_flow_00000.png, backward_flow_00001.png and data_ranges.json. In early renderings x and y
 of the flow are swapped: `kubric_swapped.py`. Source: https://github.com/google-research/kubric
+
+backward_flow is the motion since the previous frame, so its sign is that of forward_flow (Kubric's issue 152 and its
+test/test_postprocessing.py); the flow to the previous frame is its negative.
 """
 
 import json
@@ -18,7 +21,7 @@ VALIDATION = None
 PASSES = ("",)
 FLOW = re.compile(r"(forward|backward)_flow_(\d{5})\.png")
 DIRECTIONS = {"forward": 1, "backward": -1}
-"""Step from the first frame's number to the second's."""
+"""Step from the first frame's number to the second's, and sign of the flow."""
 RANGES = "data_ranges.json"
 
 
@@ -64,12 +67,15 @@ def _read_scales(path: ReleasePath, directions: set[str], swapped: bool) -> dict
     check_present([path], "it has the scale of the flow; restore the missing file")
     try:
         ranges = json.loads(path.read_bytes())
-        values = {d: (float(ranges[f"{d}_flow"]["min"]), float(ranges[f"{d}_flow"]["max"])) for d in directions}
-        if not all(-1e9 < smallest <= largest < 1e9 for smallest, largest in values.values()):
+        extremes = {d: (float(ranges[f"{d}_flow"]["min"]), float(ranges[f"{d}_flow"]["max"])) for d in directions}
+        if not all(-1e9 < smallest <= largest < 1e9 for smallest, largest in extremes.values()):
             raise ValueError("the smallest flow is not below the largest")
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(
             f"{path}: expected the numbers min and max of forward_flow and backward_flow ({type(error).__name__}: "
             f"{one_line(error)}); copy the file again"
         ) from None
-    return {direction: KubricScale(*value, swapped) for direction, value in values.items()}
+    return {
+        direction: KubricScale(DIRECTIONS[direction] * smallest, DIRECTIONS[direction] * largest, swapped)
+        for direction, (smallest, largest) in extremes.items()
+    }

@@ -8,7 +8,7 @@ Source: https://github.com/castacks/tartanair_tools
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_complete, check_folder
+from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, check_present
 
 TITLE = "TartanAir"
 PAIRS = None
@@ -31,6 +31,10 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         raise NoRelease(
             f"{root}: contains no pairs; expected files such as SCENE/Easy/P000/flow/000000_000001_flow.npy"
         )
+    check_present(
+        [pair.invalid for pair in pairs],
+        "download the masks as well: download_training.py --flow, without --only-flow",
+    )
     check_complete(pairs)
     return pairs
 

@@ -214,9 +214,9 @@ def parse_kitti_png(data: bytes, name: StrPath) -> np.ndarray:
 class KubricScale(NamedTuple):
     """What the values of Kubric's flow .png files stand for."""
 
-    smallest: float
-    """The flow in pixels that 0 stands for: that of a whole scene, from its data_ranges.json."""
-    largest: float
+    at_0: float
+    """The flow in pixels that 0 stands for."""
+    at_65535: float
     """The same for 65535."""
     swapped: bool = False
     """Whether red is the flow to the right and green downwards, as in early renderings, and not the reverse."""
@@ -229,8 +229,8 @@ def parse_kubric_png(data: bytes, name: StrPath, scale: KubricScale) -> np.ndarr
     """
     pixels = parse_flow_png(data, name)  # blue, unused, then green, red
     flow = (pixels[..., :0:-1] if scale.swapped else pixels[..., 1:]).astype(np.float32)
-    flow *= np.float32((scale.largest - scale.smallest) / (2**16 - 1))
-    flow += np.float32(scale.smallest)
+    flow *= np.float32((scale.at_65535 - scale.at_0) / (2**16 - 1))
+    flow += np.float32(scale.at_0)
     return flow
 
 
