@@ -6,6 +6,7 @@ The test never sees a synthetic pair. Its parts:
   two shots        the same with a different exposure and noise in each frame
   chairs           the pair of FlyingChairs in ../shared/samples, where there is one, at half size
   stereo           scikit-image's motorcycle, a real stereo pair with measured disparity, at a third of its size
+  the --real ones  pairs of converted datasets such as Middlebury, KITTI or Sintel
 
 Interrupted, the same command continues. The table has the median over the seeds of each part's end-point error (EPE) in
 pixels. "Relative" is the geometric mean over the test pairs of the EPE, median over the seeds, relative to that of the
@@ -30,6 +31,8 @@ import numpy as np
 
 from prep.datasets import flyingchairs, read_pair
 from prep.formats.image import read_image
+from prep.reader import TRAINING_FIELDS, DatasetSplit, Position, read_samples
+from prep.shards import Manifest
 
 SAMPLES = ROOT.parent / "shared" / "samples" / "FlyingChairs_release"
 PHOTOGRAPHS = {
@@ -38,6 +41,8 @@ PHOTOGRAPHS = {
     "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
 }
 SIZE = (192, 256)  # (H, W) of most pairs that are made from photographs; the others are twice as large
+MOST = 40  # pairs of a real dataset
+LONGEST = 640  # pixels of their longer side
 
 INGREDIENTS = ("nonrigid", "perspective", "thin", "soft-edges", "motion-blur", "shadow", "fog", "exposure", "noise")
 VARIANTS = {
@@ -123,7 +128,10 @@ def expose(pair: TestPair, rng: np.random.Generator) -> TestPair:
 
 
 def shrink(pair: TestPair, factor: int) -> TestPair:
-    """A pair at a fraction of its size; a pixel's flow is the mean of the valid ones that it replaces."""
+    """A pair at a fraction of its size; a pixel's flow is the mean of the valid ones that it replaces.
+
+    It is valid if they are at least half as many as on average: one is enough where the truth is sparse.
+    """
     height, width = (side // factor for side in pair.flow.shape[:2])
     cut = np.s_[: height * factor, : width * factor]
 
@@ -133,11 +141,25 @@ def shrink(pair: TestPair, factor: int) -> TestPair:
     image1, image2 = (np.rint(blocks(image) / factor**2).astype(np.uint8) for image in (pair.image1, pair.image2))
     count = blocks(pair.valid[..., None])
     flow = blocks(np.where(pair.valid[..., None], pair.flow, 0)) / np.maximum(count, 1) / factor
-    return TestPair(pair.part, image1, image2, flow.astype(np.float32), count[..., 0] > factor**2 / 2)
+    enough = factor**2 * pair.valid.mean() / 2
+    return TestPair(pair.part, image1, image2, flow.astype(np.float32), count[..., 0] > enough)
 
 
-def make_test() -> list[TestPair]:
-    """All test pairs."""
+def read_real(folder: Path) -> list[TestPair]:
+    """At most MOST pairs of a converted dataset, evenly spaced over all its splits, reduced to LONGEST or less."""
+    splits = [DatasetSplit.open(folder, name) for name in Manifest.load(folder).splits]
+    known = [Position(number, 0, index) for number, split in enumerate(splits) for index in split.labelled.nonzero()[0]]
+    chosen = known[:: -(-len(known) // MOST) or 1]
+    pairs = []
+    for decoded in read_samples(splits, chosen, TRAINING_FIELDS):
+        sample = decoded.sample
+        pair = TestPair(folder.name, sample["image1"], sample["image2"], sample["flow"], sample["valid"] != 0)
+        pairs.append(shrink(pair, -(-max(pair.valid.shape) // LONGEST)))
+    return pairs
+
+
+def make_test(real: list[Path]) -> list[TestPair]:
+    """All test pairs, with those of real datasets."""
     photographs = find_photographs()
     if not photographs:
         sys.exit("error: no photographs found; pip install scikit-image scikit-learn matplotlib")
@@ -163,7 +185,7 @@ def make_test() -> list[TestPair]:
         disparity = np.where(valid, disparity, 0)
         flow = np.stack([-disparity, np.zeros_like(disparity)], -1)
         pairs.append(shrink(TestPair("stereo", left, right, flow, valid), 3))
-    return pairs
+    return pairs + [pair for folder in real for pair in read_real(folder)]
 
 
 def measure(checkpoint: Path, pairs: list[TestPair]) -> list[float]:
@@ -242,6 +264,7 @@ def print_table(results: dict[str, dict[str, list[float]]], pairs: list[TestPair
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and results")
+    parser.add_argument("--real", type=Path, nargs="+", default=[], metavar="DIR", help="converted datasets to test on")
     parser.add_argument("--textures", type=Path, help="photographs for the variant with photographs; none of the test")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["profile 1", "profile 2"], metavar="NAME",
@@ -257,9 +280,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if "with photographs" in options.variants and not options.textures:
         sys.exit("error: the variant with photographs needs --textures")
-    pairs = make_test()
+    pairs = make_test(options.real)
     still = end_point_errors(pairs, [np.zeros_like(pair.flow) for pair in pairs])
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    if any(len(epe) != len(pairs) for by_seed in results.values() for epe in by_seed.values()):
+        sys.exit(f"error: {results_file} has the results of another test: use the same --real, or another --out")
     for seed in options.seeds:
         for variant in options.variants:
             if str(seed) in results.get(variant, {}):
