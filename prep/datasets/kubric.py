@@ -3,7 +3,7 @@
 SCENE/rgba_00000.png, forward_flow_00000.png, backward_flow_00001.png and data_ranges.json. In early renderings x and y
 of the flow are swapped: `kubric_swapped.py`. Source: https://github.com/google-research/kubric
 
-backward_flow is the motion since the previous frame, so its sign is that of forward_flow (Kubric's issue 152 and its
+backward_flow is the motion since the previous frame and has the same sign as forward_flow (Kubric's issue 152 and its
 test/test_postprocessing.py); the flow to the previous frame is its negative.
 """
 

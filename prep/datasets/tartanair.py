@@ -8,7 +8,7 @@ Source: https://github.com/castacks/tartanair_tools
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, check_present
+from prep.datasets import NoRelease, PairFiles, check_folder, check_present
 
 TITLE = "TartanAir"
 PAIRS = None
@@ -35,7 +35,9 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         [pair.invalid for pair in pairs],
         "download the masks as well: download_training.py --flow, without --only-flow",
     )
-    check_complete(pairs)
+    check_present(
+        [path for pair in pairs for path in (pair.image1, pair.image2, pair.flow)], "restore the missing file"
+    )
     return pairs
 
 

@@ -6,7 +6,7 @@ The test never sees a synthetic pair. Its parts:
   two shots        the same with a different exposure and noise in each frame
   chairs           the pair of FlyingChairs in ../shared/samples, where there is one, at half size
   stereo           scikit-image's motorcycle, a real stereo pair with measured disparity, at a third of its size
-  the --real ones  pairs of converted datasets such as Middlebury, KITTI or Sintel
+  names of folders pairs of the converted datasets in --real, such as Middlebury, KITTI or Sintel
 
 Interrupted, the same command continues. The table has the median over the seeds of each part's end-point error (EPE) in
 pixels. "Relative" is the geometric mean over the test pairs of the EPE, median over the seeds, relative to that of the
@@ -16,6 +16,7 @@ first variant: an image with little texture, whose EPE is ten times that of othe
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,8 +30,10 @@ sys.path[0] = str(ROOT)  # `prep`, and not this folder's neighbours
 import cv2
 import numpy as np
 
+from launch import errors
 from prep.datasets import flyingchairs, read_pair
 from prep.formats.image import read_image
+from prep.inspect import spread_evenly
 from prep.reader import TRAINING_FIELDS, DatasetSplit, Position, read_samples
 from prep.shards import Manifest
 
@@ -41,8 +44,8 @@ PHOTOGRAPHS = {
     "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
 }
 SIZE = (192, 256)  # (H, W) of most pairs that are made from photographs; the others are twice as large
-MOST = 40  # pairs of a real dataset
-LONGEST = 640  # pixels of their longer side
+MAX_REAL_PAIRS = 40  # of a converted dataset
+MAX_REAL_SIDE = 640  # in pixels; larger pairs are reduced
 
 INGREDIENTS = ("nonrigid", "perspective", "thin", "soft-edges", "motion-blur", "shadow", "fog", "exposure", "noise")
 VARIANTS = {
@@ -130,7 +133,8 @@ def expose(pair: TestPair, rng: np.random.Generator) -> TestPair:
 def shrink(pair: TestPair, factor: int) -> TestPair:
     """A pair at a fraction of its size; a pixel's flow is the mean of the valid ones that it replaces.
 
-    It is valid if they are at least half as many as on average: one is enough where the truth is sparse.
+    It is valid if it replaces more than half as many valid pixels as the average one does, so that a single one is
+    enough where the ground truth is sparse.
     """
     height, width = (side // factor for side in pair.flow.shape[:2])
     cut = np.s_[: height * factor, : width * factor]
@@ -146,20 +150,24 @@ def shrink(pair: TestPair, factor: int) -> TestPair:
 
 
 def read_real(folder: Path) -> list[TestPair]:
-    """At most MOST pairs of a converted dataset, evenly spaced over all its splits, reduced to LONGEST or less."""
-    splits = [DatasetSplit.open(folder, name) for name in Manifest.load(folder).splits]
-    known = [Position(number, 0, index) for number, split in enumerate(splits) for index in split.labelled.nonzero()[0]]
-    chosen = known[:: -(-len(known) // MOST) or 1]
+    """At most MAX_REAL_PAIRS labelled pairs of a converted dataset, evenly spaced."""
+    manifest = Manifest.load(folder)
+    for shard in manifest.shards.values():
+        shard.check_structure(folder)
+    # Its splits may overlap, as Sintel's do, so this reads all shards as one.
+    whole = DatasetSplit(folder, "all", manifest.dataset, list(manifest.shards.values()))
+    labelled = whole.labelled.nonzero()[0]
+    chosen = [Position(0, 0, index) for index in labelled[spread_evenly(len(labelled), MAX_REAL_PAIRS)].tolist()]
     pairs = []
-    for decoded in read_samples(splits, chosen, TRAINING_FIELDS):
+    for decoded in read_samples([whole], chosen, TRAINING_FIELDS):
         sample = decoded.sample
         pair = TestPair(folder.name, sample["image1"], sample["image2"], sample["flow"], sample["valid"] != 0)
-        pairs.append(shrink(pair, -(-max(pair.valid.shape) // LONGEST)))
+        pairs.append(shrink(pair, math.ceil(max(pair.valid.shape) / MAX_REAL_SIDE)))
     return pairs
 
 
 def make_test(real: list[Path]) -> list[TestPair]:
-    """All test pairs, with those of real datasets."""
+    """All test pairs, including those of the converted datasets in `real`."""
     photographs = find_photographs()
     if not photographs:
         sys.exit("error: no photographs found; pip install scikit-image scikit-learn matplotlib")
@@ -297,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)
