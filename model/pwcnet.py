@@ -232,6 +232,7 @@ class PWCNet(nn.Cell):
         self.context_networks = ContextNetwork(estimators[-1].channels_out + (2 if irr else 0), backend)
         self.cost_volume = CostVolume(backend)
         self.warp = Warp(warp_mode, backend)
+        self.split = ops.Split(0, 2)
         self.normalize_pair = exportable.normalize_pair if backend == "exportable" else normalize_pair
 
     @property
@@ -252,12 +253,10 @@ class PWCNet(nn.Cell):
         """
         # Both images as one batch: half as many operators to compile and to start.
         pyramid = self.feature_pyramid_extractor(ops.concat((image1, image2), 0))
-        batch = image1.shape[0]
         flows = ()
         flow, shared = None, None
         for index in range(OUTPUT_LEVELS):
-            features = pyramid[-1 - index]
-            features1, features2 = features[:batch], features[batch:]
+            features1, features2 = self.split(pyramid[-1 - index])
             estimator = self.flow_estimators[index]
             if index == 0:
                 shared, flow = estimator(self.match(features1, features2))
@@ -292,7 +291,7 @@ class PWCNet(nn.Cell):
         one = 1 if self.align_corners else 0
         scale_x = (width - one) / (image_width - one) / DIV_FLOW
         scale_y = (height - one) / (image_height - one) / DIV_FLOW
-        pixels = ops.stack((flow[:, 0] * scale_x, flow[:, 1] * scale_y), 1)
+        pixels = flow[:, :2] * Tensor([[[scale_x]], [[scale_y]]], float32)
         # The published networks mask a sample by the sum of its weights inside the image: NVlabs below 0.9999, IRR
         # below 1. `warp` tests the position itself. That equals the first except for samples less than 1e-4 pixels
         # outside, and the second without its rounding: a float32 sum of four weights may fall below 1 anywhere.
