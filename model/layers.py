@@ -23,6 +23,8 @@ class Convolution(nn.Conv2d):
 
     The native one also reads and writes the blocked layout that it computes in; see `keep_blocked_layout`.
 
+    On GPUs, bias and LeakyReLU are one native operator behind MindSpore's convolution.
+
     Args:
         channels_in, channels_out: as the weights have them.
         backend: of the network; where there is no native convolution, MindSpore's takes its place.
@@ -57,6 +59,7 @@ class Convolution(nn.Conv2d):
         self.activation = nn.LeakyReLU(0.1) if activation else None
         self.geometry = [stride, dilation, int(activation)]
         self.is_native = backend == "native" and native.has_operator("Convolution3x3")
+        self.activates_natively = activation and backend == "native" and native.has_operator("BiasActivation")
         self.blocked_output = False
         self.reads_image = reads_image
         self.set_precision("float32")
@@ -65,6 +68,9 @@ class Convolution(nn.Conv2d):
         """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)), each in plain or blocked layout."""
         if self.is_native:
             return self.operator(x, self.weight, self.bias, self.settings)
+        if self.activates_natively:
+            y = self.conv2d(x.astype(self.number_type), self.weight.astype(self.number_type))
+            return self.activate(y, self.bias)
         y = super().construct(x)
         if self.activation is not None:
             y = self.activation(y)
@@ -75,13 +81,17 @@ class Convolution(nn.Conv2d):
         self.precision: Precision = precision
         if precision == "float16":  # by MindSpore's operators
             self.is_native = False
-            self.to_float(float16)
+            if not self.activates_natively:
+                self.to_float(float16)
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
         if self.is_native:
             blocked_type = bfloat16 if precision == "bfloat16" else float32
             self.operator = native_convolution(
                 self.geometry[0], blocked_type if self.blocked_output else None, self.reads_image
             )
+        if self.activates_natively:
+            self.number_type = float16 if precision == "float16" else float32
+            self.activate = native_activation(self.number_type)
 
 
 def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
@@ -146,6 +156,20 @@ def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops
         return gradients(x, weight, y, dy, settings)[2], weight_gradient, bias_gradient, ops.zeros_like(settings)
 
     return native.operator("ImageConvolution3x3", infer_shape, lambda *_: type_of_y, bprop_of_image)
+
+
+def native_activation(dtype: Any) -> ops.Custom:
+    """The native bias and LeakyReLU 0.1 of a convolution's result, with their gradient: (x, bias) to y.
+
+    Args:
+        dtype: of x and y; the bias is float32.
+    """
+    gradients = native.operator("BiasActivationGradient", lambda y, dy: (y, [y[1]]), lambda *_: (dtype, float32))
+
+    def bprop(x: Tensor, bias: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients(y, dy)
+
+    return native.operator("BiasActivation", lambda x, bias: x, lambda *_: dtype, bprop)
 
 
 def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) -> ops.Custom:

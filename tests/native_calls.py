@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
 GUARD = 64
 """NaNs on either side of an array: reading them spoils a result, writing them shows."""
@@ -25,10 +26,18 @@ def guarded(array: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def call(
-    library: ctypes.CDLL, name: str, inputs: Sequence[np.ndarray], outputs: Sequence[tuple[int, ...]], shift: int = 0
+    library: ctypes.CDLL,
+    name: str,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[tuple[int, ...]],
+    shift: int = 0,
+    dtypes: Sequence[DTypeLike] | None = None,
 ) -> tuple[int, Sequence[np.ndarray]]:
-    """Call a function with float32 outputs of these shapes; returns its status and the outputs."""
-    blank = [np.full(shape, np.nan, np.float32) for shape in outputs]
+    """Call a function with outputs of these shapes and dtypes, float32; returns its status and the outputs."""
+    blank = [
+        np.full(shape, np.nan, dtype)
+        for shape, dtype in zip(outputs, dtypes or [np.float32] * len(outputs), strict=True)
+    ]
     wholes, arrays = zip(*(guarded(array, shift) for array in (*inputs, *blank)), strict=True)
     count = len(arrays)
     shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
@@ -48,10 +57,15 @@ def call(
 
 
 def results(
-    library: ctypes.CDLL, name: str, inputs: Sequence[np.ndarray], outputs: Sequence[tuple[int, ...]], shift: int = 0
+    library: ctypes.CDLL,
+    name: str,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[tuple[int, ...]],
+    shift: int = 0,
+    dtypes: Sequence[DTypeLike] | None = None,
 ) -> Sequence[np.ndarray]:
     """The outputs of a call that must succeed."""
-    status, arrays = call(library, name, inputs, outputs, shift)
+    status, arrays = call(library, name, inputs, outputs, shift, dtypes)
     assert status == OK
     return arrays
 

@@ -6,22 +6,23 @@ called as MindSpore calls them and compared with float64 NumPy.
 
 import ctypes
 import re
-import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import mindspore
 import numpy as np
 import pytest
-from mindspore import ops
-from native_calls import CUDA_ERROR, TENSOR_COUNT, call, check_refusals, results
+from cuda_libraries import build_operators
+from mindspore import nn, ops
+from native_calls import CUDA_ERROR, DTYPE, SHAPE, TENSOR_COUNT, call, check_refusals, results
 from test_operators import SHAPES, cost_volume_numpy, warp_numpy
 
+from model.layers import conv
 from model.native import build
+from model.precision import Precision
 
-HERE = Path(__file__).parent
-SOURCES = sorted((HERE.parent / "model" / "native" / "cuda").glob("*.cu"))
-FUNCTIONS = ("CostVolume", "CostVolumeGradient", "Warp", "WarpGradient")
+FUNCTIONS = ("CostVolume", "CostVolumeGradient", "Warp", "WarpGradient", "BiasActivation", "BiasActivationGradient")
 # Besides those of test_operators: several tiles in each direction, rows of whole quads, channels of several stages (8)
 # and groups (16).
 ALL_SHAPES = [*SHAPES, (2, 19, 17, 36), (1, 33, 9, 18)]
@@ -30,14 +31,8 @@ ALL_SHAPES = [*SHAPES, (2, 19, 17, 36), (1, 33, 9, 18)]
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library as g++ compiles it; it traps at any index outside an array's declared sizes."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
     target = tmp_path_factory.mktemp("cuda") / "ops_on_cpu.so"
-    sanitizers = "-fsanitize=bounds,alignment,shift,signed-integer-overflow"
-    options = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC", sanitizers]
-    options += ["-fsanitize-undefined-trap-on-error", f"-I{HERE / 'cuda_on_cpu'}", "-x", "c++"]
-    subprocess.run([compiler, *options, *map(str, SOURCES), "-o", str(target)], check=True)
+    build_operators(target)
     return ctypes.CDLL(str(target))
 
 
@@ -124,13 +119,48 @@ def test_warp_is_right_for_every_shape_and_flow(library: ctypes.CDLL, shape: tup
         assert not any(array.any() for array in found)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [*ALL_SHAPES, (3, 2, 31, 37)])
+def test_bias_and_activation_are_right_for_every_shape(
+    library: ctypes.CDLL, shape: tuple[int, ...], dtype: type[np.floating]
+) -> None:
+    """Values and both gradients; several blocks and turns of a thread; sums in float32 of float16 numbers."""
+    rng = np.random.default_rng(2)
+    x, gradient = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    bias = rng.normal(size=shape[1]).astype(np.float32)
+    check = partial(np.testing.assert_allclose, rtol=1e-6 if dtype is np.float32 else 1e-3, atol=1e-6)
+
+    (y,) = results(library, "BiasActivation", (x, bias), [shape], dtypes=[dtype])
+    exact = x.astype(np.float64) + bias[:, None, None]
+    check(y, np.where(exact > 0, exact, 0.1 * exact))
+
+    found = results(library, "BiasActivationGradient", (y, gradient), [shape, bias.shape], dtypes=[dtype, np.float32])
+    before = gradient.astype(np.float64) * np.where(y > 0, 1, 0.1)
+    check(found[0], before)
+    np.testing.assert_allclose(found[1], before.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_overflows_stay_overflows(library: ctypes.CDLL) -> None:
+    """Loss scaling finds them: in float16 the largest numbers become infinite, and what is no number stays none."""
+    x = np.array([65504, -65504, np.inf, -np.inf, np.nan], np.float16).reshape(1, 1, 1, 5)
+    bias, ones = np.array([32], np.float32), np.ones_like(x)
+    (y,) = results(library, "BiasActivation", (x, bias), [x.shape], dtypes=[x.dtype])
+    np.testing.assert_array_equal(y.ravel(), np.array([np.inf, -6547, np.inf, -np.inf, np.nan], np.float16))
+    found = results(library, "BiasActivationGradient", (ones, x), [x.shape, (1,)], dtypes=[x.dtype, np.float32])
+    np.testing.assert_array_equal(found[0], x)
+    assert np.isnan(found[1])
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
 def test_empty_tensors_are_accepted(library: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     """An output that is not empty although the features are is zero."""
     n, _, h, w = shape
     features, flow = np.zeros(shape, np.float32), np.zeros((n, 2, h, w), np.float32)
     costs = np.zeros((n, 81, h, w), np.float32)
+    bias = np.zeros(shape[1], np.float32)
     outputs = [
+        *results(library, "BiasActivation", (features, bias), [shape]),
+        *results(library, "BiasActivationGradient", (features, features), [shape, bias.shape]),
         *results(library, "CostVolume", (features, features), [costs.shape]),
         *results(library, "CostVolumeGradient", (features, features, costs, costs), [shape, shape]),
         *results(library, "Warp", (features, flow), [shape]),
@@ -141,6 +171,16 @@ def test_empty_tensors_are_accepted(library: ctypes.CDLL, shape: tuple[int, ...]
 
 def test_wrong_calls_are_refused_with_a_reason(on_cpu: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
     check_refusals(on_cpu, capfd)
+    x, bias = np.zeros((1, 2, 3, 4), np.float16), np.zeros(2, np.float32)
+    for name, inputs, outputs, expected, message in [
+        ("BiasActivation", (x,), [], TENSOR_COUNT, "1 tensors, expected 3"),
+        ("BiasActivation", (x.astype(np.float64), bias), [x.shape], DTYPE, "x is float64, expected float32"),
+        ("BiasActivation", (x, bias), [x.shape], DTYPE, "y is float32, expected float16"),
+        ("BiasActivation", (x, bias[1:]), [x.shape], SHAPE, "bias has shape (1), expected (2)"),
+        ("BiasActivationGradient", (x, x.astype(np.float32)), [x.shape, (2,)], DTYPE, "gradient is float32, expected"),
+    ]:
+        assert call(on_cpu, name, inputs, outputs)[0] == expected
+        assert message in capfd.readouterr().err
 
 
 def test_errors_of_cuda_come_back(on_cpu: ctypes.CDLL) -> None:
@@ -165,6 +205,34 @@ def test_mindspore_calls_the_functions(on_cpu: ctypes.CDLL) -> None:
     tensors = [mindspore.Tensor(array) for array in inputs]
     for found, array in zip((forward(*tensors[:2]), *backward(*tensors)), expected, strict=True):
         np.testing.assert_array_equal(found.asnumpy(), array)
+
+
+def sum_of_squares(cell: nn.Cell, x: mindspore.Tensor) -> mindspore.Tensor:
+    return cell(x).astype(mindspore.float32).square().sum()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_layers_compute_as_with_operators_of_mindspore(
+    on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    """A level of the pyramid as on a GPU, but for MindSpore's convolutions: features and the gradients of weights."""
+    monkeypatch.setattr(build, "load_library", lambda device: on_cpu)
+    found = []
+    for backend in ("native", "mindspore"):
+        layers = nn.SequentialCell(conv(3, 16, backend, stride=2), conv(16, 32, backend, dilation=2))
+        weights, rng = layers.trainable_params(), np.random.default_rng(3)
+        for weight in weights:
+            weight.set_data(mindspore.Tensor(rng.normal(0, 0.3, weight.shape), mindspore.float32))
+        for layer in layers:
+            layer[0].set_precision(precision)
+        image = mindspore.Tensor(rng.normal(size=(2, 3, 32, 32)), mindspore.float32)
+        features = layers(image)
+        assert features.dtype == getattr(mindspore, precision)
+        gradients = ops.grad(sum_of_squares, None, weights)(layers, image)
+        found.append([array.asnumpy().astype(np.float64) for array in (features, *gradients)])
+    for array, expected in zip(*found, strict=True):
+        error = np.linalg.norm(array - expected) / np.linalg.norm(expected)
+        assert error < (1e-6 if precision == "float32" else 5e-3)
 
 
 @pytest.mark.slow

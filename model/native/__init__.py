@@ -1,4 +1,6 @@
-"""The project's own operators, compiled on first use: cost volume, warping and, on the CPU, 3x3 convolution.
+"""The project's own operators, compiled on first use: cost volume, warping and 3x3 convolution.
+
+On GPUs, the convolution is MindSpore's, and only the bias and the LeakyReLU behind it are an operator here.
 
 `cpu/` is C++ (convolutions also with oneDNN), `cuda/` is CUDA for NVIDIA GPUs; `build.py` compiles and loads them.
 """

@@ -28,7 +28,7 @@ from launch.logs import print_note
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
 """Environment variable with the path of a GPU library that was built on another machine."""
-GPU_SOURCES = [HERE / "cuda" / name for name in ("cost_volume.cu", "warp.cu")]
+GPU_SOURCES = [HERE / "cuda" / name for name in ("activation.cu", "cost_volume.cu", "warp.cu")]
 BUNDLED = "share/pwcnet-mindspore"
 """Folder of an environment where launch/bundle.sh puts a GPU library."""
 GPU_ARCHITECTURES = (70, 75, 80, 86, 89, 90)
