@@ -44,7 +44,8 @@ def compile_graph(libraries: Path, folder: Path, *arguments: str) -> str:
         "MS_DEV_DUMP_IR_PASSES": "hwopt_common_final_graph",
     }
     program = [sys.executable, Path(__file__).with_name("gpu_graph.py"), *arguments]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    # MindSpore makes a folder "offload" in the current one.
+    done = subprocess.run(program, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = folder.glob("hwopt_common_final_graph_0_*.ir")
     return path.read_text()
