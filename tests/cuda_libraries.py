@@ -8,9 +8,12 @@ from pathlib import Path
 import mindspore
 import pytest
 
+from model.native.build import GPU_SOURCES
+
 FOLDER = Path(__file__).parent / "cuda_on_cpu"
-OPERATOR_SOURCES = sorted((FOLDER.parent.parent / "model" / "native" / "cuda").glob("*.cu"))
 PLUGIN = Path(mindspore.__file__).parent / "lib" / "plugin"
+KERNELS = "libcuda_ops.so.11"
+"""Of MindSpore. The plugin looks beside itself before LD_LIBRARY_PATH, so this one must be preloaded."""
 LIBRARIES = (
     "libcublas.so.11",
     "libcuda.so.1",
@@ -38,19 +41,39 @@ def build_operators(path: Path) -> None:
     """Build the GPU operators for the CPU; they trap at any index outside an array's declared sizes."""
     sanitizers = "-fsanitize=bounds,alignment,shift,signed-integer-overflow"
     options = ["-Wno-unknown-pragmas", sanitizers, "-fsanitize-undefined-trap-on-error", f"-I{FOLDER}"]
-    compile_library(path, *options, "-x", "c++", *OPERATOR_SOURCES)
+    compile_library(path, *options, "-x", "c++", *GPU_SOURCES)
 
 
 def build_cuda(folder: Path) -> None:
-    """Build libraries with all functions that MindSpore's plugin links to, enough of them to compile graphs."""
-    undefined: set[str] = set()
-    for plugin in (PLUGIN / "libmindspore_gpu.so.11.6", PLUGIN / "gpu" / "libcuda_ops.so.11"):
-        symbols = subprocess.run(["nm", "-D", "--undefined-only", plugin], check=True, capture_output=True, text=True)
-        undefined |= set(re.findall(r" U (cu(?:[A-Z]|blas|da|dnn|fft|rand|solver|sparse)\w*|nvrtc\w*)", symbols.stdout))
-    runtime = FOLDER / "runtime.cpp"
-    undefined -= set(re.findall(r"\b(cu\w+)\(", runtime.read_text()))
+    """Build CUDA's libraries, and `KERNELS`, with all functions that MindSpore's plugin links to.
+
+    Those of CUDA that tests/cuda_on_cpu does not define do nothing and return 0. Such a kernel of MindSpore's ends the
+    process and prints its name.
+    """
+    kernels = list_symbols("--defined-only", PLUGIN / "gpu" / KERNELS)
+    needed = list_symbols("--undefined-only", PLUGIN / "libmindspore_gpu.so.11.6")
+    stop = 'static int stop(const char* name) { std::fprintf(stderr, "%s is missing\\n", name); std::abort(); }\n'
     others = folder / "others.cpp"
-    others.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in sorted(undefined)))
-    compile_library(folder / LIBRARIES[0], "-fno-builtin", runtime, others)
+    others.write_text("#include <cstdio>\n#include <cstdlib>\n" + stop + define(needed & kernels, 'stop("{}")'))
+    compile_library(folder / KERNELS, "-O2", f"-Wl,-soname,{KERNELS}", FOLDER / "mindspore_kernels.cpp", others)
+
+    of_cuda = {
+        name for name in needed if re.match(r"cu[A-Z]|cublas|cuda|cudnn|cufft|curand|cusolver|cusparse|nvrtc", name)
+    }
+    others.write_text(define(of_cuda, "0"))
+    compile_library(folder / LIBRARIES[0], "-O2", "-fno-builtin", FOLDER / "cudnn.cpp", FOLDER / "runtime.cpp", others)
     for name in LIBRARIES[1:]:  # the linker takes files of one inode for one library
         (folder / name).hardlink_to(folder / LIBRARIES[0])
+
+
+def define(names: set[str], result: str) -> str:
+    """Functions that give way to others of the same name."""
+    return "".join(
+        f'extern "C" __attribute__((weak)) int {name}() {{ return {result.format(name)}; }}\n' for name in sorted(names)
+    )
+
+
+def list_symbols(which: str, library: Path) -> set[str]:
+    """Of a library: which it has, or which it needs of others."""
+    done = subprocess.run(["nm", "-D", which, library], check=True, capture_output=True, text=True)
+    return {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines()}

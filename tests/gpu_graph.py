@@ -1,7 +1,9 @@
-"""Compiles a graph for a GPU: the program of test_gpu_graphs.py.
+"""Compiles and runs a graph on a GPU: the program of test_gpu_graphs.py.
 
-python tests/gpu_graph.py training float16|float32  # forward and backward pass of a training step
-python tests/gpu_graph.py convolutions              # two in float16, which MindSpore is free to change
+python tests/gpu_graph.py step float32|float16 OUT.npz  # a training step's losses and gradient
+python tests/gpu_graph.py convolutions                 # two in float16, compiled only
+
+PWCNET_TEST_DEVICE names the device, GPU unless set.
 """
 
 import os
@@ -16,15 +18,25 @@ from mindspore import Tensor, float16, float32, nn
 
 from tests.bench import gpu_check
 
+LOSS_SCALE = 64.0
+
 
 def main() -> None:
-    """Compile the graph that the command line names."""
-    name, *precision = sys.argv[1:]
-    mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="GPU")
-    if name == "training":
-        step = gpu_check.make_train_step(precision == ["float16"])
+    """Compile the graph that the command line names, and run it."""
+    device = os.environ.get("PWCNET_TEST_DEVICE", "GPU")
+    mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target=device, runtime_num_threads=1)
+    if sys.argv[1] == "step":
+        precision, out = sys.argv[2:]
+        step = gpu_check.make_train_step(precision == "float16")
         assert step.state.network.backend == "native"
-        step.add.compile(*next(step.micro_batches(gpu_check.make_batch(Namespace(batch=2, size=(64, 128))))))
+        step.state.loss_scale.set_data(Tensor(LOSS_SCALE))
+        rng = np.random.default_rng(1)
+        for weight in step.weights:
+            deviation = 0.1 if weight.name.endswith("bias") else 2 / weight[0].size ** 0.5
+            weight.set_data(Tensor(rng.normal(0, deviation, weight.shape), float32))
+        (tensors,) = step.micro_batches(gpu_check.make_batch(Namespace(batch=1, size=(64, 64))))
+        losses = step.add(*tensors)
+        np.savez(out, losses=losses.asnumpy(), gradient=step.sums[1].asnumpy() / LOSS_SCALE)
     else:
         layers = nn.SequentialCell(*(nn.Conv2d(16, 16, 3, has_bias=True).to_float(float16) for _ in range(2)))
         layers.compile(Tensor(np.zeros((2, 16, 32, 32)), float32))

@@ -1,7 +1,7 @@
-// As much of CUDA's runtime as MindSpore's GPU plugin needs to compile graphs, without a GPU.
+// As much of CUDA's runtime as MindSpore's GPU plugin needs, without a GPU.
 //
-// The device's memory is the host's. The other functions of CUDA's libraries that the plugin links to, whose results it
-// does not read before a graph runs, do nothing and return 0: tests/cuda_libraries.py defines them.
+// The device's memory is the host's, and everything is done at once. The other functions of CUDA's libraries that the
+// plugin links to do nothing and return 0: tests/cuda_libraries.py defines them.
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -70,11 +70,27 @@ int cudaMemset(void* target, int value, size_t size) {
 
 int cudaMemsetAsync(void* target, int value, size_t size, void*) { return cudaMemset(target, value, size); }
 
+// MindSpore takes a null pointer for no stream.
+int cudaStreamCreate(void** stream) {
+  static char streams[1024];
+  static int created = 0;
+  *stream = &streams[created++ % 1024];
+  return 0;
+}
+
+int cudaStreamCreateWithFlags(void** stream, unsigned) { return cudaStreamCreate(stream); }
+
+int cudaStreamCreateWithPriority(void** stream, unsigned, int) { return cudaStreamCreate(stream); }
+
 const char* cudaGetErrorString(int) { return "an error of tests/cuda_on_cpu"; }
 
 const char* cudaGetErrorName(int) { return "an error of tests/cuda_on_cpu"; }
 
 const char* cudnnGetErrorString(int) { return "an error of tests/cuda_on_cpu"; }
+
+int cuInit(unsigned) { return 0; }
+
+int cuDeviceGetCount(int* count) { return cudaGetDeviceCount(count); }
 
 int cuDriverGetVersion(int* version) {
   *version = 13000;
