@@ -71,6 +71,10 @@ class Recipe:
         textures = self.textures.sha256 if self.textures else None
         return {**content, "format": self.format, "textures": textures, **asdict(self.ingredients)}
 
+    def maker(self) -> PairMaker:
+        """What makes the pairs, from profile 2 on."""
+        return PairMaker(self.seed, self.height, self.width, self.ingredients, self.textures)
+
 
 def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
     """Write pairs, numbered from 1, in the layout of FlyingChairs; profile 2 as FlyingChairsOcc, with its masks."""
@@ -83,7 +87,7 @@ def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
             image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
             flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
         return
-    maker = PairMaker(recipe.seed, recipe.height, recipe.width, recipe.ingredients, recipe.textures)
+    maker = recipe.maker()
     write_image = image_format.write_ppm if recipe.format == "ppm" else write_png
     for number in numbers:
         stem, pair = f"{folder}/{number:05d}", maker.make(number)
@@ -123,10 +127,12 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
         Whether it was written; False if the folder already contains the same complete dataset.
 
     Raises:
-        UserError: the folder contains anything else.
+        UserError: the folder contains anything else, or a photograph is damaged.
     """
     if is_complete(folder, recipe):
         return False
+    if recipe.profile != 1:
+        recipe.maker().textures.check(workers)
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     partial.mkdir(parents=True)

@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tiny
 from warping import pull_back
 
 from launch.errors import UserError
@@ -210,11 +211,21 @@ def test_options_that_contradict_each_other_are_user_errors(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_photograph_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "photographs").mkdir()
-    (tmp_path / "photographs/broken.jpg").write_bytes(b"not a photograph")
-    with pytest.raises(UserError, match=r"broken\.jpg: not a readable image"):
-        run_main(monkeypatch, "--out", tmp_path / "set", "--textures", tmp_path / "photographs", "--pairs", 3)
+@pytest.mark.parametrize("name, content", [("z.jpg", b"not a photograph"), ("z.jpg", b""), ("z.png", None)])
+def test_a_bad_photograph_among_good_ones_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None
+) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(20):
+        tiny.save(folder / f"{number}.png", np.full((9, 9, 3), number, np.uint8))
+    if content is None:
+        cv2.imwrite(str(folder / name), np.full((9, 9, 4), 100, np.uint8))
+    else:
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
+    with pytest.raises(UserError, match=rf"{name}: (not a readable image|parts of the image are transparent)"):
+        run_main(monkeypatch, "--out", tmp_path / "set", "--textures", folder, "--pairs", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
 
 
