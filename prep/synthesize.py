@@ -16,6 +16,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
+import errno
 import json
 import multiprocessing
 import re
@@ -146,6 +147,7 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
     """
     if is_complete(folder, recipe):
         return False
+    check_replaceable(folder)
     if recipe.profile != 1:
         recipe.maker().textures.check(workers)
     partial = Path(f"{folder}.partial")
@@ -175,6 +177,24 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
         shutil.rmtree(partial, ignore_errors=True)
         lock.release()
     return True
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError if a finished dataset could not take the place of a folder, which is empty if it exists."""
+    if not folder.exists():
+        return
+    reason = "it is the current folder" if folder.samefile(os.curdir) else ""
+    try:
+        if not reason:
+            folder.rmdir()  # what the last step does implicitly, and the only sure way to find every mount point
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        reason = "it is a mount point" if error.errno == errno.EBUSY else str(error.strerror)
+    if reason:
+        raise UserError(
+            f"{folder}: the finished dataset cannot take the place of this folder ({reason}); name a new folder in it, "
+            f"such as {folder / 'synthetic'}"
+        )
 
 
 def open_partial(partial: Path) -> Lock:
@@ -370,7 +390,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 def main() -> None:
     options = parse_options()
-    folder, recipe = options.out.absolute(), make_recipe(options)
+    folder, recipe = Path(os.path.realpath(options.out)), make_recipe(options)  # a link cannot be replaced by a folder
     written = write_dataset(folder, recipe, options.workers)
     validation = len(validation_indices(recipe.pairs))
     out = shlex.quote(str(options.out))

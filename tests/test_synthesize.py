@@ -331,6 +331,39 @@ def test_what_another_command_left_in_the_place_of_the_work_folder_is_kept(tmp_p
     assert kind != "conversion" or os.listdir(partial) == ["plan.json"]
 
 
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    run_main(monkeypatch, "--out", tmp_path / "link", "--pairs", 1, "--size", "32x32")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target/synthesize.json").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
+
+
+def test_the_current_folder_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\(it is the current folder\); name a new folder in it, such as .*/synthetic"):
+        run_main(monkeypatch, "--out", ".")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
+    """The mount is one that only a comparison of devices would miss, and ends with the command."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    script = 'mount --bind "$0" "$0" || exit 77; exec "$@"'
+    command = [sys.executable, SCRIPT, "--out", mounted, "--pairs", "9999"]
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, mounted, *command], capture_output=True, text=True, timeout=60
+    )
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {mounted}: the finished dataset cannot take the place")
+    assert "(it is a mount point); name a new folder in it" in result.stderr
+    assert os.listdir(tmp_path) == ["mounted"]
+
+
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
     os.killpg(writing.pid, signal.SIGINT)  # as a terminal does: to the whole group
     _, complaint = writing.communicate(timeout=60)
