@@ -16,12 +16,14 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
+import errno
 import json
 import multiprocessing
 import re
 import shlex
 import shutil
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
@@ -34,6 +36,8 @@ import numpy as np
 from launch import files, progress
 from launch.arguments import Parser
 from launch.errors import UserError, counted, run
+from launch.lock import Lock
+from launch.processes import end_with_parent
 from prep import memory
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
@@ -43,6 +47,8 @@ from prep.synthesis.version2 import Ingredients, PairMaker
 
 MIN_SIDE, MAX_SIDE = 32, 2048
 MAX_PAIRS = 99999  # names have five digits, and name order must be number order
+LOCK = "synthesize.lock"
+"""In the work folder: held by the run that writes it. It also tells that this command has made the folder."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -71,6 +77,20 @@ class Recipe:
         textures = self.textures.sha256 if self.textures else None
         return {**content, "format": self.format, "textures": textures, **asdict(self.ingredients)}
 
+    def maker(self) -> PairMaker:
+        """What makes the pairs, from profile 2 on."""
+        return PairMaker(self.seed, self.height, self.width, self.ingredients, self.textures)
+
+    def file_names(self) -> Iterator[str]:
+        """The names of all files."""
+        parts, lists = [f"img1.{self.format}", f"img2.{self.format}", "flow.flo"], ["validation.txt", "synthesize.json"]
+        if self.profile != 1:
+            parts += ["flow_b.flo", "occ1.png", "occ2.png"]
+            lists.append("pairs.csv")
+        for number in range(1, self.pairs + 1):
+            yield from (f"{number:05d}_{part}" for part in parts)
+        yield from lists
+
 
 def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
     """Write pairs, numbered from 1, in the layout of FlyingChairs; profile 2 as FlyingChairsOcc, with its masks."""
@@ -83,7 +103,7 @@ def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
             image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
             flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
         return
-    maker = PairMaker(recipe.seed, recipe.height, recipe.width, recipe.ingredients, recipe.textures)
+    maker = recipe.maker()
     write_image = image_format.write_ppm if recipe.format == "ppm" else write_png
     for number in numbers:
         stem, pair = f"{folder}/{number:05d}", maker.make(number)
@@ -123,14 +143,18 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
         Whether it was written; False if the folder already contains the same complete dataset.
 
     Raises:
-        UserError: the folder contains anything else.
+        UserError: the folder contains anything else, another process is writing it, or a photograph is damaged.
     """
     if is_complete(folder, recipe):
         return False
+    check_replaceable(folder)
+    if recipe.profile != 1:
+        recipe.maker().textures.check(workers)
     partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    partial.mkdir(parents=True)
+    lock = open_partial(partial)
     try:
+        if is_complete(folder, recipe):  # another run has completed it meanwhile
+            return False
         write_pairs(partial, recipe, workers)
         lines = [
             f"# 0-based index of the validation pairs among the {recipe.pairs} pairs of this set in name "
@@ -142,10 +166,67 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
         if recipe.profile != 1:
             files.write_bytes(partial / "pairs.csv", pair_list(recipe).encode())
         files.write_bytes(partial / "synthesize.json", json.dumps(recipe.fields(), indent=2).encode() + b"\n")
+        if missing := find_missing(partial, recipe):
+            raise UserError(
+                f"{partial / missing}: is missing, although it was written; find out which other process removed it, "
+                "then run the same command again"
+            )
         partial.rename(folder)
+        (folder / LOCK).unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
     return True
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError if a finished dataset could not take the place of a folder, which is empty if it exists."""
+    if not folder.exists():
+        return
+    reason = "it is the current folder" if folder.samefile(os.curdir) else ""
+    try:
+        if not reason:
+            folder.rmdir()  # what the last step does implicitly, and the only sure way to find every mount point
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        reason = "it is a mount point" if error.errno == errno.EBUSY else str(error.strerror)
+    if reason:
+        raise UserError(
+            f"{folder}: the finished dataset cannot take the place of this folder ({reason}); name a new folder in it, "
+            f"such as {folder / 'synthetic'}"
+        )
+
+
+def open_partial(partial: Path) -> Lock:
+    """Create the work folder, or empty that of a killed run; return its lock. UserError if it is anything else."""
+    found = ""
+    if partial.is_symlink() or not partial.is_dir():
+        found = "a file or link" if os.path.lexists(partial) else ""
+    elif (names := sorted(os.listdir(partial))) and LOCK not in names:
+        found = f"a folder with {names[0]}"
+    if found:
+        raise UserError(
+            f"{partial}: already exists ({found}), expected nothing there but what a killed run of this command left; "
+            "move it away or choose another --out"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(partial / LOCK, "synthesis")
+    except FileNotFoundError:  # its holder took the folder away when it ended
+        raise UserError(f"{partial}: another synthesis wrote to it until now; run the same command again") from None
+    except OSError as error:
+        error.filename = error.filename or str(partial / LOCK)
+        raise
+    for path in partial.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+    return lock
+
+
+def find_missing(folder: Path, recipe: Recipe) -> str | None:
+    """The name of the first file of a dataset that a folder lacks."""
+    present = set(os.listdir(folder))
+    return next((name for name in recipe.file_names() if name not in present), None)
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
@@ -164,6 +245,11 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
         differences = [name for name in expected if found.get(name) != expected[name]]
         seen = ", ".join(f"{name} {found.get(name)} instead of {expected[name]}" for name in differences)
         raise UserError(f"{folder}: contains another dataset ({seen}); choose another --out or remove it")
+    if missing := find_missing(folder, recipe):
+        raise UserError(
+            f"{folder / missing}: is missing, expected all files of {counted(recipe.pairs, 'pair')}; remove the folder "
+            "and run the same command again"
+        )
     return True
 
 
@@ -180,11 +266,19 @@ def jobs(recipe: Recipe) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], recipe.pairs + 1], strict=True)]
 
 
+def start_worker(parent: int) -> None:
+    """Prepare a worker process; it must not outlive its parent, whose lock protects what it writes."""
+    end_with_parent(parent)
+    memory.keep_freed_blocks()
+
+
 def write_pairs(folder: Path, recipe: Recipe, workers: int) -> None:
     """Write all pairs in worker processes, with a progress bar."""
     parts = jobs(recipe)
     # A new interpreter for each worker, because forking a process with threads can deadlock.
-    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), memory.keep_freed_blocks)
+    pool = ProcessPoolExecutor(
+        min(workers, len(parts)), multiprocessing.get_context("spawn"), start_worker, (os.getpid(),)
+    )
     processes = []
     try:
         # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the
@@ -296,7 +390,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 def main() -> None:
     options = parse_options()
-    folder, recipe = options.out.absolute(), make_recipe(options)
+    folder, recipe = Path(os.path.realpath(options.out)), make_recipe(options)  # a link cannot be replaced by a folder
     written = write_dataset(folder, recipe, options.workers)
     validation = len(validation_indices(recipe.pairs))
     out = shlex.quote(str(options.out))

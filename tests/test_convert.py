@@ -518,7 +518,7 @@ def test_every_command_names_the_file_when_a_disk_is_full(tmp_path: Path, small_
         while True:
             file.write(bytes(1 << 20))
     for command, path in (
-        (["synthesize.py", "--out", small_disk / "made", "--pairs", 1], "made.partial/00001_img1.ppm"),
+        (["synthesize.py", "--out", small_disk / "made", "--pairs", 1], "made.partial/synthesize.lock"),
         (["inspect.py", whole, "--html", small_disk / "a.html"], "a.html"),
         (["inspect.py", whole, "--png", small_disk / "a.png"], "a.png"),
         (["convert.py", "flyingchairs", "--root", root, "--out", small_disk / "o"], "o.partial/plan.json"),

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import pytest
+import tiny
 from warping import pull_back
 
 from launch.errors import UserError
@@ -210,11 +213,21 @@ def test_options_that_contradict_each_other_are_user_errors(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_photograph_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "photographs").mkdir()
-    (tmp_path / "photographs/broken.jpg").write_bytes(b"not a photograph")
-    with pytest.raises(UserError, match=r"broken\.jpg: not a readable image"):
-        run_main(monkeypatch, "--out", tmp_path / "set", "--textures", tmp_path / "photographs", "--pairs", 3)
+@pytest.mark.parametrize("name, content", [("z.jpg", b"not a photograph"), ("z.jpg", b""), ("z.png", None)])
+def test_a_bad_photograph_among_good_ones_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None
+) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(20):
+        tiny.save(folder / f"{number}.png", np.full((9, 9, 3), number, np.uint8))
+    if content is None:
+        cv2.imwrite(str(folder / name), np.full((9, 9, 4), 100, np.uint8))
+    else:
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
+    with pytest.raises(UserError, match=rf"{name}: (not a readable image|parts of the image are transparent)"):
+        run_main(monkeypatch, "--out", tmp_path / "set", "--textures", folder, "--pairs", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
 
 
@@ -243,18 +256,117 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(
     assert all_bytes(tmp_path / "set") == before
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--out", tmp_path / "set", "--pairs", "5000", "--workers", "2"],
+def test_a_dataset_that_lacks_a_file_is_not_complete(tmp_path: Path) -> None:
+    recipe = synthesize.Recipe(2, 32, 32, seed=1)
+    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+    assert sorted(recipe.file_names()) == sorted(all_bytes(tmp_path / "set"))
+    for name in ("00002_img1.ppm", "00001_occ2.png"):
+        (tmp_path / "set" / name).unlink()
+        with pytest.raises(UserError, match=f"/set/{name}: is missing, expected .*; remove the folder and run"):
+            synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+
+
+def test_files_that_vanish_while_others_are_written_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize, "write_pairs", lambda *_: None)
+    with pytest.raises(UserError, match=r"/set\.partial/00001_img1\.ppm: is missing"):
+        synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(2, 32, 32, seed=1), workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def writing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has begun to write 200 pairs to `tmp_path / "set"`."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, "--out", tmp_path / "set", "--pairs", "200", "--workers", "2", "--size", "64x96"],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("set.partial/*.flo")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield process
+        process.kill()
+
+
+def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
+    writing.send_signal(signal.SIGSTOP)
+    recipe = synthesize.Recipe(200, 64, 96, seed=1)
+    with pytest.raises(UserError, match=rf"/set\.partial: another synthesis is writing to it, process {writing.pid} "):
+        synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+    writing.send_signal(signal.SIGCONT)
+    assert writing.wait(60) == 0
+    assert sorted(recipe.file_names()) == sorted(os.listdir(tmp_path / "set"))
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
+    """Its workers end, too: they would go on to write files."""
+    workers = psutil.Process(writing.pid).children()
+    writing.kill()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    recipe = synthesize.Recipe(2, 32, 32, seed=1)
+    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+    assert sorted(recipe.file_names()) == sorted(os.listdir(tmp_path / "set"))
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("kind", ["conversion", "file", "link"])
+def test_what_another_command_left_in_the_place_of_the_work_folder_is_kept(tmp_path: Path, kind: str) -> None:
+    partial = tmp_path / "set.partial"
+    if kind == "conversion":
+        partial.mkdir()
+        (partial / "plan.json").write_text("{}")
+    elif kind == "file":
+        partial.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        partial.symlink_to("elsewhere")
+    found = "a folder with plan.json" if kind == "conversion" else "a file or link"
+    with pytest.raises(UserError, match=rf"/set\.partial: already exists \({found}\), expected .*; move it away or"):
+        synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(1, 32, 32, seed=1), workers=1)
+    assert os.path.lexists(partial) and not (tmp_path / "set").exists()
+    assert kind != "conversion" or os.listdir(partial) == ["plan.json"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    run_main(monkeypatch, "--out", tmp_path / "link", "--pairs", 1, "--size", "32x32")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target/synthesize.json").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
+
+
+def test_the_current_folder_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\(it is the current folder\); name a new folder in it, such as .*/synthetic"):
+        run_main(monkeypatch, "--out", ".")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
+    """The mount is one that only a comparison of devices would miss, and ends with the command."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    script = 'mount --bind "$0" "$0" || exit 77; exec "$@"'
+    command = [sys.executable, SCRIPT, "--out", mounted, "--pairs", "9999"]
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, mounted, *command], capture_output=True, text=True, timeout=60
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("set.partial/*.flo")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {mounted}: the finished dataset cannot take the place")
+    assert "(it is a mount point); name a new folder in it" in result.stderr
+    assert os.listdir(tmp_path) == ["mounted"]
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
+    os.killpg(writing.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, complaint = writing.communicate(timeout=60)
+    assert writing.returncode == 130
     assert "Traceback" not in complaint
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from scipy import ndimage
 from warping import pull_back
 
 from launch.errors import UserError
+from prep.datasets.frames import IMAGE_SUFFIXES
 from prep.synthesis import effects, shapes
 from prep.synthesis.layers import Frame, Layer, blur_motion, find_occluded
 from prep.synthesis.motion import MAX_STRAIN, Deformation, Motion, limit_strain, mesh, smooth_field
@@ -260,6 +261,24 @@ def test_photographs_become_textures_with_the_detail_that_frames_need(tmp_path: 
     assert all(texture.shape == (128, 128, 3) and texture.std() < 2 for texture in drawn)
     assert {round(int(texture.mean()) / 40) for texture in drawn} == {1, 3, 5}
     assert Textures(1, 64, found, share=0.0).draw(np.random.default_rng(0)).std() > 5  # procedural
+
+
+def test_photographs_are_found_as_frames_are(tmp_path: Path) -> None:
+    """In the same formats and in linked folders; hidden files, such as those of macOS, are left out."""
+    folder = tmp_path / "folder"
+    names = {f"{number}{suffix}" for number, suffix in enumerate(IMAGE_SUFFIXES)}
+    for where in (folder, tmp_path / "elsewhere"):
+        where.mkdir()
+        for name in names:
+            tiny.save(where / name, np.full((9, 9, 3), 100, np.uint8))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(folder)
+    (folder / "._a.png").write_bytes(b"metadata")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/a.png").write_bytes(b"a thumbnail")
+    found = Photographs.load(folder)
+    assert {path.relative_to(folder).as_posix() for path in found.paths} == names | {f"linked/{name}" for name in names}
+    Textures(1, 64, found).check(workers=1)
 
 
 def test_large_photographs_are_reduced_when_they_are_read(tmp_path: Path) -> None:

@@ -4,13 +4,19 @@ A texture is drawn once for a block of pairs, which use it in many places, colou
 """
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from launch import progress
 from launch.errors import UserError
+from launch.logs import print_note
+from prep.archive import list_folders
+from prep.datasets.frames import IMAGE_SUFFIXES, image_names
 from prep.formats.image import parse_image
 from prep.synthesis.version1 import draw_palette, to_fixed_point
 
@@ -18,7 +24,6 @@ BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long a
 PER_BLOCK = 12
 MAX_SIDE = 1024
 DETAIL = 2  # texture pixels per pixel of a frame: with one, interpolation would blur frames more than cameras do
-SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp")
 FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
 
@@ -36,16 +41,16 @@ class Photographs:
         """Find the photographs in a folder and its subfolders; UserError if there are none."""
         if not folder.is_dir():
             raise UserError(f"--textures {folder}: is not a folder; expected a folder of photographs")
-        found = {
-            path.relative_to(folder).as_posix(): path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.is_file()
-        }
+        found = find_photographs(folder)
         if not found:
-            raise UserError(f"--textures {folder}: contains no images; expected files in {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"--textures {folder}: contains no images; expected files in {', '.join(IMAGE_SUFFIXES)}; of a "
+                "video, extract frames first (ffmpeg -i VIDEO FOLDER/%06d.jpg)"
+            )
         digest = hashlib.sha256()
         for name in sorted(found):
-            digest.update(f"{name}\n{hashlib.sha256(found[name].read_bytes()).hexdigest()}\n".encode())
+            line = f"{name}\n{hashlib.sha256(found[name].read_bytes()).hexdigest()}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # names need not be UTF-8
         return cls(tuple(found[name] for name in sorted(found)), digest.hexdigest())
 
     def draw(self, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -60,10 +65,29 @@ class Photographs:
         return cv2.flip(texture, 1) if rng.random() < 0.5 else texture
 
 
+def find_photographs(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> dict[str, Path]:
+    """The images that `prep/convert.py frames` would find: in a folder and all folders in it, without hidden ones.
+
+    Args:
+        folder: where to look.
+        prefix: begins the names.
+        above: the folders around it, without links.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        print_note(f"{folder}: a link to a folder around it; left out")
+        return {}
+    found = {prefix + name: folder / name for name in image_names(folder) if (folder / name).is_file()}
+    for name in list_folders(folder):
+        if not name.startswith("."):
+            found |= find_photographs(folder / name, f"{prefix}{name}/", (*above, here))
+    return found
+
+
 def read_photograph(path: Path, side: int) -> np.ndarray:
     """Read a photograph, uint8 (H, W, 3) RGB, possibly reduced, but not below `side` pixels."""
     data = path.read_bytes()
-    if path.suffix.lower() in (".jpg", ".jpeg"):
+    if data and path.suffix.lower() in (".jpg", ".jpeg"):
         # Decoding a reduced JPEG takes a fraction of the time.
         for factor in (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_COLOR_2):
             image = cv2.imdecode(np.frombuffer(data, np.uint8), factor | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -86,6 +110,20 @@ class Textures:
         self.seed, self.side, self.photographs, self.share = seed, side, photographs, share
         self.block = -1
         self.drawn: dict[int, np.ndarray] = {}
+
+    def check(self, workers: int) -> None:
+        """Read all photographs as `draw` would, in threads; UserError for the first that is of no use."""
+        if not self.photographs:
+            return
+
+        def read(path: Path) -> None:
+            read_photograph(path, DETAIL * self.side)
+
+        paths = self.photographs.paths
+        with ThreadPoolExecutor(workers) as pool:
+            checked = pool.map(read, paths)
+            for _ in progress.bar(checked, total=len(paths), desc="checking", unit="photograph", delay=2, leave=False):
+                pass
 
     def pick(self, rng: np.random.Generator, block: int) -> np.ndarray:
         """One of a block's textures: uint8 (S, S, 3)."""
