@@ -282,17 +282,22 @@ def make_plan(options: argparse.Namespace) -> Plan:
         pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
-        indices = split_file.indices if split_file else splits.held_out_indices(pairs)
-        if options.split_file and max(indices, default=0) >= len(pairs):
-            raise UserError(
-                f"{path}: contains index {max(indices)}, but {options.root} has {len(pairs)} pairs, indexed 0 to "
-                f"{len(pairs) - 1}; use a split file for this dataset"
-            )
-        split = splits.divide(pairs, indices)
         plan.pairs += pairs
+        check_names(plan.pairs)
+        if split_file and options.split_file:
+            indices = split_file.indices
+            if max(indices, default=0) >= len(pairs):
+                raise UserError(
+                    f"{path}: contains index {max(indices)}, but {options.root} has {len(pairs)} pairs, indexed 0 to "
+                    f"{len(pairs) - 1}; use a split file for this dataset"
+                )
+        elif split_file:
+            indices = splits.fixed_indices(pairs, split_file.indices)
+        else:
+            indices = splits.held_out_indices(pairs)
+        split = splits.divide(pairs, indices)
         add_pass(plan, render_pass, split, options.shards)
         report_split(dataset, render_pass, split, bool(options.split_file))
-    check_names(plan.pairs)
     plan.description = {
         "dataset": options.dataset,
         "schema_version": schema_version(plan.pairs),
@@ -388,8 +393,8 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
     )
     if dataset.PAIRS not in (None, pairs) and not custom:
         print_note(
-            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
-            "(--split-file: use another)"
+            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; each stays on its side of the fixed "
+            "split (--split-file: use another)"
         )
     if unlabelled == pairs:
         return  # nothing to validate on

@@ -21,7 +21,7 @@ from PIL import Image
 
 from launch.errors import UserError
 from prep import codec, convert, datasets, reader
-from prep.datasets import flyingchairs, sintel, splits
+from prep.datasets import flyingchairs, kitti2015, sintel, splits
 from prep.shards import FIELDS, Manifest, decode_record
 
 
@@ -95,6 +95,42 @@ def test_fixed_splits_have_their_published_sizes() -> None:
     for dataset, val in ((flyingchairs, 640), (sintel, 133)):
         indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
         assert len(set(indices)) == val and max(indices) < dataset.PAIRS
+
+
+def test_the_fixed_split_knows_each_pair_by_its_name(tmp_path: Path) -> None:
+    """What is missing moves no other pair to the other side of the split: index 5 is 00006, whatever is before it."""
+    root = tiny.chairs(tmp_path / "data", 7)
+    for suffix in flyingchairs.SUFFIXES:
+        (root / f"00003{suffix}").unlink()
+    done = tiny.run_convert("flyingchairs", root, tmp_path / "out", "--shards", 1)
+    assert done.returncode == 0, done.stderr
+    assert "found 6 of the release's 22,872 pairs; each stays on its side of the fixed split" in done.stderr
+    assert reader.DatasetSplit.open(tmp_path / "out", "val").names == ["00006"]
+    for suffix in flyingchairs.SUFFIXES:
+        (root / f"00002{suffix}").rename(root / f"mine{suffix}")
+    line = stop("flyingchairs", root, tmp_path / "out2")
+    assert "mine_flow.flo: pair mine is not in the original release, to which the fixed validation split refers" in line
+
+
+def test_the_fixed_splits_of_scenes_and_numbers(tmp_path: Path) -> None:
+    """Of a part of the releases: where a scene of Sintel begins, and KITTI's numbers."""
+    assert sum(sintel.SCENES.values()) == sintel.PAIRS and list(sintel.SCENES) == sorted(sintel.SCENES)
+    indices = splits.read_split_file(splits.FOLDER / sintel.VALIDATION).indices
+    root = tiny.sintel(tmp_path / "sintel", {"ambush_6": 3, "bamboo_2": 27, "market_5": 3, "market_6": 3, "mine": 3})
+    pairs = sintel.list_pairs(root, "final")
+    with pytest.raises(UserError, match=r"pair final/mine/frame_0001 is not in the original release"):
+        splits.fixed_indices(pairs, indices)
+    held_out = [pairs[index].name for index in splits.fixed_indices(pairs[:-2], indices)]
+    assert held_out == [
+        f"final/{scene}/frame_{frame:04}"
+        for scene, frames in (("ambush_6", (1, 2)), ("bamboo_2", (25, 26)), ("market_6", (1, 2)))
+        for frame in frames
+    ]
+    root = tiny.kitti(tmp_path / "kitti", 11)
+    (root / "training/flow_occ/000003_10.png").unlink()
+    pairs = kitti2015.list_pairs(root, "")
+    indices = splits.read_split_file(splits.FOLDER / kitti2015.VALIDATION).indices
+    assert [pairs[index].name for index in splits.fixed_indices(pairs, indices)] == ["000009"]
 
 
 def test_a_real_flyingchairs_pair_comes_back_bit_for_bit(tmp_path: Path) -> None:
