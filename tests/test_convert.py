@@ -346,13 +346,66 @@ def test_an_unfinished_conversion_with_other_options_is_left_alone(root: Path, t
     for text, message in (
         (
             '{"command": "prep/convert.py sintel"}',
-            "by another command; remove it, or finish it with `prep/convert.py sin",
+            f"by another command; remove it, or finish it with `python prep/convert.py sintel --out {tmp_path}/out`",
         ),
         ("{}", ", but its plan.json is damaged or of an old version; remove it"),
     ):
         (tmp_path / "out.partial" / "plan.json").write_text(text)
         line = stop("flyingchairs", root, tmp_path / "out")
         assert "out.partial: an unfinished conversion" in line and message in line
+
+
+@pytest.mark.parametrize("when", ["before the second begins", "while the second waits"])
+def test_a_conversion_that_another_one_has_finished_is_complete(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """The first conversion has renamed the folder since the second one looked whether there is anything to do."""
+    whole, out = tiny.convert("flyingchairs", root, tmp_path / "whole"), tmp_path / "out"
+    name = "open_partial" if when.startswith("before") else "Lock"
+    original = getattr(convert, name)
+
+    def finish_first(path: Path, *arguments: Any) -> Any:
+        shutil.copytree(whole, out)
+        if name == "Lock":
+            shutil.rmtree(path.parent)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(convert, name, finish_first)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "flyingchairs", "--root", str(root), "--out", str(out)])
+    convert.main()
+    assert f"{out}: already complete, nothing to do" in capsys.readouterr().out
+    assert contents(out) == contents(whole) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("target", ["exists", "does not exist"])
+def test_a_link_as_output_leads_to_the_dataset(root: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to("target")
+    if target == "exists":
+        (tmp_path / "target").mkdir()
+    tiny.convert("flyingchairs", root, tmp_path / "link", "--shards", 1)
+    assert (tmp_path / "link").is_symlink() and len(Manifest.load(tmp_path / "target")) == 12
+    again = tiny.run_convert("flyingchairs", root, tmp_path / "link", "--shards", 1)
+    assert f"{tmp_path}/target: already complete, nothing to do" in again.stdout
+
+
+def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    """Renaming would fail, or lose the current folder, after all the work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{small_disk}: a mount point, .*; name a new folder in it, .*disk/data"):
+        convert.find_out(small_disk)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"\.: the current folder, .* --out data"):
+        convert.find_out(Path("."))
+    assert convert.find_out(Path("data/")) == Path("data")
+
+
+def test_a_file_in_place_of_the_work_folder(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").touch()
+    line = stop("flyingchairs", root, tmp_path / "out")
+    assert "out.partial: already exists and is not an unfinished conversion; move it away" in line
 
 
 # --- Bad input ------------------------------------------------------------------------------------

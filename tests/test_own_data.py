@@ -271,6 +271,7 @@ def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
     ('{"image1": "1.png", "image2": "2.png"}\n[1]\n', "line 2: expected a JSON object"),
     ('{"image1": "1.png", "image1": "2.png"}\n', "line 1: not valid JSON .a key is given twice"),
     ('{"image1": "1.png"\n', "line 1: not valid JSON"),
+    ('[{"image1": "1.png", "image2": "2.png"}]\n', "begins with '\\[' like a JSON array; expected one JSON object per"),
     ("\xff", "is not UTF-8 text"),
 ])  # fmt: skip
 def test_a_mistake_in_a_list_is_named_with_its_line(files: Path, text: str, message: str) -> None:
@@ -284,6 +285,25 @@ def test_a_list_with_a_split_needs_no_share(files: Path) -> None:
     path = write_list(files / "pairs.csv", {**ROWS[1], "split": "val"})
     with pytest.raises(UserError, match="has a column split; leave out --val-share"):
         pairs.PairList(path, val_share=0.1).list_pairs(files, "")
+    with pytest.raises(UserError, match="has a column split; leave out --split-file"):
+        pairs.PairList(path, split_file=True).list_pairs(files, "")
+
+
+def test_a_share_and_a_split_file_contradict_each_other(files: Path, tmp_path: Path) -> None:
+    path = write_list(files / "pairs.csv", ROWS[1], ROWS[1] | {"image1": "1.png"})
+    split = tiny.split_file(tmp_path / "val.txt", [0])
+    words = ["pairs", "--list", path, "--split-file", split]
+    line = refusal(*words, "--val-share", 0.5, out=tmp_path / "out")
+    assert "--split-file and --val-share both choose the validation pairs; leave one out" in line
+    write_list(path, {**ROWS[1], "split": "val"})
+    assert "has a column split; leave out --split-file" in refusal(*words, out=tmp_path / "out")
+
+
+def test_a_name_that_is_not_text_is_named_with_its_line(files: Path, tmp_path: Path) -> None:
+    path = files / "pairs.jsonl"
+    path.write_text(json.dumps({"image1": "1.png", "image2": "2.png", "name": "a\nb"}))
+    line = refusal("pairs", "--list", path, out=tmp_path / "out")
+    assert f"{path}, line 1: the pair's name 'a\\nb' is not UTF-8 or has control characters; give it another" in line
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))

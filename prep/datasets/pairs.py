@@ -53,6 +53,8 @@ class PairList:
     val_share: float | None = None
     """Share of the pairs to hold out, for a list without the column split."""
     nan_is_unknown: bool = False
+    split_file: bool = False
+    """Whether a file chooses the pairs to hold out."""
 
     TITLE = "Custom pairs"
     PAIRS = None
@@ -67,8 +69,9 @@ class PairList:
         """
         check_folder(root, f"the files that {self.file.name} lists")
         rows = read_rows(self.file)
-        if self.val_share is not None and any("split" in row.values for row in rows):
-            raise UserError(f"{self.file}: has a column split; leave out --val-share, or the column")
+        option = "--split-file" if self.split_file else "--val-share" if self.val_share is not None else None
+        if option and any("split" in row.values for row in rows):
+            raise UserError(f"{self.file}: has a column split; leave out {option}, or the column")
         pairs, lines = [], {}
         for row in rows:
             pair = self._make_pair(row, root)
@@ -157,6 +160,8 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: is not UTF-8 text ({one_line(error)}); save the list as UTF-8") from None
     lines = re.split(r"\r\n|\r|\n", text)
     first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):
+        raise UserError(f"{path}: begins with '[' like a JSON array; expected one JSON object per line, or a table")
     read = _read_json_lines if first.lstrip().startswith("{") else _read_table
     rows = list(read(path, lines))
     if not rows:
