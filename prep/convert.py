@@ -121,7 +121,9 @@ def main() -> None:
     if is_complete(out, plan):
         report_complete(out, plan)
         return
-    layout = shards.PageLayout.fitting(largest_image(plan.pairs), max(len(shard.pairs) for shard in plan.planned))
+    layout = shards.PageLayout.fitting(
+        largest_image(plan.pairs, options.codec), max(len(shard.pairs) for shard in plan.planned)
+    )
     plan.planned = [shard._replace(inputs=hash_inputs(shard.pairs, layout)) for shard in plan.planned]
     lock = None
     if rank.rank == 0:
@@ -449,12 +451,18 @@ def check_names(pairs: list[PairFiles]) -> None:
             raise UserError(f"{where} is not UTF-8 or has control characters; {remedy}")
 
 
-def largest_image(pairs: list[PairFiles]) -> int:
+def largest_image(pairs: list[PairFiles], codec_name: str) -> int:
     """Number of pixels of the largest image. Checks the headers of all files; UserError for the first that is wrong."""
     bar = progress.bar(
         pairs, desc="checking", unit="pair", disable=len(pairs) < 5000 or ranks.current().rank != 0, leave=False
     )
-    return max(height * width for height, width in map(pair_size, bar))
+    largest = 0
+    for pair in bar:
+        height, width = pair_size(pair)
+        largest = max(largest, height * width)
+        if codec_name == "raw":  # of zstd, only writing tells
+            shards.check_record(pair, (height, width), shards.RAW_PIXEL_BYTES * height * width, codec_name)
+    return largest
 
 
 # --- The work folder ------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import tiny
 from PIL import Image
 
 from launch.errors import UserError
-from prep import codec, convert, datasets, reader
+from prep import codec, convert, datasets, reader, shards
 from prep.datasets import flyingchairs, kitti2015, sintel, splits
 from prep.shards import FIELDS, Manifest, decode_record
 
@@ -480,8 +480,26 @@ def test_a_conversion_resumes_after_a_damaged_file_is_corrected(root: Path, tmp_
     tiny.convert(*command[:1], data, out, "--shards", 6)
     kept = {name for name, inode in before.items() if (out / name).stat().st_ino == inode}
     assert kept == before.keys() - {"train-00000-of-00006.mindrecord"}
-    shards = [folder.glob("*.mindrecord") for folder in (out, whole)]
-    assert [*map(Path.read_bytes, sorted(shards[0]))] == [*map(Path.read_bytes, sorted(shards[1]))]
+    resumed, fresh = (sorted(folder.glob("*.mindrecord")) for folder in (out, whole))
+    assert [*map(Path.read_bytes, resumed)] == [*map(Path.read_bytes, fresh)]
+
+
+def test_a_pair_too_large_for_a_record_is_named_with_a_remedy(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of uncompressed pairs before anything is written, of compressed ones as they are."""
+    pairs = flyingchairs.list_pairs(root, "")
+    monkeypatch.setattr(shards, "MAX_RECORD", 13000)
+    limit = r"takes 0.0 MB with --codec {}, expected at most 0.0 MB, which MindRecord can store; use {}"
+    with pytest.raises(UserError, match="img1.ppm: the pair 00001 of 40x24 pixels " + limit.format("raw", "--codec")):
+        convert.largest_image(pairs, "raw")
+    assert convert.largest_image(pairs, "zstd") == 24 * 40
+    monkeypatch.setattr(shards, "MAX_RECORD", 500)
+    with pytest.raises(UserError, match="00001_img1.ppm: .* " + limit.format("zstd", "smaller images")):
+        shards.write_shard(
+            tmp_path / "a.mindrecord", pairs, codec_name="zstd", layout=shards.PageLayout.fitting(24 * 40, 12)
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("image,message", [
