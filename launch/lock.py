@@ -37,7 +37,7 @@ class Lock:
 
     Raises:
         UserError: another process holds the lock; the message names folder, host and process.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or while this waited, its holder renamed the folder (FileNotFoundError).
     """
 
     def __init__(self, path: pathlib.Path, purpose: str) -> None:

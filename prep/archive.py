@@ -9,6 +9,7 @@ import bisect
 import collections
 import io
 import os
+import posixpath
 import stat
 import tarfile
 import zipfile
@@ -50,7 +51,8 @@ class ArchivePath(os.PathLike[str]):
         """The path in the archives; "" for all of them."""
 
     def __truediv__(self, name: StrPath) -> "ArchivePath":
-        return ArchivePath(self._tree, f"{self.inner}/{os.fspath(name)}" if self.inner else os.fspath(name))
+        inner = posixpath.normpath(posixpath.join(self.inner, os.fspath(name)))  # a user's list may say ./name
+        return ArchivePath(self._tree, "" if inner == "." else inner)
 
     def __fspath__(self) -> str:
         """For messages and os.path; it cannot be opened."""

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from launch import files, progress, ranks
 from launch.arguments import Parser
 from launch.errors import UserError, counted, drop_output, run
@@ -104,24 +106,38 @@ def main() -> None:
         raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
     if min(options.step, options.stride) < 1:
         raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
-    for path in filter(None, (options.root, options.out, options.split_file, options.list)):
+    if options.split_file and options.val_share is not None:
+        raise UserError("--split-file and --val-share both choose the validation pairs; leave one out")
+    out = find_out(options.out)
+    for path in filter(None, (options.root, out, options.split_file, options.list)):
         # The manifest and MindRecord store text.
         if not shards.PRINTABLE.allows(os.path.abspath(path)):
             raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
-    out = Path(os.path.normpath(options.out))
     partial = Path(f"{out}.partial")
     rank = ranks.current()
     if rank.rank != 0:
         drop_output()  # rank 0 reports for all
     plan = make_plan(options)
     if is_complete(out, plan):
-        print(f"{out}: already complete, nothing to do; {next_steps(out, plan)}")
+        report_complete(out, plan)
         return
-    layout = shards.PageLayout.fitting(largest_image(plan.pairs), max(len(shard.pairs) for shard in plan.planned))
+    layout = shards.PageLayout.fitting(
+        largest_image(plan.pairs, options.codec), max(len(shard.pairs) for shard in plan.planned)
+    )
     plan.planned = [shard._replace(inputs=hash_inputs(shard.pairs, layout)) for shard in plan.planned]
     lock = None
     if rank.rank == 0:
-        lock = open_partial(partial, plan)
+        try:
+            lock = open_partial(partial, out, plan)
+        except FileNotFoundError:  # unless another conversion has just renamed the folder
+            if not is_complete(out, plan):
+                raise
+        if is_complete(out, plan):  # another conversion has finished since the first look
+            if lock:
+                shutil.rmtree(partial)
+                lock.release()
+            report_complete(out, plan)
+            return
     else:
         # Rank 0 may even have finished, if no shard of this rank was left to write.
         wait_for(lambda: read_plan(partial) == plan.command or is_complete(out, plan))
@@ -243,6 +259,24 @@ def check_own_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
+def find_out(out: Path) -> Path:
+    """`out` without a link at its end; UserError if it is an empty folder that cannot be replaced."""
+    out = Path(os.path.normpath(out))
+    if out.is_symlink():
+        out = Path(os.path.realpath(out))
+    if out.is_dir() and not os.listdir(out):
+        # Those bound from the same file system, too, which os.path.ismount does not recognise.
+        mounts = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
+        here = os.path.samefile(out, os.curdir)
+        if here or os.path.realpath(out) in mounts:
+            kind = "the current folder" if here else "a mount point"
+            raise UserError(
+                f"{out}: {kind}, which a finished conversion cannot replace; name a new folder in it, such as "
+                f"--out {shlex.quote(str(out / 'data'))}"
+            )
+    return out
+
+
 # --- The plan: which pairs go into which shard ----------------------------------------------------
 
 
@@ -282,17 +316,22 @@ def make_plan(options: argparse.Namespace) -> Plan:
         pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
-        indices = split_file.indices if split_file else splits.held_out_indices(pairs)
-        if options.split_file and max(indices, default=0) >= len(pairs):
-            raise UserError(
-                f"{path}: contains index {max(indices)}, but {options.root} has {len(pairs)} pairs, indexed 0 to "
-                f"{len(pairs) - 1}; use a split file for this dataset"
-            )
-        split = splits.divide(pairs, indices)
         plan.pairs += pairs
+        check_names(plan.pairs)
+        if split_file and options.split_file:
+            indices = split_file.indices
+            if max(indices, default=0) >= len(pairs):
+                raise UserError(
+                    f"{path}: contains index {max(indices)}, but {options.root} has {len(pairs)} pairs, indexed 0 to "
+                    f"{len(pairs) - 1}; use a split file for this dataset"
+                )
+        elif split_file:
+            indices = splits.fixed_indices(pairs, split_file.indices)
+        else:
+            indices = splits.held_out_indices(pairs)
+        split = splits.divide(pairs, indices)
         add_pass(plan, render_pass, split, options.shards)
         report_split(dataset, render_pass, split, bool(options.split_file))
-    check_names(plan.pairs)
     plan.description = {
         "dataset": options.dataset,
         "schema_version": schema_version(plan.pairs),
@@ -322,7 +361,7 @@ def make_command(options: argparse.Namespace, *, corrections: bool = True) -> st
 def open_dataset(options: argparse.Namespace) -> DatasetModule:
     """The module of a dataset, or what lists your own data."""
     if options.dataset == "pairs":
-        return PairList(options.list, options.val_share, options.nan_is_unknown)
+        return PairList(options.list, options.val_share, options.nan_is_unknown, bool(options.split_file))
     if options.dataset == "frames":
         return FrameSequences(options.step, options.stride)
     return DATASETS[options.dataset]
@@ -388,8 +427,8 @@ def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, 
     )
     if dataset.PAIRS not in (None, pairs) and not custom:
         print_note(
-            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; applying its fixed split to them "
-            "(--split-file: use another)"
+            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; each stays on its side of the fixed "
+            "split (--split-file: use another)"
         )
     if unlabelled == pairs:
         return  # nothing to validate on
@@ -404,16 +443,26 @@ def check_names(pairs: list[PairFiles]) -> None:
     for name, times in collections.Counter(pair.name for pair in pairs).items():
         if times > 1:
             raise UserError(f"{name}: {times} pairs have this name; rename or remove all but one")
-        if not shards.PRINTABLE.allows(name):
-            raise UserError(f"{name!a}: the file name is not UTF-8 or has control characters; rename the files")
+    for pair in pairs:
+        if not shards.PRINTABLE.allows(pair.name):
+            where, remedy = f"{pair.name!a}: the file name", "rename the files"
+            if pair.row:
+                where, remedy = f"{pair.row}: the pair's name {pair.name!a}", "give it another one in the column name"
+            raise UserError(f"{where} is not UTF-8 or has control characters; {remedy}")
 
 
-def largest_image(pairs: list[PairFiles]) -> int:
+def largest_image(pairs: list[PairFiles], codec_name: str) -> int:
     """Number of pixels of the largest image. Checks the headers of all files; UserError for the first that is wrong."""
     bar = progress.bar(
         pairs, desc="checking", unit="pair", disable=len(pairs) < 5000 or ranks.current().rank != 0, leave=False
     )
-    return max(height * width for height, width in map(pair_size, bar))
+    largest = 0
+    for pair in bar:
+        height, width = pair_size(pair)
+        largest = max(largest, height * width)
+        if codec_name == "raw":  # of zstd, only writing tells
+            shards.check_record(pair, (height, width), shards.RAW_PIXEL_BYTES * height * width, codec_name)
+    return largest
 
 
 # --- The work folder ------------------------------------------------------------------------------
@@ -446,13 +495,13 @@ def read_plan(partial: Path) -> str | None:
     """The command that writes the work folder `partial`, "" if that is unreadable, None if it is no work folder."""
     try:
         return str(json.loads((partial / PLAN).read_text("utf-8"))["command"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
-def open_partial(partial: Path, plan: Plan) -> Lock:
+def open_partial(partial: Path, out: Path, plan: Plan) -> Lock:
     """Create the work folder, or reuse that of an interrupted run of the same command; return its lock."""
     if os.path.lexists(partial) and (not partial.is_dir() or os.listdir(partial)):
         found = read_plan(partial)
@@ -464,7 +513,8 @@ def open_partial(partial: Path, plan: Plan) -> Lock:
             )
         if found != plan.command:
             raise UserError(
-                f"{partial}: an unfinished conversion by another command; remove it, or finish it with `{found}`"
+                f"{partial}: an unfinished conversion by another command; remove it, or finish it with "
+                f"`python {found} --out {shlex.quote(str(out))}`"
             )
     else:
         partial.mkdir(parents=True, exist_ok=True)
@@ -590,6 +640,11 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
         f"{shards.stored_bytes(finished, out) / 1e6:.1f} MB "
         f"({raw / 1e6:.1f} MB before); {next_steps(out, plan)}"
     )
+
+
+def report_complete(out: Path, plan: Plan) -> None:
+    """Say that an earlier conversion has already finished."""
+    print(f"{out}: already complete, nothing to do; {next_steps(out, plan)}")
 
 
 def next_steps(out: Path, plan: Plan) -> str:

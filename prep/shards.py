@@ -38,11 +38,13 @@ FIELDS = {
 }
 """The fields of a pair in the order of a record's payloads: dtype and number of channels."""
 PIXEL_BYTES = 16  # at least the size of all uncompressed fields of a pixel
+RAW_PIXEL_BYTES = 14  # at most their size as codec.py stores them uncompressed: a mask may be one value for all
 # All payloads share one column: with several, MindRecord stores their lengths among the data and reads them unchecked,
 # so that one flipped bit there ends the process (segmentation fault).
 SCHEMA = {"name": {"type": "string"}, "pair": {"type": "bytes"}}
 MANIFEST = "manifest.json"
 MAX_PAGE = 1 << 28  # bytes
+MAX_RECORD = MAX_PAGE - 8  # bytes; its length precedes it in its page
 
 # What manifest.json may contain (checked by prep/schema.py): a dataset may come from anyone, and its hashes only prove
 # that it is intact. Control characters could rewrite a terminal; lone surrogates, which Python substitutes for bytes
@@ -359,7 +361,7 @@ def write_shard(
 
     Raises:
         BadPair: a file of a pair is damaged.
-        UserError: MindRecord cannot write the shard.
+        UserError: a record is too long, or MindRecord cannot write the shard.
     """
     from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
 
@@ -381,7 +383,9 @@ def write_shard(
             else:
                 runs.append((1, height, width))
             payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
-            writer.write_raw_data([{"name": pair.name, "pair": codec.pack(payloads)}])
+            record = codec.pack(payloads)
+            check_record(pair, (height, width), len(record), codec_name)
+            writer.write_raw_data([{"name": pair.name, "pair": record}])
             free = min(free, free_bytes(folder))
             progress()
         writer.commit()
@@ -411,6 +415,16 @@ def write_shard(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return shard
+
+
+def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name: str) -> None:
+    """Raise UserError if the record of a pair of this (H, W) has more bytes than MindRecord can store."""
+    if length > MAX_RECORD:
+        raise UserError(
+            f"{pair.row or pair.image1}: the pair {pair.name} of {size[1]}x{size[0]} pixels takes {length / 1e6:.1f} "
+            f"MB with --codec {codec_name}, expected at most {MAX_RECORD / 1e6:.1f} MB, which MindRecord can store; "
+            + ("use --codec zstd" if codec_name == "raw" else "use smaller images")
+        )
 
 
 def read_ahead(pairs: Iterable[PairFiles]) -> Iterator[Sample]:

@@ -20,8 +20,8 @@ import tiny
 from PIL import Image
 
 from launch.errors import UserError
-from prep import codec, convert, datasets, reader
-from prep.datasets import flyingchairs, sintel, splits
+from prep import codec, convert, datasets, reader, shards
+from prep.datasets import flyingchairs, kitti2015, sintel, splits
 from prep.shards import FIELDS, Manifest, decode_record
 
 
@@ -95,6 +95,42 @@ def test_fixed_splits_have_their_published_sizes() -> None:
     for dataset, val in ((flyingchairs, 640), (sintel, 133)):
         indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
         assert len(set(indices)) == val and max(indices) < dataset.PAIRS
+
+
+def test_the_fixed_split_knows_each_pair_by_its_name(tmp_path: Path) -> None:
+    """What is missing moves no other pair to the other side of the split: index 5 is 00006, whatever is before it."""
+    root = tiny.chairs(tmp_path / "data", 7)
+    for suffix in flyingchairs.SUFFIXES:
+        (root / f"00003{suffix}").unlink()
+    done = tiny.run_convert("flyingchairs", root, tmp_path / "out", "--shards", 1)
+    assert done.returncode == 0, done.stderr
+    assert "found 6 of the release's 22,872 pairs; each stays on its side of the fixed split" in done.stderr
+    assert reader.DatasetSplit.open(tmp_path / "out", "val").names == ["00006"]
+    for suffix in flyingchairs.SUFFIXES:
+        (root / f"00002{suffix}").rename(root / f"mine{suffix}")
+    line = stop("flyingchairs", root, tmp_path / "out2")
+    assert "mine_flow.flo: pair mine is not in the original release, to which the fixed validation split refers" in line
+
+
+def test_the_fixed_splits_of_scenes_and_numbers(tmp_path: Path) -> None:
+    """Of a part of the releases: where a scene of Sintel begins, and KITTI's numbers."""
+    assert sum(sintel.SCENES.values()) == sintel.PAIRS and list(sintel.SCENES) == sorted(sintel.SCENES)
+    indices = splits.read_split_file(splits.FOLDER / sintel.VALIDATION).indices
+    root = tiny.sintel(tmp_path / "sintel", {"ambush_6": 3, "bamboo_2": 27, "market_5": 3, "market_6": 3, "mine": 3})
+    pairs = sintel.list_pairs(root, "final")
+    with pytest.raises(UserError, match=r"pair final/mine/frame_0001 is not in the original release"):
+        splits.fixed_indices(pairs, indices)
+    held_out = [pairs[index].name for index in splits.fixed_indices(pairs[:-2], indices)]
+    assert held_out == [
+        f"final/{scene}/frame_{frame:04}"
+        for scene, frames in (("ambush_6", (1, 2)), ("bamboo_2", (25, 26)), ("market_6", (1, 2)))
+        for frame in frames
+    ]
+    root = tiny.kitti(tmp_path / "kitti", 11)
+    (root / "training/flow_occ/000003_10.png").unlink()
+    pairs = kitti2015.list_pairs(root, "")
+    indices = splits.read_split_file(splits.FOLDER / kitti2015.VALIDATION).indices
+    assert [pairs[index].name for index in splits.fixed_indices(pairs, indices)] == ["000009"]
 
 
 def test_a_real_flyingchairs_pair_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -310,13 +346,66 @@ def test_an_unfinished_conversion_with_other_options_is_left_alone(root: Path, t
     for text, message in (
         (
             '{"command": "prep/convert.py sintel"}',
-            "by another command; remove it, or finish it with `prep/convert.py sin",
+            f"by another command; remove it, or finish it with `python prep/convert.py sintel --out {tmp_path}/out`",
         ),
         ("{}", ", but its plan.json is damaged or of an old version; remove it"),
     ):
         (tmp_path / "out.partial" / "plan.json").write_text(text)
         line = stop("flyingchairs", root, tmp_path / "out")
         assert "out.partial: an unfinished conversion" in line and message in line
+
+
+@pytest.mark.parametrize("when", ["before the second begins", "while the second waits"])
+def test_a_conversion_that_another_one_has_finished_is_complete(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """The first conversion has renamed the folder since the second one looked whether there is anything to do."""
+    whole, out = tiny.convert("flyingchairs", root, tmp_path / "whole"), tmp_path / "out"
+    name = "open_partial" if when.startswith("before") else "Lock"
+    original = getattr(convert, name)
+
+    def finish_first(path: Path, *arguments: Any) -> Any:
+        shutil.copytree(whole, out)
+        if name == "Lock":
+            shutil.rmtree(path.parent)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(convert, name, finish_first)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "flyingchairs", "--root", str(root), "--out", str(out)])
+    convert.main()
+    assert f"{out}: already complete, nothing to do" in capsys.readouterr().out
+    assert contents(out) == contents(whole) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("target", ["exists", "does not exist"])
+def test_a_link_as_output_leads_to_the_dataset(root: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to("target")
+    if target == "exists":
+        (tmp_path / "target").mkdir()
+    tiny.convert("flyingchairs", root, tmp_path / "link", "--shards", 1)
+    assert (tmp_path / "link").is_symlink() and len(Manifest.load(tmp_path / "target")) == 12
+    again = tiny.run_convert("flyingchairs", root, tmp_path / "link", "--shards", 1)
+    assert f"{tmp_path}/target: already complete, nothing to do" in again.stdout
+
+
+def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    """Renaming would fail, or lose the current folder, after all the work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{small_disk}: a mount point, .*; name a new folder in it, .*disk/data"):
+        convert.find_out(small_disk)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"\.: the current folder, .* --out data"):
+        convert.find_out(Path("."))
+    assert convert.find_out(Path("data/")) == Path("data")
+
+
+def test_a_file_in_place_of_the_work_folder(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").touch()
+    line = stop("flyingchairs", root, tmp_path / "out")
+    assert "out.partial: already exists and is not an unfinished conversion; move it away" in line
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -391,8 +480,26 @@ def test_a_conversion_resumes_after_a_damaged_file_is_corrected(root: Path, tmp_
     tiny.convert(*command[:1], data, out, "--shards", 6)
     kept = {name for name, inode in before.items() if (out / name).stat().st_ino == inode}
     assert kept == before.keys() - {"train-00000-of-00006.mindrecord"}
-    shards = [folder.glob("*.mindrecord") for folder in (out, whole)]
-    assert [*map(Path.read_bytes, sorted(shards[0]))] == [*map(Path.read_bytes, sorted(shards[1]))]
+    resumed, fresh = (sorted(folder.glob("*.mindrecord")) for folder in (out, whole))
+    assert [*map(Path.read_bytes, resumed)] == [*map(Path.read_bytes, fresh)]
+
+
+def test_a_pair_too_large_for_a_record_is_named_with_a_remedy(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of uncompressed pairs before anything is written, of compressed ones as they are."""
+    pairs = flyingchairs.list_pairs(root, "")
+    monkeypatch.setattr(shards, "MAX_RECORD", 13000)
+    limit = r"takes 0.0 MB with --codec {}, expected at most 0.0 MB, which MindRecord can store; use {}"
+    with pytest.raises(UserError, match="img1.ppm: the pair 00001 of 40x24 pixels " + limit.format("raw", "--codec")):
+        convert.largest_image(pairs, "raw")
+    assert convert.largest_image(pairs, "zstd") == 24 * 40
+    monkeypatch.setattr(shards, "MAX_RECORD", 500)
+    with pytest.raises(UserError, match="00001_img1.ppm: .* " + limit.format("zstd", "smaller images")):
+        shards.write_shard(
+            tmp_path / "a.mindrecord", pairs, codec_name="zstd", layout=shards.PageLayout.fitting(24 * 40, 12)
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("image,message", [

@@ -573,6 +573,27 @@ def test_masks_are_images_or_arrays(tmp_path: Path) -> None:
             read(tmp_path / "d.npy")
 
 
+def test_a_mask_is_0_only_where_an_image_is_black(tmp_path: Path) -> None:
+    """Whatever the colour."""
+    colours = [[0, 0, 0], [1, 0, 0], [0, 255, 0], [0, 0, 9]]
+    (tmp_path / "a.png").write_bytes(encoded(np.array([colours], np.uint8), format="PNG"))
+    palette = Image.fromarray(np.arange(4, dtype=np.uint8)[None]).convert("P")
+    palette.putpalette(np.array(colours, np.uint8).tobytes())
+    palette.save(tmp_path / "b.png")
+    for path in tmp_path.iterdir():
+        assert image_format.read_mask(path).tolist() == [[0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WebP"])
+def test_a_mask_with_lossy_compression_is_refused(tmp_path: Path, kind: str) -> None:
+    """Nonzero pixels surround the edges; the header tells."""
+    path = tmp_path / "a"
+    path.write_bytes(encoded(np.eye(16, dtype=np.uint8)[..., None].repeat(3, 2), format=kind.upper()))
+    for read in (image_format.read_mask, image_format.mask_size):
+        with pytest.raises(UserError, match=f"a: a mask with {kind}'s lossy compression, .* save it as PNG"):
+            read(path)
+
+
 @pytest.mark.parametrize("data,message", [
     (b"", "not a readable image"),
     (b"P6\n2 2\n255\n" + bytes(11), "22 bytes, expected 23 for a 2x2 PPM"),
@@ -587,6 +608,7 @@ def test_masks_are_images_or_arrays(tmp_path: Path) -> None:
     (encoded(np.zeros((4, 4), np.int32), format="TIFF"), "32 bits per channel, expected 8 or 16"),
     (encoded(np.zeros((4, 4), np.float32), format="TIFF"), "32 bits per channel, expected 8 or 16"),
     (encoded(np.zeros((4, 4, 4), np.uint8), format="PNG"), "transparent"),
+    (encoded(np.full((4, 4, 2), 7, np.uint8), format="TIFF"), "greyscale or palette TIFF with an alpha channel"),
     (b"GIF89a not this kind either", "not a readable image"),
 ])  # fmt: skip
 def test_an_image_that_cannot_be_read_says_why(data: bytes, message: str) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from launch.errors import UserError
 from prep import datasets, reader
 from prep.datasets import frames, pairs
-from prep.formats.flow import write_flo
+from prep.formats.flow import read_flow, write_flo
 from prep.formats.video import Decoder, scan_video
 from prep.shards import Manifest
 
@@ -271,6 +271,7 @@ def test_every_format_of_images_and_flow(files: Path, tmp_path: Path) -> None:
     ('{"image1": "1.png", "image2": "2.png"}\n[1]\n', "line 2: expected a JSON object"),
     ('{"image1": "1.png", "image1": "2.png"}\n', "line 1: not valid JSON .a key is given twice"),
     ('{"image1": "1.png"\n', "line 1: not valid JSON"),
+    ('[{"image1": "1.png", "image2": "2.png"}]\n', "begins with '\\[' like a JSON array; expected one JSON object per"),
     ("\xff", "is not UTF-8 text"),
 ])  # fmt: skip
 def test_a_mistake_in_a_list_is_named_with_its_line(files: Path, text: str, message: str) -> None:
@@ -284,6 +285,25 @@ def test_a_list_with_a_split_needs_no_share(files: Path) -> None:
     path = write_list(files / "pairs.csv", {**ROWS[1], "split": "val"})
     with pytest.raises(UserError, match="has a column split; leave out --val-share"):
         pairs.PairList(path, val_share=0.1).list_pairs(files, "")
+    with pytest.raises(UserError, match="has a column split; leave out --split-file"):
+        pairs.PairList(path, split_file=True).list_pairs(files, "")
+
+
+def test_a_share_and_a_split_file_contradict_each_other(files: Path, tmp_path: Path) -> None:
+    path = write_list(files / "pairs.csv", ROWS[1], ROWS[1] | {"image1": "1.png"})
+    split = tiny.split_file(tmp_path / "val.txt", [0])
+    words = ["pairs", "--list", path, "--split-file", split]
+    line = refusal(*words, "--val-share", 0.5, out=tmp_path / "out")
+    assert "--split-file and --val-share both choose the validation pairs; leave one out" in line
+    write_list(path, {**ROWS[1], "split": "val"})
+    assert "has a column split; leave out --split-file" in refusal(*words, out=tmp_path / "out")
+
+
+def test_a_name_that_is_not_text_is_named_with_its_line(files: Path, tmp_path: Path) -> None:
+    path = files / "pairs.jsonl"
+    path.write_text(json.dumps({"image1": "1.png", "image2": "2.png", "name": "a\nb"}))
+    line = refusal("pairs", "--list", path, out=tmp_path / "out")
+    assert f"{path}, line 1: the pair's name 'a\\nb' is not UTF-8 or has control characters; give it another" in line
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
@@ -471,6 +491,8 @@ def test_a_truncated_video_is_refused(tmp_path: Path, suffix: str, codec: str) -
     (lambda folder: resize(folder, "walk/7.png"), "walk/7.png: 8x8 pixels, expected 96x64 as in 6.png"),
     (lambda folder: (folder / "walk/7.png").write_bytes(b"x"), "walk/7.png: not a readable image"),
     (lambda folder: (folder / "walk/11.PNG").touch(), "walk/11.png: 11.PNG has the same name; remove or rename one"),
+    (lambda folder: (folder / "walk/12.png").symlink_to("nowhere"),
+     "walk/12.png: a broken link; restore the file that it leads to, or remove the link"),
     (lambda folder: (folder / "ride.avi").write_bytes(b"x" * 99), "ride.avi: is not a video that OpenCV can decode"),
 ])  # fmt: skip
 def test_a_mistake_in_frames_is_named(shots: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
@@ -494,6 +516,7 @@ def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -
         f"note: {shots}/again/up: a link to a folder around it; left out",
         f"note: {shots}/lost: a broken link; left out",
         f"note: {shots}/walk/up: a link to a folder around it; left out",
+        f"note: {shots}: 2 files of no known image or video format left out, the first {shots}/again/notes.txt",
     ]
 
 
@@ -518,6 +541,34 @@ def test_pairs_and_frames_are_read_from_an_archive(files: Path, shots: Path, tmp
     shutil.make_archive(str(tmp_path / "c"), "zip", shots)
     line = refusal("frames", "--root", tmp_path / "c.zip", out=tmp_path / "d")
     assert "c.zip/ride.avi: a video cannot be read in an archive; unpack it" in line
+
+
+def test_files_of_a_list_are_found_in_archives_beside_it_and_in_folders(files: Path, tmp_path: Path) -> None:
+    """As those of a release are; paths may begin with ./."""
+    rows = [{"image1": f"./{i}.png", "image2": f"./{i + 1}.png", "flow": f"./{i}.flo"} for i in (1, 2)]
+    list_file = write_list(tmp_path / "pairs.csv", *rows)
+    shutil.make_archive(str(tmp_path / "files"), "zip", files)
+    shutil.make_archive(str(tmp_path / "around"), "zip", files.parent, files.name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "files.zip").rename(tmp_path / "folder" / "files.zip")
+    for root in (tmp_path / "folder", tmp_path / "around.zip"):
+        found = datasets.find_release(pairs.PairList(list_file), root)
+        listed = pairs.PairList(list_file).list_pairs(found, "")
+        assert np.array_equal(datasets.read_pair(listed[1])["flow"], read_flow(files / "2.flo")[0])
+    write_list(list_file, *rows_of(*rows, flow="9.flo"))
+    with pytest.raises(UserError, match=r"line 3: flow .*/around.zip/my data é/9.flo: no such file"):
+        pairs.PairList(list_file).list_pairs(found, "")
+
+
+def test_what_frames_leave_out_is_said_once(shots: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if the folder is listed again, because it may contain archives of frames."""
+    shutil.rmtree(shots / "walk")
+    (shots / "more.zip").write_bytes(b"not read")
+    sequences = frames.FrameSequences()
+    assert len(sequences.list_pairs(datasets.find_release(sequences, shots), "")) == 9
+    assert capsys.readouterr().err == (
+        f"note: {shots}: 1 file of no known image or video format left out, the first {shots}/more.zip\n"
+    )
 
 
 def test_numbers_in_names_count_by_value(tmp_path: Path) -> None:

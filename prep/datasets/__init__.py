@@ -58,6 +58,8 @@ class PairFiles:
     """Of Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
+    place: int | None = None
+    """Its index in the complete release, which a fixed split lists; None if that is not known."""
     frames: VideoFrames | None = None
     """Set if image1 and image2 are one video: which of its frames these are."""
     nan_is_unknown: bool = True
@@ -76,7 +78,7 @@ class PairFiles:
     def how_to_read(self) -> str:
         """All that decides what is read for this pair, apart from the content of its files."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("name", "row", "held_out"):
+        for name in ("name", "row", "held_out", "place"):
             del fields[name]
         return repr({name: "a file" if isinstance(value, ReleasePath) else value for name, value in fields.items()})
 
@@ -112,7 +114,7 @@ class DatasetModule(Protocol):
 
     @property
     def VALIDATION(self) -> str | None:
-        """File in prep/splits that lists the validation pairs; None if `PairFiles.held_out` decides."""
+        """File in prep/splits that lists the validation pairs by `place`; None if `PairFiles.held_out` decides."""
         ...
 
     @property
@@ -121,7 +123,7 @@ class DatasetModule(Protocol):
         ...
 
     def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
-        """All pairs of one pass under `root`, in the order that the indices of the split file refer to."""
+        """All pairs of one pass under `root`, in the order that the indices of a user's split file refer to."""
         ...
 
 

@@ -3,6 +3,8 @@
 Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.en.html
 """
 
+import re
+
 from prep.archive import ReleasePath, list_names
 from prep.datasets import NoRelease, PairFiles, check_present, find_folder
 
@@ -11,6 +13,7 @@ PAIRS = 22872
 VALIDATION = "flyingchairs_val.txt"
 PASSES = ("",)
 SUFFIXES = ("_img1.ppm", "_img2.ppm", "_flow.flo")
+NUMBER = re.compile(r"\d{5}")
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
@@ -26,6 +29,12 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     )
     image1, image2, flow = SUFFIXES
     return [
-        PairFiles(name, folder / f"{name}{image1}", folder / f"{name}{image2}", folder / f"{name}{flow}")
+        PairFiles(
+            name,
+            folder / f"{name}{image1}",
+            folder / f"{name}{image2}",
+            folder / f"{name}{flow}",
+            place=int(name) - 1 if NUMBER.fullmatch(name) else None,
+        )
         for name in names
     ]

@@ -2,10 +2,10 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.errors import UserError
+from launch.errors import UserError, counted
 from launch.logs import print_note
 from prep.archive import ReleasePath, list_folders, list_names
 from prep.datasets import NoRelease, PairFiles
@@ -22,6 +22,8 @@ class FrameSequences:
     """The second frame of a pair is this many frames after the first."""
     stride: int = 1
     """The first frame of a pair is this many frames after that of the pair before."""
+    noted: set[str] = field(default_factory=set, compare=False)
+    """What was already said: folders with archives are listed twice."""
 
     TITLE = "Frames"
     PAIRS = None
@@ -37,29 +39,44 @@ class FrameSequences:
         """
         if not root.exists():
             raise UserError(f"{root}: does not exist; expected a folder of frames or a video")
-        pairs = self._pair_folder(root, "", ()) if root.is_dir() else self._pair_video(root, root.name)
+        others: list[ReleasePath] = []
+        pairs = self._pair_folder(root, "", (), others) if root.is_dir() else self._pair_video(root, root.name)
         if not pairs:
             raise NoRelease(
                 f"{root}: contains no pairs of frames; expected folders with more than {self.step} images "
                 f"({', '.join(IMAGE_SUFFIXES)}), or videos ({', '.join(video.SUFFIXES)})"
             )
+        if others:
+            number = counted(len(others), "file")
+            self._note(f"{root}: {number} of no known image or video format left out, the first {others[0]}")
         return pairs
 
-    def _pair_folder(self, folder: ReleasePath, prefix: str, above: tuple[str, ...]) -> list[PairFiles]:
+    def _note(self, message: str) -> None:
+        if message not in self.noted:
+            print_note(message)
+            self.noted.add(message)
+
+    def _pair_folder(
+        self, folder: ReleasePath, prefix: str, above: tuple[str, ...], others: list[ReleasePath]
+    ) -> list[PairFiles]:
         """The pairs of a folder's images, then those of its videos and folders by name.
 
         Args:
             folder: need not contain any.
             prefix: begins the names of the pairs.
             above: the folders around it, without links.
+            others: is extended by the files that are neither images nor videos.
         """
         here = os.path.realpath(folder)
         if here in above:
-            print_note(f"{folder}: a link to a folder around it; left out")
+            self._note(f"{folder}: a link to a folder around it; left out")
             return []
         names, folders = list_names(folder), set(list_folders(folder))
         images = select_images(names, folders)
         check_unique(folder, images)
+        for path in (folder / name for name in images):
+            if not path.exists():
+                raise UserError(f"{path}: a broken link; restore the file that it leads to, or remove the link")
         pairs = [
             PairFiles(
                 prefix + os.path.splitext(images[first])[0], folder / images[first], folder / images[second], flow=None
@@ -71,11 +88,13 @@ class FrameSequences:
             if name.startswith("."):
                 continue
             if name in folders:
-                pairs += self._pair_folder(path, f"{prefix}{name}/", (*above, here))
+                pairs += self._pair_folder(path, f"{prefix}{name}/", (*above, here), others)
             elif name.lower().endswith(video.SUFFIXES):
                 pairs += self._pair_video(path, f"{prefix}{name}")
             elif not path.exists():
-                print_note(f"{path}: a broken link; left out")
+                self._note(f"{path}: a broken link; left out")
+            else:
+                others.append(path)
         return pairs
 
     def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:

@@ -30,6 +30,7 @@ def list_kitti(root: ReleasePath, frame_folders: tuple[str, ...]) -> list[PairFi
     pairs = [
         PairFiles(
             name=number,
+            place=int(number),
             image1=frames / f"{number}_10.png",
             image2=frames / f"{number}_11.png",
             flow=flows / f"{number}_10.png",

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.errors import UserError, counted, one_line
 from prep.archive import ReleasePath
-from prep.datasets import PairFiles, check_folder
+from prep.datasets import NoRelease, PairFiles, check_folder
 
 REQUIRED = ("image1", "image2")
 FILES = ("image1", "image2", "flow", "valid", "occluded")
@@ -53,6 +53,8 @@ class PairList:
     val_share: float | None = None
     """Share of the pairs to hold out, for a list without the column split."""
     nan_is_unknown: bool = False
+    split_file: bool = False
+    """Whether a file chooses the pairs to hold out."""
 
     TITLE = "Custom pairs"
     PAIRS = None
@@ -63,15 +65,17 @@ class PairList:
         """The pairs in the order of the list, whose paths are relative to `root`.
 
         Raises:
-            UserError: the list is damaged, a row contradicts another one, or a file is missing.
+            NoRelease: its first file is missing, so the files may be elsewhere, such as in an archive.
+            UserError: the list is damaged, a row contradicts another one, or another file is missing.
         """
         check_folder(root, f"the files that {self.file.name} lists")
         rows = read_rows(self.file)
-        if self.val_share is not None and any("split" in row.values for row in rows):
-            raise UserError(f"{self.file}: has a column split; leave out --val-share, or the column")
+        option = "--split-file" if self.split_file else "--val-share" if self.val_share is not None else None
+        if option and any("split" in row.values for row in rows):
+            raise UserError(f"{self.file}: has a column split; leave out {option}, or the column")
         pairs, lines = [], {}
         for row in rows:
-            pair = self._make_pair(row, root)
+            pair = self._make_pair(row, root, first=not pairs)
             if pair.name in lines:
                 raise UserError(
                     f"{pair.row}: the name {pair.name!r} is already that of line {lines[pair.name]}; give each pair "
@@ -81,7 +85,7 @@ class PairList:
             pairs.append(pair)
         return hold_out(pairs, self.val_share) if self.val_share else pairs
 
-    def _make_pair(self, row: Row, root: ReleasePath) -> PairFiles:
+    def _make_pair(self, row: Row, root: ReleasePath, *, first: bool) -> PairFiles:
         where, values = f"{self.file}, line {row.line}", row.values
         for column in REQUIRED:
             if column not in values:
@@ -93,7 +97,7 @@ class PairList:
         files = {column: root / values[column] for column in FILES if column in values}
         for column, path in files.items():
             if problem := check_file(path):
-                raise UserError(
+                raise (NoRelease if first and column == FILES[0] else UserError)(
                     f"{where}: {column} {path}: {problem}; paths are relative to --root, by default the folder of "
                     "the list"
                 )
@@ -157,6 +161,8 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: is not UTF-8 text ({one_line(error)}); save the list as UTF-8") from None
     lines = re.split(r"\r\n|\r|\n", text)
     first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):
+        raise UserError(f"{path}: begins with '[' like a JSON array; expected one JSON object per line, or a table")
     read = _read_json_lines if first.lstrip().startswith("{") else _read_table
     rows = list(read(path, lines))
     if not rows:

@@ -4,6 +4,7 @@ training/{clean,final}/SCENE/frame_0001.png, training/flow/SCENE/frame_0001.flo 
 training/{invalid,occlusions}/SCENE/frame_0001.png. Source: http://sintel.is.tue.mpg.de
 """
 
+import itertools
 import re
 
 from launch.errors import UserError
@@ -23,6 +24,15 @@ PAIRS = 1041
 VALIDATION = "sintel_val.txt"
 PASSES = ("clean", "final")
 FRAME = re.compile(r"frame_(\d{4})\.png")
+SCENES = {
+    "alley_1": 49, "alley_2": 49, "ambush_2": 20, "ambush_4": 32, "ambush_5": 49, "ambush_6": 19, "ambush_7": 49,
+    "bamboo_1": 49, "bamboo_2": 49, "bandage_1": 49, "bandage_2": 49, "cave_2": 49, "cave_4": 49, "market_2": 49,
+    "market_5": 49, "market_6": 39, "mountain_1": 49, "shaman_2": 49, "shaman_3": 49, "sleeping_1": 49,
+    "sleeping_2": 49, "temple_2": 49, "temple_3": 49,
+}  # fmt: skip
+"""The scenes in name order, with their numbers of pairs."""
+FIRST_PLACES = dict(zip(SCENES, itertools.accumulate(SCENES.values(), initial=0), strict=False))
+"""The index of each scene's first pair in the complete release."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
@@ -68,6 +78,7 @@ def _list_scene(training: ReleasePath, render_pass: str, scene: str) -> list[Pai
                 flow=flows / f"{frame}.flo",
                 invalid=find_mask("invalid", frame),
                 occluded=find_mask("occlusions", frame),
+                place=FIRST_PLACES[scene] + number - 1 if number <= SCENES.get(scene, 0) else None,
             )
         )
     return pairs

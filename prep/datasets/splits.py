@@ -15,7 +15,7 @@ class SplitFile(NamedTuple):
     """The contents of a split file."""
 
     indices: list[int]
-    """0-based positions of the validation pairs in `list_pairs`."""
+    """0-based positions of the validation pairs in `list_pairs`, or, in prep/splits, in the complete release."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
 
@@ -50,6 +50,22 @@ def read_split_file(path: Path) -> SplitFile:
 def held_out_indices(pairs: list[PairFiles]) -> list[int]:
     """Positions of the pairs that the dataset itself reserves for validation."""
     return [index for index, pair in enumerate(pairs) if pair.held_out]
+
+
+def fixed_indices(pairs: list[PairFiles], places: Iterable[int]) -> list[int]:
+    """Positions of the pairs at these places of the complete release, whether or not `pairs` is complete.
+
+    Raises:
+        UserError: it is not known which pair of the release one is.
+    """
+    for pair in pairs:
+        if pair.place is None:
+            raise UserError(
+                f"{pair.flow}: pair {pair.name} is not in the original release, to which the fixed validation split "
+                "refers; remove or rename it, or list the validation pairs yourself with --split-file"
+            )
+    chosen = set(places)
+    return [index for index, pair in enumerate(pairs) if pair.place in chosen]
 
 
 def divide(pairs: list[PairFiles], validation: Iterable[int]) -> Split:

@@ -8,6 +8,6 @@ StrPath = str | os.PathLike[str]
 # Deflate compresses at most 1,032 bytes into one, so a file that claims more is damaged: allocate nothing for it.
 MAX_EXPANSION = 1100
 
-# The largest image or flow: no more than fits in a page of a shard (prep/shards.py). A few kilobytes of deflate can
-# claim far more.
+# The largest image or flow: compressed to a quarter, its pair fits in a page of a shard (prep/shards.py). A few
+# kilobytes of deflate can claim far more.
 MAX_PIXELS = 1 << 26

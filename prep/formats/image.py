@@ -62,24 +62,34 @@ def image_size(path: StrPath) -> tuple[int, int]:
 
 
 def read_mask(path: StrPath) -> np.ndarray:
-    """Read a mask, an image or an .npy file (H, W) of uint8 or bool: uint8 (H, W), 1 where it is not 0.
+    """Read a mask, an image or an .npy file (H, W) of uint8 or bool: uint8 (H, W), 1 where it is not 0
+    (in an image: not black).
 
     Raises:
-        UserError: the file is damaged or no mask, such as an image of 16 bits.
+        UserError: the file is damaged or no mask, such as an image of 16 bits or with lossy compression.
     """
     data = read_file(path)
     if is_array(path):
         check_mask(npy.parse_header(data[: npy.HEADER_START + npy.MAX_HEADER], path), path)
         return (npy.parse_array(data, path) != 0).astype(np.uint8)
-    return (parse_image(data, path, reduce=False)[..., 0] != 0).astype(np.uint8)
+    check_lossless(data, path)
+    return parse_image(data, path, reduce=False).any(axis=2).astype(np.uint8)
 
 
 def mask_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a mask from its header; UserError if it has none."""
-    if not is_array(path):
-        return image_size(path)
     with open_file(path) as file:
+        if not is_array(path):
+            check_lossless(file.read(HEADER), path)
+            return image_size(path)
         return check_mask(npy.read_header(file, file_length(path), path), path)
+
+
+def check_lossless(start: bytes, name: StrPath) -> None:
+    """Raise UserError if the first bytes of a mask are those of a lossy format, in which 0 beside an edge may be 1."""
+    if start[:3] == b"\xff\xd8\xff" or start[8:16] == b"WEBPVP8 ":
+        kind = "WebP" if start[8:12] == b"WEBP" else "JPEG"
+        raise UserError(f"{name}: a mask with {kind}'s lossy compression, which changes its edges; save it as PNG")
 
 
 def is_array(path: StrPath) -> bool:
@@ -127,6 +137,8 @@ def parse_image(data: bytes, name: StrPath, *, reduce: bool = True) -> np.ndarra
             )
         note_reduction(name, depth)
         if image.format == "TIFF":
+            if image.mode in ("LA", "La", "PA"):  # OpenCV would drop the transparency
+                raise UserError(f"{name}: a greyscale or palette TIFF with an alpha channel; remove it, or use PNG")
             return parse_tiff(data, image.size, name)
         image.load()
         return to_rgb(image, name)
