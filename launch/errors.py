@@ -1,6 +1,7 @@
 """Errors that a user can act on, and how a command reports them."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A UserError or OSError becomes one line on stderr and status 1, Ctrl-C becomes status 130; a bug keeps its
     traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have characters that it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()

@@ -8,6 +8,7 @@ flow = net.flow(image1, image2)  # uint8 (H, W, 3) RGB twice to float32 (H, W, 2
 
 from __future__ import annotations
 
+import os
 import typing
 
 if typing.TYPE_CHECKING:
@@ -36,6 +37,7 @@ def load(
     """
     from launch import ranks, session
 
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors alone, as the commands have it
     session.start_mindspore(ranks.Rank(), device)
     from model.inference import load_predictor
 

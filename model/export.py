@@ -25,6 +25,7 @@ import numpy as np
 from launch import session
 from launch.arguments import Parser
 from launch.errors import UserError, run
+from prep.formats import MAX_PIXELS
 
 if TYPE_CHECKING:
     from mindspore import nn
@@ -87,7 +88,7 @@ def export(
         except RuntimeError as error:  # an operator that the exporter does not know
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{path}: MindSpore {mindspore.__version__} cannot write this network as {format} ({reason}); "
+                f"MindSpore {mindspore.__version__} cannot write this network as {format} ({reason}); "
                 "try the other format"
             ) from None
         write_bytes(path, partial.read_bytes())
@@ -154,7 +155,8 @@ def compare(
         flow = exported(image1, image2)
         if flow.shape != expected.shape:
             raise UserError(
-                f"{path}: gives flow of shape {flow.shape}, expected {expected.shape}, the network's; do not use it"
+                f"the {format} file gives flow of shape {flow.shape}, expected {expected.shape}, the network's; "
+                "try the other format"
             )
         differences.append(np.abs(flow - expected))
         max_flow = max(max_flow, float(np.abs(expected).max()))
@@ -217,22 +219,31 @@ def require_package(package: str) -> None:
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     """Export as the command line says, check the file, and print what it holds."""
+    from launch.files import replacing
     from model.inference import PredictionGraph, load_predictor
+    from model.pwcnet import round_up
 
     height, width = size = args.size
-    graph = PredictionGraph(load_predictor(args.ckpt, BACKENDS[args.format]).network)
-    export(graph, size, args.out, batch=args.batch, format=args.format)
-    if args.check:
-        difference = compare(load_predictor(args.ckpt), args.out, size, batch=args.batch, format=args.format)
-        if not difference.mean <= TOLERANCE:
-            raise UserError(
-                f"{args.out}: its flow differs from the network's by {difference.mean:.2g} px on average, expected at "
-                f"most {TOLERANCE:g}; do not use it"
-            )
-        print(
-            f"checked: differs from the network by {difference.mean:.2g} px on average, {difference.largest:.2g} px at "
-            f"most; the largest flow is {difference.max_flow:.1f} px"
+    pixels = args.batch * round_up(height) * round_up(width)
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"--size {height} {width} --batch {args.batch} makes {pixels:,} pixels, with sides rounded up to multiples "
+            f"of 64, expected at most {MAX_PIXELS:,}; choose smaller ones"
         )
+    graph = PredictionGraph(load_predictor(args.ckpt, BACKENDS[args.format]).network)
+    with replacing(args.out) as partial:  # the file gets its name when it has passed the check
+        export(graph, size, partial, batch=args.batch, format=args.format)
+        if args.check:
+            difference = compare(load_predictor(args.ckpt), partial, size, batch=args.batch, format=args.format)
+            if not difference.mean <= TOLERANCE:
+                raise UserError(
+                    f"{args.out}: not written, as its flow would differ from the network's by {difference.mean:.2g} px "
+                    f"on average, expected at most {TOLERANCE:g}; try the other format"
+                )
+            print(
+                f"checked: differs from the network by {difference.mean:.2g} px on average, {difference.largest:.2g} "
+                f"px at most; the largest flow is {difference.max_flow:.1f} px"
+            )
     shape = f"{args.batch}, {height}, {width}"
     print(
         f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; two RGB images uint8 ({shape}, 3) to flow float32 "

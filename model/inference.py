@@ -1,6 +1,8 @@
 """A trained network ready to use: NumPy images in, NumPy flow out."""
 
 import pathlib
+import threading
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -12,6 +14,9 @@ from model.precision import resolve_precision, set_precision
 from model.pwcnet import DIV_FLOW, PWCNet, round_up, to_network
 from model.resizing import resize, resize_array
 from model.weights import load_network
+
+LOCK = threading.Lock()
+"""Held while MindSpore compiles or runs a network: it crashes or hangs if two threads do so at once."""
 
 
 class PredictionGraph(nn.Cell):
@@ -55,6 +60,8 @@ class FlowPredictor:
     time (see `model.graph_cache`). The resizing is not part of the graph, so that all image sizes that become the same
     one share it.
 
+    Threads may share predictors or have their own; the networks compute one call after another.
+
     Args:
         network: a `model.pwcnet.PWCNet`, or any Cell from two images to flows; one without `align_corners` aligns them.
     """
@@ -76,20 +83,19 @@ class FlowPredictor:
         Raises:
             ValueError: the images are not two RGB images of one size.
         """
+        check_images(image1, image2, 3)
         return self.flow_batch(image1[None], image2[None])[0]
 
     def flow_batch(self, images1: np.ndarray, images2: np.ndarray) -> np.ndarray:
         """`flow` of several pairs at once: (N, H, W, 3) uint8 twice to (N, H, W, 2) float32."""
-        for images in (images1, images2):
-            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-                raise ValueError(f"images are {images.dtype} {images.shape[1:]}, expected uint8 (H, W, 3)")
-        if images1.shape != images2.shape:
-            raise ValueError(f"image 1 is {images1.shape[1:]} and image 2 {images2.shape[1:]}; expected one size")
-        inputs = Tensor(self.prepare(images1)), Tensor(self.prepare(images2))
-        if isinstance(self.network, PWCNet) and inputs[0].shape not in self.compiled:
-            compile_graph(self.network, inputs, *self.network.graph_key)
-            self.compiled.add(inputs[0].shape)
-        flow = self.network(*inputs)[-1].asnumpy()
+        check_images(images1, images2, 4)
+        prepared = self.prepare(images1), self.prepare(images2)
+        with LOCK:
+            inputs = [Tensor(images) for images in prepared]
+            if isinstance(self.network, PWCNet) and inputs[0].shape not in self.compiled:
+                compile_graph(self.network, inputs, *self.network.graph_key)
+                self.compiled.add(inputs[0].shape)
+            flow = self.network(*inputs)[-1].asnumpy()
         _, height, width, _ = images1.shape
         scale = np.array([width / round_up(width), height / round_up(height)], np.float32) / np.float32(DIV_FLOW)
         flow = resize_array(flow * scale.reshape(2, 1, 1), (height, width), self.align_corners)
@@ -100,6 +106,23 @@ class FlowPredictor:
         _, height, width, _ = images.shape
         planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) / np.float32(255)
         return resize_array(planes, (round_up(height), round_up(width)), self.align_corners)
+
+
+def check_images(image1: Any, image2: Any, axes: int) -> None:
+    """Raise ValueError unless these are two RGB images, or batches of them, of one size.
+
+    Args:
+        image1, image2: whatever the caller gave.
+        axes: 3 for images, 4 for batches.
+    """
+    shape = "(H, W, 3)" if axes == 3 else "(N, H, W, 3)"
+    for number, image in enumerate((image1, image2), 1):
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"image {number} is of type {type(image).__name__}, expected a NumPy array, uint8 {shape}")
+        if image.dtype != np.uint8 or image.ndim != axes or image.shape[-1] != 3 or 0 in image.shape:
+            raise ValueError(f"image {number} is {image.dtype} {image.shape}, expected uint8 {shape}")
+    if image1.shape != image2.shape:
+        raise ValueError(f"image 1 is {image1.shape} and image 2 {image2.shape}; expected one shape")
 
 
 def load_predictor(path: str | pathlib.Path, backend: Backend = "native", precision: str = "float32") -> FlowPredictor:

@@ -58,7 +58,7 @@ class Convolution(nn.Conv2d):
         )
         self.activation = nn.LeakyReLU(0.1) if activation else None
         self.geometry = [stride, dilation, int(activation)]
-        self.is_native = backend == "native" and native.has_operator("Convolution3x3")
+        self.can_be_native = backend == "native" and native.has_operator("Convolution3x3")
         self.activates_natively = activation and backend == "native" and native.has_operator("BiasActivation")
         self.blocked_output = False
         self.reads_image = reads_image
@@ -68,10 +68,10 @@ class Convolution(nn.Conv2d):
         """(N, C, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)), each in plain or blocked layout."""
         if self.is_native:
             return self.operator(x, self.weight, self.bias, self.settings)
+        y = self.conv2d(x.astype(self.number_type), self.weight.astype(self.number_type))
         if self.activates_natively:
-            y = self.conv2d(x.astype(self.number_type), self.weight.astype(self.number_type))
             return self.activate(y, self.bias)
-        y = super().construct(x)
+        y = self.bias_add(y, self.bias.astype(self.number_type))
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -79,10 +79,8 @@ class Convolution(nn.Conv2d):
     def set_precision(self, precision: Precision) -> None:
         """Compute in `precision` from here on; the weights stay float32."""
         self.precision: Precision = precision
-        if precision == "float16":  # by MindSpore's operators
-            self.is_native = False
-            if not self.activates_natively:
-                self.to_float(float16)
+        self.is_native = self.can_be_native and precision != "float16"
+        self.number_type = float16 if precision == "float16" else float32  # of MindSpore's convolution
         self.settings = Tensor(np.array([*self.geometry, precision == "bfloat16"], np.int32))
         if self.is_native:
             blocked_type = bfloat16 if precision == "bfloat16" else float32
@@ -90,7 +88,6 @@ class Convolution(nn.Conv2d):
                 self.geometry[0], blocked_type if self.blocked_output else None, self.reads_image
             )
         if self.activates_natively:
-            self.number_type = float16 if precision == "float16" else float32
             self.activate = native_activation(self.number_type)
 
 

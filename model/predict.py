@@ -23,6 +23,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ import numpy as np
 
 from launch import session
 from launch.arguments import Parser
-from launch.errors import UserError, run
+from launch.errors import UserError, counted, run
 from launch.logs import print_note
 from model.backend import add_backend_option
 from model.precision import add_precision_option
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 WRITERS = 2  # threads
+MIN_MAX_FLOW = 0.001  # pixels
+WARP_LIMIT = 32766
+"""Pixels in a side that OpenCV can still warp."""
 
 
 class Frame(NamedTuple):
@@ -59,6 +63,8 @@ class Frames:
 
     count: int
     """As the input says; 0 if unknown."""
+    size: tuple[int, int]
+    """(H, W)."""
     frames: Iterator[Frame]
 
 
@@ -96,7 +102,9 @@ def open_frames(inputs: Sequence[pathlib.Path]) -> Frames:
     if first.is_dir():
         paths = [first / name for name in image_names(first)]
         if len(paths) < 2:
-            raise UserError(f"{first}: has {len(paths)} frames ({', '.join(IMAGE_SUFFIXES)}), expected at least two")
+            raise UserError(
+                f"{first}: has {counted(len(paths), 'frame')} ({', '.join(IMAGE_SUFFIXES)}), expected at least two"
+            )
         return open_images(paths)
     if first.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{first}: is one image; expected a second image, a folder of frames, or a video")
@@ -123,7 +131,7 @@ def open_images(paths: Sequence[pathlib.Path]) -> Frames:
         if len(paths) > 2 and path.stem in names:
             raise UserError(f"{path}: its flow would have the same name as that of {names[path.stem]}; rename one")
         names[path.stem] = path
-    return Frames(len(paths), (Frame(path.stem, read_image(path)) for path in paths))
+    return Frames(len(paths), (height, width), (Frame(path.stem, read_image(path)) for path in paths))
 
 
 def open_video(path: pathlib.Path) -> Frames:
@@ -143,7 +151,8 @@ def open_video(path: pathlib.Path) -> Frames:
             number += 1
         video.release()
 
-    return Frames(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), frames())
+    size = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
+    return Frames(max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), size, frames())
 
 
 def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
@@ -178,7 +187,7 @@ class Outputs:
     """The files of each pair in a folder: the flow, and pictures of it.
 
     Each appears when it is complete. The pictures carry the pair's key, by which an interrupted run tells existing
-    outputs from those of other images, other weights or another scale.
+    outputs from those of other images, weights, operators or number formats, of another scale, and from others' files.
 
     Args:
         folder: where to write; it exists.
@@ -194,19 +203,31 @@ class Outputs:
         self.max_flow = max_flow
 
     def exist(self, pair: FramePair) -> bool:
-        """Whether all outputs of a pair exist."""
+        """Whether all outputs of a pair exist.
+
+        Raises:
+            UserError: a file has the name of an output, but is not from this command.
+        """
         from prep.flow_viz import png_note
 
-        return (self.folder / f"{pair.name}.flo").is_file() and all(
-            png_note(self.picture_path(pair, kind)) == pair.key for kind in self.pictures
-        )
+        paths = [self.picture_path(pair, kind) for kind in self.pictures]
+        notes = [png_note(path) for path in paths]
+        flow = self.flow_path(pair)
+        # The first picture is that of the flow, and was written before it.
+        for path, note in [(flow, notes[0]), *zip(paths, notes, strict=True)]:
+            if note is None and path.is_file():
+                raise UserError(
+                    f"{path}: exists, and is not from this command; choose another --out, or replace it by --overwrite"
+                )
+        return flow.is_file() and all(note == pair.key for note in notes)
 
     def write(self, pair: FramePair, flow: np.ndarray) -> None:
         """Write the files of a pair; the flow is float32 (H, W, 2) in pixels."""
         from prep import flow_viz
         from prep.formats.flow import write_flo
 
-        write_flo(self.folder / f"{pair.name}.flo", flow)
+        # The flow comes last, so that one without a picture is not from here, and one with a new picture is not old.
+        self.flow_path(pair).unlink(missing_ok=True)
         max_flow = self.max_flow or flow_viz.typical_max_flow(flow)
         for kind in self.pictures:
             if kind == "flow":
@@ -216,6 +237,11 @@ class Outputs:
             else:
                 image = flow_viz.draw_warp_check(pair.image1, pair.image2, flow)
             flow_viz.save_png(self.picture_path(pair, kind), image, note=pair.key)
+        write_flo(self.flow_path(pair), flow)
+
+    def flow_path(self, pair: FramePair) -> pathlib.Path:
+        """The path of the flow."""
+        return self.folder / f"{pair.name}.flo"
 
     def picture_path(self, pair: FramePair, kind: str) -> pathlib.Path:
         """The path of a picture: "flow", "overlay" or "warp"."""
@@ -344,18 +370,28 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
-    if args.batch < 1 or (args.max_flow is not None and not args.max_flow > 0):
-        raise UserError("--batch must be at least 1 and --max-flow above 0")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: expected at least 1")
+    if args.max_flow is not None and not MIN_MAX_FLOW <= args.max_flow < math.inf:
+        raise UserError(f"--max-flow {args.max_flow}: expected a finite number of at least {MIN_MAX_FLOW} pixels")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file")
     frames = open_frames(args.input)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: is a file; expected a folder to write into")
-    if args.out.is_dir() and args.input[0].is_dir() and args.out.samefile(args.input[0]):
+    if args.warp and max(frames.size) > WARP_LIMIT:
+        height, width = frames.size
         raise UserError(
-            f"{args.out}: holds the input frames, and pictures of their flow would count as more frames; "
-            "choose another --out"
+            f"{args.input[0]}: has {height}x{width} pixels (height x width), and --warp takes sides of at most "
+            f"{WARP_LIMIT:,}; leave out --warp, or resize the images"
         )
+    folders = [path.parent for path in args.input] if len(args.input) == 2 else args.input  # or a video
+    for folder in folders:
+        if args.out.is_dir() and args.out.samefile(folder):
+            raise UserError(
+                f"{args.out}: holds the input images, which pictures of their flow could replace or be taken for; "
+                "choose another --out"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
 
     with session.start(lambda: ({}, None), args.device):
@@ -368,7 +404,8 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
     from model.inference import load_predictor
 
     predictor = load_predictor(args.ckpt, args.backend, args.precision)
-    salt = hashlib.blake2b(args.ckpt.read_bytes()).digest() + repr(args.max_flow).encode()
+    settings = args.max_flow, predictor.network.backend, predictor.network.precision
+    salt = hashlib.blake2b(args.ckpt.read_bytes()).digest() + repr(settings).encode()
     outputs = Outputs(args.out, overlay=args.overlay, warp=args.warp, max_flow=args.max_flow)
     # While a graph runs, MindSpore turns Ctrl-C into SIGTERM to this process; files being written must be finished.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -385,6 +422,11 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command resumes from here") from None
     total = sum(counts)
+    if total == 0 and frames.count > 1:
+        raise UserError(
+            f"{args.input[0]}: says it has {frames.count} frames, but only the first could be decoded; it is damaged "
+            "or cut short: copy it again"
+        )
     if total == 0:
         raise UserError(f"{args.input[0]}: has one frame; expected at least two")
     if total < frames.count - 1:

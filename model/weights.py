@@ -161,7 +161,7 @@ def load_network(path: Path, backend: Backend = "native") -> PWCNet:
         backend: see `model.backend`.
 
     Raises:
-        UserError: the file is damaged, or its weights or options are those of another network.
+        UserError: the file is damaged, or its weights or options are those of another network, or not finite.
     """
     if checkpoint_file.is_torch_file(path):
         from model.import_torch import read_network
@@ -177,13 +177,18 @@ def load_weights(path: Path, values: Mapping[str, Parameter | str], network: nn.
     """Load the weights among a checkpoint's values, as `read` gives them, into a network.
 
     Raises:
-        UserError: they are those of another network.
+        UserError: they are those of another network, or not finite.
     """
     values = {name: value for name, value in values.items() if name != "model"}
     if "step" in values:  # a trainer's checkpoint, which also holds the optimiser's state
         names = {parameter.name for parameter in network.get_parameters()}
         values = {name: value for name, value in values.items() if name in names}
     load_exactly(path, values, network)
+    for parameter in network.get_parameters():
+        if not np.isfinite(parameter.asnumpy()).all():
+            raise UserError(
+                f"{path}: {parameter.name} holds NaN or infinity, expected finite weights; use another checkpoint"
+            )
 
 
 def load_exactly(path: Path, values: Mapping[str, Any], cell: nn.Cell) -> None:

@@ -83,7 +83,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: pathlib.Path, monkeypatch: py
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
-    """Its options are not those of its weights, or of another version, or it is not a checkpoint."""
+    """Its options are not those of its weights, or of another version, it has a NaN, or it is not a checkpoint."""
     path = tmp_path / "in.ckpt"
     weights.save_network(path, PWCNet(dense=False), {"variant": "nvlabs"})
     with pytest.raises(UserError, match=r"in.ckpt: .* 28 missing \(.*, ...\); .* of another shape"):
@@ -91,6 +91,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path) -> No
     for options in ({"variant": "other"}, {"depth": 3}):
         weights.save_network(path, PWCNet(dense=False), options)
         with pytest.raises(UserError, match=r"options .* are unknown to this version"):
+            weights.load_network(path)
+    network = PWCNet(dense=False)
+    bias = network.flow_estimators[0].conv2[0].bias
+    for value in (np.nan, np.inf):
+        bias.set_data(Tensor(np.full(bias.shape, value, np.float32)))
+        weights.save_network(path, network, {"dense": False})
+        with pytest.raises(UserError, match=r"in.ckpt: flow_estimators.0.conv2.0.bias holds NaN or infinity"):
             weights.load_network(path)
     path.write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=r"in.ckpt: damaged or not a MindSpore checkpoint"):

@@ -1,5 +1,6 @@
 """Exported files give the network's flow, and the operators that they are made of agree with the usual ones."""
 
+import argparse
 import functools
 import pathlib
 import subprocess
@@ -13,9 +14,9 @@ import tiny
 from mindspore import Tensor, nn
 
 from launch.errors import UserError
-from model import exportable, operators, resizing
+from model import exportable, inference, operators, resizing
 from model.backend import Backend
-from model.export import BACKENDS, TOLERANCE, compare, export
+from model.export import BACKENDS, TOLERANCE, Difference, compare, export, export_checkpoint
 from model.inference import FlowPredictor, PredictionGraph
 from model.pwcnet import PWCNet
 from model.weights import save_network
@@ -110,6 +111,19 @@ def test_what_cannot_be_exported_is_named(tmp_path: pathlib.Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_fails_the_check_gets_no_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it replace one of before."""
+    out = tmp_path / "network.mindir"
+    out.write_bytes(b"before")
+    monkeypatch.setattr(inference, "load_predictor", lambda *_: make_predictor(**NVLABS))
+    monkeypatch.setattr("model.export.export", lambda graph, size, path, **_: path.write_bytes(b"partial"))
+    monkeypatch.setattr("model.export.compare", lambda *_, **__: Difference(float("nan"), 0, 0))
+    args = argparse.Namespace(ckpt=tmp_path, out=out, size=(64, 64), batch=1, format="mindir", check=True)
+    with pytest.raises(UserError, match=r"network.mindir: not written"):
+        export_checkpoint(args)
+    assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == b"before"
+
+
 def command(*arguments: object) -> tuple[int, str, str]:
     """Run the command as a user does: (status, stdout, stderr)."""
     done = subprocess.run(
@@ -140,6 +154,7 @@ def test_the_command_says_what_it_wrote(tmp_path: pathlib.Path) -> None:
         ({"--ckpt": "none.ckpt"}, ["none.ckpt", "no such"]),
         ({"--out": "network.ms"}, ["network.ms", "*.mindir"]),
         ({"--batch": "0"}, ["--batch"]),
+        ({"--batch": "99999"}, ["--batch 99999", "409,595,904 pixels", "67,108,864"]),
     ],
 )
 def test_bad_options_are_one_line_and_no_file(

@@ -53,6 +53,12 @@ def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
+def test_names_that_the_output_cannot_encode_are_escaped() -> None:
+    program = "from launch.errors import run; run(lambda: print('caf\\xe9'))"
+    done = run_python("-c", program, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9\n"), done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_option_given_twice_is_an_error(command: str) -> None:
     """The second value does not silently replace the first."""

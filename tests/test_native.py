@@ -128,3 +128,13 @@ def test_an_unusable_cache_folder_is_replaced(
     (tmp_path / "temporary").mkdir()
     library = build.build_library(small_target(compiler, tmp_path, 'extern "C" int one() { return 1; }'))
     assert tmp_path / "temporary" in pathlib.Path(library).parents and ctypes.CDLL(str(library)).one() == 1
+
+
+def test_a_colon_in_the_path_of_a_library_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MindSpore would take it for the end of the path."""
+    monkeypatch.setattr(build, "build_library", lambda target: tmp_path / "c:d" / "cpu.so")
+    monkeypatch.setitem(build.TARGETS, "CPU", lambda: build.Target("cpu", [], []))
+    assert build.load_library.__wrapped__("CPU") is None
+    assert "a path with a colon; keep them elsewhere, by XDG_CACHE_HOME; the network uses" in capfd.readouterr().err

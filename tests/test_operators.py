@@ -280,6 +280,24 @@ def test_the_layout_between_convolutions_changes_nothing(precision: Precision, g
         assert error < (2**-8 if index and precision == "bfloat16" else 1e-6), error
 
 
+@pytest.mark.parametrize("backend,precision", [("native", "float32"), ("native", "bfloat16"), ("mindspore", "float32")])
+def test_a_change_of_precision_leaves_no_trace(backend: Backend, precision: Precision, graph_mode: None) -> None:
+    """Layers that were set to float16 first give the same bits as others."""
+    if backend == "native":
+        need_native_convolution(precision)
+    x, results = Tensor(np.random.default_rng(9).normal(size=(1, 3, 16, 18)).astype(np.float32)), []
+    for precisions in ([precision], ["float16", precision]):
+        mindspore.set_seed(0)  # of the weights
+        layers = [conv(3, 20, backend), conv(20, 7, backend)]
+        keep_blocked_layout(layers)
+        for choice in precisions:
+            for layer in layers:
+                layer[0].set_precision(choice)
+        results.append(nn.SequentialCell(layers)(x).asnumpy())
+    assert results[0].dtype == results[1].dtype == np.float32
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.fixture
 def bfloat16(graph_mode: None) -> None:
     """Skips where the processor does not multiply bfloat16 numbers."""

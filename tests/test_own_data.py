@@ -471,6 +471,14 @@ def test_frames_are_decoded_in_any_order(shots: Path) -> None:
         decoder.frame(10)
 
 
+def test_a_video_whose_path_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    """OpenCV would crash."""
+    path = tmp_path / "ride\udce9.avi"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"ride\\udce9\.avi': the path is not UTF-8; rename it"):
+        scan_video(path)
+
+
 @pytest.mark.parametrize("suffix,codec", [("avi", "MJPG"), ("avi", "mp4v"), ("mkv", "mp4v"), ("mp4", "mp4v")])
 def test_a_truncated_video_is_refused(tmp_path: Path, suffix: str, codec: str) -> None:
     path = tmp_path / f"ride.{suffix}"

@@ -149,6 +149,25 @@ def test_a_failure_while_reading_ends_the_run(predictor: FlowPredictor, tmp_path
     assert (tmp_path / "out" / "frame_1.flo").is_file()
 
 
+@pytest.mark.parametrize("name", ["a.flo", "a_flow.png", "a_warp.png"])
+def test_files_of_others_are_not_replaced(predictor: FlowPredictor, tmp_path: Path, name: str) -> None:
+    """Such as ground truth, unless --overwrite asks for it."""
+    images, out = [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out"
+    for number, path in enumerate(images):
+        tiny.save(path, make_pair(number, 64, 64)[0])
+    out.mkdir()
+    if name.endswith(".png"):
+        tiny.save(out / name, make_pair(9, 64, 64)[0])
+    else:
+        (out / name).write_bytes(b"ground truth")
+    before = (out / name).read_bytes()
+    with pytest.raises(UserError, match=rf"{name}: exists, and is not from this command.*--overwrite"):
+        run(predictor, images, out, pictures=True)
+    assert [path.read_bytes() for path in out.iterdir()] == [before]
+    assert run(predictor, images, out, pictures=True, overwrite=True) == (1, 0)
+    assert run(predictor, images, out, pictures=True) == (0, 1)
+
+
 def test_prefetching_keeps_order_and_errors() -> None:
     assert list(prefetch(iter(range(1, 10)), 3)) == list(range(1, 10))
 
@@ -187,6 +206,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.png").write_text("no image")
     (folder / "bad.ckpt").write_bytes(b"no checkpoint")
     write_video(folder / "still.avi", 1)
+    data = write_video(folder / "cut.avi", 4).read_bytes()
+    (folder / "cut.avi").write_bytes(data[: data.index(b"00dc", data.index(b"movi") + 8)])
     return folder
 
 
@@ -199,7 +220,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["a.png", "one"], ["one", "is a folder"]),
         (["a.png", "wide.png"], ["wide.png", "64x80", "64x64", "crop or resize"]),
         (["a.png", "text.png"], ["text.png", "not a readable image"]),
-        (["one"], ["one", "1 frames", "two"]),
+        (["one"], ["one", "1 frame (", "two"]),
         (["empty"], ["empty", "0 frames"]),
         (["mixed"], ["frame_3.png", "64x64", "70x93", "frame_1.png"]),
         (["twice"], ["frame_1.bmp", "frame_1.png", "rename"]),
@@ -218,13 +239,19 @@ def test_bad_input_is_one_line(inputs: Path, ckpt: Path, tmp_path: Path, names: 
 def test_options_are_checked_before_anything_is_computed(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
     """The output folder, the checkpoint and the numbers."""
     folder = write_frames(tmp_path / "frames", [1, 2])
+    for name in ("long/1.png", "long/2.png"):
+        tiny.save(tmp_path / name, np.zeros((1, 32767, 3), np.uint8))
+    pair = folder / "frame_1.png", folder / "frame_2.png"
     for arguments, words in [
         ([folder, "--ckpt", ckpt, "--out", ckpt], ["is a file", "expected a folder"]),
         ([folder, "--ckpt", ckpt, "--out", ckpt / "out"], ["Not a directory"]),
         ([folder, "--ckpt", ckpt, "--out", folder], ["choose another --out"]),
+        ([*pair, "--ckpt", ckpt, "--out", folder], ["choose another --out"]),
+        ([tmp_path / "long", "--ckpt", ckpt, "--out", tmp_path / "out", "--warp"], ["1x32767", "32,766", "--warp"]),
         ([folder, "--ckpt", "none.ckpt", "--out", tmp_path / "out"], ["none.ckpt"]),
         ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--batch", 0], ["--batch"]),
-        ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--max-flow", "nan"], ["--max-flow"]),
+        ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--max-flow", "inf"], ["--max-flow inf", "finite"]),
+        ([folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--max-flow", "1e-300"], ["--max-flow", "0.001"]),
     ]:
         status, _, err = command(*arguments)
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
@@ -234,10 +261,11 @@ def test_options_are_checked_before_anything_is_computed(inputs: Path, ckpt: Pat
 
 @pytest.mark.slow
 def test_errors_found_late_are_one_line_too(inputs: Path, ckpt: Path, tmp_path: Path) -> None:
-    """A damaged checkpoint and a video of one frame."""
+    """A damaged checkpoint, a video of one frame, and one that is damaged behind its first."""
     for names, weights, words in [
         (["a.png", "a.png"], inputs / "bad.ckpt", ["bad.ckpt", "damaged"]),
         (["still.avi"], ckpt, ["still.avi", "one frame"]),
+        (["cut.avi"], ckpt, ["cut.avi", "says it has 4 frames", "damaged"]),
     ]:
         status, _, err = command(*(inputs / name for name in names), "--ckpt", weights, "--out", tmp_path / "out")
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -248,7 +276,7 @@ def test_errors_found_late_are_one_line_too(inputs: Path, ckpt: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_the_command_says_what_it_did(ckpt: Path, tmp_path: Path) -> None:
-    """A video, twice: all pictures, and then nothing left to do."""
+    """A video, twice: all pictures, and then nothing left to do but in another precision."""
     path = write_video(tmp_path / "clip.avi", 3)
     arguments = (path, "--ckpt", ckpt, "--out", tmp_path / "out", "--overlay", "--warp", "--max-flow", 10)
     status, out, err = command(*arguments)
@@ -258,6 +286,8 @@ def test_the_command_says_what_it_did(ckpt: Path, tmp_path: Path) -> None:
     }
     status, out, err = command(*arguments)
     assert status == 0 and "flow of 0 pairs, 2 skipped" in out, err
+    status, out, err = command(*arguments, "--precision", "float16")
+    assert status == 0 and "flow of 2 pairs;" in out, err
 
 
 @pytest.mark.slow

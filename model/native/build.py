@@ -64,6 +64,11 @@ def load_library(device: str) -> ctypes.CDLL | None:
         if device not in TARGETS:
             raise BuildError(f"there are no operators for {device}")
         path = os.path.abspath(path or build_library(TARGETS[device]()))
+        if ":" in path:  # which MindSpore takes for the end of it
+            raise BuildError(
+                f"{path}: MindSpore loads no operators from a path with a colon; keep them elsewhere, by XDG_CACHE_HOME"
+                f"{f' or {GPU_LIBRARY}' if device == 'GPU' else ''}"
+            )
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
         if device == "CPU" and not hasattr(library, "Convolution3x3"):

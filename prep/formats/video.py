@@ -84,6 +84,10 @@ def open_video(path: StrPath) -> cv2.VideoCapture:
     # Their messages about a broken file are for programmers; the error below is for users.
     cv2.setLogLevel(0)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # OpenCV crashes
+        raise UserError(f"{os.fspath(path)!a}: the path is not UTF-8; rename it") from None
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not video.grab():
         raise UserError(
