@@ -54,6 +54,7 @@ class Checkpoints:
 
     Attributes:
         best: smallest validation EPE so far, in pixels.
+        on_disk: newest step that is known to be on the disk.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Checkpoints:
         self.keep = keep
         self.enabled = enabled
         self.best = math.inf
+        self.on_disk = 0
         self.validation = validation
         self.saved = time.monotonic()
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -142,6 +144,7 @@ class Checkpoints:
         saved = {step_of(path): path for path in list_checkpoints(self.folder)}
         # Those of later steps are damaged: the run has resumed from an earlier one.
         intact = sorted(step for step in saved if step <= newest)
+        self.on_disk = max(intact, default=0)
         regular = [step for step in intact if step % self.every == 0]
         for step in saved.keys() - {*intact[-2:], *regular[-self.keep :]}:
             saved[step].unlink()
