@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn
 
 from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, print_warning
+from launch.logs import print_note
 from model import weights
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -125,9 +126,21 @@ class Checkpoints:
     def save_if_best(self, step: int, network: nn.Cell, epe: float) -> None:
         """Write the weights of a network after a step if its validation EPE, in pixels, is the smallest so far."""
         if epe < self.best:
+            if self.enabled and math.isinf(self.best):
+                self.keep_other_best()
             self.best = epe
             if self.enabled:
                 self.write(self.folder / BEST, network, {"step": step, "best": repr(epe)})
+
+    def keep_other_best(self) -> None:
+        """Rename a best.ckpt that was the best on another dataset, before the first one on this dataset replaces it."""
+        path = self.folder / BEST
+        with contextlib.suppress(UserError):
+            values = weights.read(path)
+            if (other := values.get("validation", self.validation)) != self.validation:
+                kept = path.with_name(f"best-{other}-step-{int(values['step']):08d}.ckpt")
+                path.rename(kept)
+                print_note(f"{BEST} is now the best on {self.validation}; {kept.name} has the best weights on {other}")
 
     def write(self, path: pathlib.Path, cell: nn.Cell, extra: dict[str, Any]) -> None:
         """Copy a Cell's parameters and write the copy in the background, with extra values."""
