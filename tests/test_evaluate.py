@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
+from launch.communicator import ALONE, Communicator
 from launch.errors import UserError
+from launch.ranks import Rank
 from model.inference import FlowPredictor
 from prep import reader
 from prep.formats.flow import read_flo, read_flow, write_kitti_png
@@ -348,6 +350,35 @@ def test_a_kitti_submission_is_complete(predictor: FlowPredictor, ckpt: pathlib.
         np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
 
 
+def test_a_submission_is_complete_or_absent(predictor: FlowPredictor, tmp_path: pathlib.Path) -> None:
+    """After an error, what is written is in OUT.partial, which only the same submission may continue. A folder with
+    files is refused, and so are files that another rank wrote to another disk."""
+    benchmark = submission.list_test_pairs(kitti_test(tmp_path / "kitti", 3))
+    sintel = submission.list_test_pairs(sintel_test(tmp_path / "sintel", {"cave_3": 2}))
+    out, partial, image = tmp_path / "out", tmp_path / "out.partial", benchmark.pairs[2].image2
+    out.mkdir()
+    submission.check_out(out, benchmark)
+    whole = image.read_bytes()
+    image.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=str(image)):
+        submission.write_submission(benchmark, out, predictor, 1, ALONE)
+    assert not out.exists() and partial.is_dir()
+    (partial / "flow").mkdir(exist_ok=True)
+    (partial / "flow" / "000000_10.partial-1.png").write_bytes(b"half")
+    (partial / "flow" / "000001_10.png").write_bytes(b"of the run before")
+    with pytest.raises(UserError, match=rf"is not part of this submission to Sintel; remove {partial}"):
+        submission.check_out(out, sintel)
+
+    image.write_bytes(whole)
+    submission.check_out(out, benchmark)
+    with pytest.raises(UserError, match=r"like 1 of 3 files; .*all hosts share"):
+        submission.write_submission(benchmark, tmp_path / "shared", predictor, 1, Communicator(Rank(0, 2)))
+    submission.write_submission(benchmark, out, predictor, 1, ALONE)
+    assert files_in(out) == [f"flow/00000{number}_10.png" for number in range(3)] and not partial.exists()
+    with pytest.raises(UserError, match="not empty"):
+        submission.check_out(out, sintel)
+
+
 def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
     """KITTI 2012 in colour rather than grey; the folder may be that of the release or of the test set."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
@@ -357,6 +388,11 @@ def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
         assert [pair.file for pair in benchmark.pairs] == ["000000_10.png", "000001_10.png"]
         assert benchmark.pairs[1].image2 == root / "testing" / "colored_0" / "000001_11.png"
         assert [len(pairs) for pairs in benchmark.by_size.values()] == [1, 1]
+
+
+def test_a_release_may_be_in_a_folder_with_the_name_of_the_test_set(tmp_path: pathlib.Path) -> None:
+    root = kitti_test(tmp_path / "testing", 2)
+    assert [submission.list_test_pairs(root / inner).name for inner in ("", "testing")] == ["KITTI 2015"] * 2
 
 
 def test_an_incomplete_test_set_is_refused(tmp_path: pathlib.Path, release: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch import progress, session
+from launch import progress, ranks, session
 from launch.arguments import Parser
 from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, run
@@ -39,7 +39,7 @@ from prep import reader
 from prep.shards import hash_manifest
 from train import report
 from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
-from train.submission import Benchmark, list_test_pairs, write_submission
+from train.submission import Benchmark, check_out, list_test_pairs, write_submission
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -140,7 +140,7 @@ def main() -> None:
         "--submission",
         type=pathlib.Path,
         metavar="DIR",
-        help="instead of evaluating, write the flow of the test set --root to this folder",
+        help="instead of evaluating, write the flow of the test set --root to this folder, new or empty",
     )
     parser.add_argument(
         "--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI, for --submission"
@@ -184,6 +184,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
     if args.submission:
         benchmark = list_test_pairs(args.root)
         _ = benchmark.by_size  # fails if the images of a pair differ in size
+        if ranks.current().rank == 0:
+            check_out(args.submission, benchmark)
         files = "\n".join(pair.file for pair in benchmark.pairs)
         return {**settings, "test set": hashlib.sha256(files.encode()).hexdigest()}, benchmark
     split = reader.DatasetSplit.open(args.data, args.split)
