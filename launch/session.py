@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import os
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ def start(
     rank.claim_cores()
     log = log_folder and log_folder / f"rank-{rank.rank}.log"
     if rank.size == 1:
+        ranks.check_variables()
         _, plan = prepare()
         gpus.check_device(rank, device)
         with logs.log_to(log):
@@ -91,6 +93,7 @@ def start(
             with agreement(comm) as settings:
                 for name, connection in rendezvous.connect(comm, rank).items():
                     reporter.hand_over(name, connection)
+                ranks.check_variables()
                 own, plan = prepare()
                 gpus.check_device(rank, device)
                 settings.update({"MPI": comm.library, **versions.software(), **own})
@@ -168,9 +171,14 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
             f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start its own cluster: "
             "unset MS_ROLE, and start several ranks with mpirun"
         )
-    # MindSpore's messages keep the stream that they find on import: the log, if there is one.
-    with contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
-        import mindspore
+    # Ctrl-C during the import crashes Python, or leaves a traceback of some library.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        # MindSpore's messages keep the stream that they find on import: the log, if there is one.
+        with contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
+            import mindspore
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         # MindSpore's threads wait by spinning: with a thread per core of the host, a step of two ranks on two
         # cores takes twice as long.
