@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
@@ -171,14 +172,9 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
             f"MS_ROLE is {os.environ['MS_ROLE']} in the environment, which makes MindSpore start its own cluster: "
             "unset MS_ROLE, and start several ranks with mpirun"
         )
-    # Ctrl-C during the import crashes Python, or leaves a traceback of some library.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        # MindSpore's messages keep the stream that they find on import: the log, if there is one.
-        with contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
-            import mindspore
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # MindSpore's messages keep the stream that they find on import: the log, if there is one.
+    with interrupted_later(), contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
+        import mindspore
     try:
         # MindSpore's threads wait by spinning: with a thread per core of the host, a step of two ranks on two
         # cores takes twice as long.
@@ -186,6 +182,25 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MindSpore cannot use the {device.upper()} here: {reason}") from None
+
+
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """A context in which Ctrl-C has to wait: during MindSpore's import it crashes Python.
+
+    Blocking the signal would not do, as the libraries' threads receive it, too.
+    """
+    if threading.current_thread() is not threading.main_thread() or not signal.getsignal(signal.SIGINT):
+        yield
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporter) -> NoReturn:

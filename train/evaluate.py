@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import pathlib
+import signal
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
@@ -159,6 +160,8 @@ def main() -> None:
                 source, args.submission, load_predictor(args.ckpt, args.backend, args.precision), args.batch, comm
             )
         else:
+            if comm.size == 1:  # as which MindSpore passes on Ctrl-C
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             evaluate_checkpoint(args, source, comm)
 
 
