@@ -1,5 +1,6 @@
 """Evaluation: the field's metrics, one and several ranks, what is written; submissions."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -19,7 +20,7 @@ from prep import reader
 from prep.formats.flow import read_flo, read_flow, write_kitti_png
 from prep.formats.image import read_image
 from train import metrics, report, submission
-from train.evaluate import EvaluationOptions, evaluate
+from train.evaluate import EvaluationOptions, evaluate, prepare
 from train.metrics import Evaluation, compute_metrics
 
 
@@ -273,6 +274,24 @@ def test_two_ranks_get_the_metrics_of_one(
     assert f"| {found['epe']:.3f} |" in rows[4]
     for picture in ("flow.png", "worst.png"):
         assert read_image(out / picture).shape[1] >= 4 * 40
+
+
+def test_results_on_two_datasets_are_kept_apart(tmp_path: pathlib.Path) -> None:
+    """By default; and an empty split is refused before anything is loaded, with those that have pairs."""
+    (tmp_path / "best.ckpt").write_bytes(b"weights")
+    release = tiny.chairs(tmp_path / "release", 2)
+    found = []
+    for name, validation in (("one", [0, 1]), ("two", [1])):
+        split_file = tiny.split_file(tmp_path / "val.txt", validation)
+        data = tiny.convert("flyingchairs", release, tmp_path / name, "--split-file", split_file)
+        args = argparse.Namespace(ckpt=tmp_path / "best.ckpt", data=data, split="val", out=None, batch=1, pictures=1,
+                                  submission=None, root=None)  # fmt: skip
+        prepare(args)
+        found.append(args.out)
+    assert found == [tmp_path / "best-one-val", tmp_path / "best-two-val"] and not found[0].exists()
+    args.data, args.split = tmp_path / "one", "train"
+    with pytest.raises(UserError, match=r"one: split train has no pairs; .* --split val$"):
+        prepare(args)
 
 
 def test_bad_options_are_refused(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:

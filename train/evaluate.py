@@ -37,7 +37,7 @@ from launch.watchdog import Phase
 from model.backend import add_backend_option
 from model.precision import add_precision_option
 from prep import reader
-from prep.shards import hash_manifest
+from prep.shards import Manifest, hash_manifest
 from train import report
 from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
 from train.submission import Benchmark, check_out, list_test_pairs, write_submission
@@ -128,7 +128,7 @@ def main() -> None:
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for metrics and pictures (default: CKPT-SPLIT beside the checkpoint)",
+        help="folder for metrics and pictures (default: CKPT-DATASET-SPLIT beside the checkpoint)",
     )
     parser.add_argument(
         "--pictures",
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSplit | Benchmark]:
-    """Check on every rank all that can be checked before MindSpore starts.
+    """Check on every rank all that can be checked before MindSpore starts; sets `args.out` unless it is given.
 
     Returns:
         The settings that must be the same on all ranks, and what to predict: a split, or a test set to submit.
@@ -180,6 +180,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file; give an existing one")
+    if args.data and not args.out:
+        args.out = args.ckpt.with_name(f"{args.ckpt.stem}-{args.data.resolve().name}-{args.split}")
     for folder in (args.out, args.submission):
         if folder and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; expected a folder to write to")
@@ -192,7 +194,14 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         files = "\n".join(pair.file for pair in benchmark.pairs)
         return {**settings, "test set": hashlib.sha256(files.encode()).hexdigest()}, benchmark
     split = reader.DatasetSplit.open(args.data, args.split)
-    if len(split) and not split.labelled.any():
+    if not len(split):
+        manifest = Manifest.load(args.data)
+        filled = [name for name in manifest.splits if any(shard.names for shard in manifest.shards_of(name, args.data))]
+        raise UserError(
+            f"{args.data}: split {args.split} has no pairs; evaluate on another one: "
+            f"--split {' or '.join(sorted(filled))}"
+        )
+    if not split.labelled.any():
         raise UserError(
             f"{args.data}: no pair of split {args.split} has ground truth to evaluate on; to see the flow of these "
             "frames, predict it: model/predict.py"
@@ -206,9 +215,8 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     from prep.flow_viz import save_png
 
     predictor = load_predictor(args.ckpt, args.backend, args.precision)
-    out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     if comm.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     spread = np.unique(np.linspace(0, len(split) - 1, args.pictures).astype(int)).tolist()
     order = reader.evaluation_order(split.sizes, args.batch * comm.size)
     share = sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
@@ -219,14 +227,14 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     if comm.rank != 0:
         return
     result = report.make_report(split, evaluation)
-    report.write_metrics(out, result, evaluation, args.ckpt)
+    report.write_metrics(args.out, result, evaluation, args.ckpt)
     pictures = {name: chosen for name, chosen in (("flow", spread), ("worst", evaluation.worst)) if chosen}
     for name, chosen in pictures.items():
-        save_png(out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
+        save_png(args.out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
     print(result.table())
     files = ["evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)]
     print(
-        f"\nresults: {', '.join(files)} in {out}; to predict other images: "
+        f"\nresults: {', '.join(files)} in {args.out}; to predict other images: "
         f"python model/predict.py IMG1 IMG2 --ckpt {args.ckpt} --out flow"
     )
 
