@@ -216,6 +216,31 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path: pathlib
         run.check(recipe)
 
 
+@pytest.mark.parametrize("offset", [0, 8, 12])  # in the length, its checksum, the event
+def test_a_damaged_curve_file_does_not_prevent_resuming(
+    offset: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records before the damage are kept, and a warning names the file."""
+    from train.monitor import EventFile, drop_events_after, tensorboard
+
+    events = EventFile(tmp_path)
+    ends = []
+    (path,) = tmp_path.iterdir()
+    for step in range(1, 5):
+        events.add(step, tensorboard.scalar("train/loss", 0.5))
+        ends.append(path.stat().st_size)
+    events.close()
+    whole = path.read_bytes()
+    drop_events_after(tmp_path, 3)
+    assert path.read_bytes() == whole[: ends[2]] and not capsys.readouterr().err
+    damaged = bytearray(whole)
+    damaged[ends[1] + offset] ^= 0xFF
+    path.write_bytes(damaged)
+    drop_events_after(tmp_path, 3)
+    assert path.read_bytes() == whole[: ends[1]]
+    assert capsys.readouterr().err.startswith(f"warning: {path}: damaged after {ends[1]} of {ends[3]} bytes; ")
+
+
 def make_first_version(run: pathlib.Path) -> None:
     """Turn the folder of a run into one that the first version wrote."""
     import mindspore
