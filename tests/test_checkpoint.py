@@ -139,6 +139,19 @@ def test_the_best_weights_on_another_dataset_are_kept(
     )
 
 
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path: pathlib.Path) -> None:
+    """A checkpoint alone could not be resumed from."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with checkpoint.Checkpoints(run / "checkpoints", {}, every=1) as checkpoints:
+        checkpoints.save(1, Weights())
+        checkpoints.wait()
+        run.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match=rf"{run}: was moved or removed during the run; .*--out"):
+            checkpoints.save(2, Weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: pathlib.Path) -> None:
     """The error comes with the next step and names the file, of which nothing is left."""
     cell = Weights(1_000_000)

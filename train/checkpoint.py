@@ -145,7 +145,13 @@ class Checkpoints:
     def write(self, path: pathlib.Path, cell: nn.Cell, extra: dict[str, Any]) -> None:
         """Copy a Cell's parameters and write the copy in the background, with extra values."""
         self.wait()  # never more than one copy
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileNotFoundError:  # a new folder of that name would lack all else, so that the run could not resume
+            raise UserError(
+                f"{self.folder.parent}: was moved or removed during the run; give its new name as "
+                "--out to resume from the last checkpoint"
+            ) from None
         copy = [
             {"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())} for parameter in cell.get_parameters()
         ]
