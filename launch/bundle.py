@@ -39,7 +39,7 @@ from typing import Any
 from launch import errors, fatbin
 from launch.arguments import Parser
 from launch.errors import UserError
-from launch.files import replacing, write_bytes, write_json
+from launch.files import naming, replacing, write_bytes, write_json
 from launch.processes import end_with_parent
 from launch.requirements import required
 
@@ -469,16 +469,6 @@ def assemble(file: dict[str, Any], bundle: pathlib.Path, folder: pathlib.Path) -
                 )
             target.write(data)
     return path
-
-
-@contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-    """Add a path to an OSError that names no file, as when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 if __name__ == "__main__":

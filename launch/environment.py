@@ -20,7 +20,10 @@ def check() -> None:
 
 
 def explain(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """A `sys.excepthook`: one line for a missing package, a traceback for any other error."""
+    """A `sys.excepthook`: one line for a missing package or Ctrl-C during imports, a traceback for any other error."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+        return
     package = (getattr(error, "name", None) or PACKAGES[0]).partition(".")[0]
     if not issubclass(kind, ModuleNotFoundError) or package in PACKAGES:
         sys.__excepthook__(kind, error, trace)

@@ -30,7 +30,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         drop_output()  # the reader, such as `| head`, has exited

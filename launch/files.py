@@ -10,6 +10,16 @@ from typing import Any
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add a path to an OSError that names no file, as when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield a temporary path to write to; afterwards that file atomically and durably replaces `path`.
 

@@ -19,6 +19,7 @@ from typing import NoReturn
 import psutil
 
 from launch.errors import UserError
+from launch.files import naming
 
 HEARTBEAT = 3
 """Seconds between heartbeats."""
@@ -98,10 +99,11 @@ class Lock:
 
     def write_holder(self, text: str) -> None:
         """Replace the content of the lock file."""
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.write(text)
-        self.file.flush()
+        with naming(self.path):
+            self.file.seek(0)
+            self.file.truncate()
+            self.file.write(text)
+            self.file.flush()
 
     def send_heartbeats(self) -> None:
         """Update the file's modification time until the lock is released."""

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from launch import ranks
 from launch.errors import print_line
+from launch.files import naming
 
 CRASH = "Fatal Python error: "
 """How faulthandler's report begins."""
@@ -69,7 +70,9 @@ def log_to(path: pathlib.Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
-        log.write(f"== {time.strftime('%F %T')}, {rank}: {command}\n")
+        begin = f"== {time.strftime('%F %T')}, {rank}: {command}\n"
+        with naming(path):  # unbuffered, lest closing the file raise the error again, without its name
+            os.write(log.fileno(), begin.encode(errors="backslashreplace"))
         for number, before in zip((1, 2), kept, strict=True):
             os.dup2(log.fileno(), number)
             stack.callback(os.dup2, before, number)

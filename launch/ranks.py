@@ -4,10 +4,18 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import socket
 import sys
 
 from launch.errors import UserError
+
+VARIABLES = {
+    "OMP_NUM_THREADS": (r" *[1-9]\d* *(, *[1-9]\d* *)*", "a number of threads, such as 4"),
+    "OPENCV_FOR_THREADS_NUM": (r"\d+", "a number of threads, such as 4"),
+    "GLOG_v": (r"[0-4]", "a level from 0 (debug) to 4 (critical)"),
+}
+"""Environment variables of the libraries: pattern of their values, and what is expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Rank:
     @property
     def threads(self) -> int:
         """Threads for this rank: OMP_NUM_THREADS if set, else its share of the host's cores."""
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # one number per level of nesting
+        # One number per level of nesting.
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
         return int(given) if given.isdecimal() and int(given) else self.share
 
     @property
@@ -56,8 +65,19 @@ class Rank:
         bound = usable_cores(0)
         if len(own) == self.share and (bound == self.cores or len(bound) < self.share or not bound <= self.cores):
             os.sched_setaffinity(0, own)
+        for name in VARIABLES:
+            if os.environ.get(name) == "":  # counts as unset
+                del os.environ[name]
         os.environ.setdefault("OMP_NUM_THREADS", str(self.share))
-        os.environ.setdefault("OPENCV_FOR_THREADS_NUM", os.environ["OMP_NUM_THREADS"])
+        os.environ.setdefault("OPENCV_FOR_THREADS_NUM", str(self.threads))
+
+
+def check_variables() -> None:
+    """Raise UserError if a variable has a value at which the libraries that read it on loading fail or crash."""
+    for name, (pattern, expected) in VARIABLES.items():
+        value = os.environ.get(name)
+        if value is not None and not re.fullmatch(pattern, value):
+            raise UserError(f"{name} is {value!r} in the environment; set it to {expected}, or unset it")
 
 
 @functools.cache  # MindSpore must not see these variables, so they are removed later

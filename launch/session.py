@@ -5,7 +5,9 @@ import atexit
 import contextlib
 import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
@@ -74,6 +76,7 @@ def start(
     rank.claim_cores()
     log = log_folder and log_folder / f"rank-{rank.rank}.log"
     if rank.size == 1:
+        ranks.check_variables()
         _, plan = prepare()
         gpus.check_device(rank, device)
         with logs.log_to(log):
@@ -91,6 +94,7 @@ def start(
             with agreement(comm) as settings:
                 for name, connection in rendezvous.connect(comm, rank).items():
                     reporter.hand_over(name, connection)
+                ranks.check_variables()
                 own, plan = prepare()
                 gpus.check_device(rank, device)
                 settings.update({"MPI": comm.library, **versions.software(), **own})
@@ -169,7 +173,7 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
             "unset MS_ROLE, and start several ranks with mpirun"
         )
     # MindSpore's messages keep the stream that they find on import: the log, if there is one.
-    with contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
+    with interrupted_later(), contextlib.redirect_stderr(getattr(sys.stderr, "log", sys.stderr)):
         import mindspore
     try:
         # MindSpore's threads wait by spinning: with a thread per core of the host, a step of two ranks on two
@@ -178,6 +182,25 @@ def start_mindspore(rank: ranks.Rank, device: str) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"MindSpore cannot use the {device.upper()} here: {reason}") from None
+
+
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """A context in which Ctrl-C has to wait: during MindSpore's import it crashes Python.
+
+    Blocking the signal would not do, as the libraries' threads receive it, too.
+    """
+    if threading.current_thread() is not threading.main_thread() or not signal.getsignal(signal.SIGINT):
+        yield
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def give_up(error: BaseException, comm: Communicator, reporter: watchdog.Reporter) -> NoReturn:

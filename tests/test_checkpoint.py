@@ -117,7 +117,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path) -> N
     assert weights.read(tmp_path / "old.ckpt")["step"] == 3
 
 
-def test_the_best_epe_survives_a_resume(tmp_path: pathlib.Path) -> None:
+def test_the_best_epe_survives_a_resume(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is that of best.ckpt, also if the run resumes from an earlier checkpoint; on another dataset there is none
     yet."""
     cell = Weights()
@@ -128,6 +128,35 @@ def test_the_best_epe_survives_a_resume(tmp_path: pathlib.Path) -> None:
     for name, best in (("a", 10 / 3), ("b", float("inf"))):
         with checkpoint.Checkpoints(tmp_path, {}, every=1, validation=name) as checkpoints:
             assert checkpoints.restore(cell) == 1 and checkpoints.best == best
+    assert not capsys.readouterr().err
+
+
+def test_the_best_weights_on_another_dataset_are_kept(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under another name, with a note; those on the same dataset are replaced."""
+    cell = Weights()
+    for step, name, epe in ((1, "a", 2.0), (2, "a", 1.0), (3, "b", 5.0), (4, "b", 4.0)):
+        with checkpoint.Checkpoints(tmp_path, {}, every=1, validation=name) as checkpoints:
+            checkpoints.save_if_best(step, cell, epe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-a-step-00000002.ckpt", "best.ckpt"]
+    assert weights.read(tmp_path / "best.ckpt")["step"] == 4
+    assert capsys.readouterr().err == (
+        "note: best.ckpt is now the best on b; best-a-step-00000002.ckpt has the best weights on a\n"
+    )
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path: pathlib.Path) -> None:
+    """A checkpoint alone could not be resumed from."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with checkpoint.Checkpoints(run / "checkpoints", {}, every=1) as checkpoints:
+        checkpoints.save(1, Weights())
+        checkpoints.wait()
+        run.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match=rf"{run}: was moved or removed during the run; .*--out"):
+            checkpoints.save(2, Weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: the field's metrics, one and several ranks, what is written; submissions."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 import tiny
 
+from launch.communicator import ALONE, Communicator
 from launch.errors import UserError
+from launch.ranks import Rank
 from model.inference import FlowPredictor
 from prep import reader
 from prep.formats.flow import read_flo, read_flow, write_kitti_png
 from prep.formats.image import read_image
 from train import metrics, report, submission
-from train.evaluate import EvaluationOptions, evaluate
+from train.evaluate import EvaluationOptions, evaluate, prepare
 from train.metrics import Evaluation, compute_metrics
 
 
@@ -273,6 +276,24 @@ def test_two_ranks_get_the_metrics_of_one(
         assert read_image(out / picture).shape[1] >= 4 * 40
 
 
+def test_results_on_two_datasets_are_kept_apart(tmp_path: pathlib.Path) -> None:
+    """By default; and an empty split is refused before anything is loaded, with those that have pairs."""
+    (tmp_path / "best.ckpt").write_bytes(b"weights")
+    release = tiny.chairs(tmp_path / "release", 2)
+    found = []
+    for name, validation in (("one", [0, 1]), ("two", [1])):
+        split_file = tiny.split_file(tmp_path / "val.txt", validation)
+        data = tiny.convert("flyingchairs", release, tmp_path / name, "--split-file", split_file)
+        args = argparse.Namespace(ckpt=tmp_path / "best.ckpt", data=data, split="val", out=None, batch=1, pictures=1,
+                                  submission=None, root=None)  # fmt: skip
+        prepare(args)
+        found.append(args.out)
+    assert found == [tmp_path / "best-one-val", tmp_path / "best-two-val"] and not found[0].exists()
+    args.data, args.split = tmp_path / "one", "train"
+    with pytest.raises(UserError, match=r"one: split train has no pairs; .* --split val$"):
+        prepare(args)
+
+
 def test_bad_options_are_refused(sintel: pathlib.Path, ckpt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """With one line and status 1, and without creating a folder."""
     for arguments, words in [
@@ -348,6 +369,35 @@ def test_a_kitti_submission_is_complete(predictor: FlowPredictor, ckpt: pathlib.
         np.testing.assert_allclose(flow, expected, rtol=1e-3, atol=1 / 128 + 1e-3)
 
 
+def test_a_submission_is_complete_or_absent(predictor: FlowPredictor, tmp_path: pathlib.Path) -> None:
+    """After an error, what is written is in OUT.partial, which only the same submission may continue. A folder with
+    files is refused, and so are files that another rank wrote to another disk."""
+    benchmark = submission.list_test_pairs(kitti_test(tmp_path / "kitti", 3))
+    sintel = submission.list_test_pairs(sintel_test(tmp_path / "sintel", {"cave_3": 2}))
+    out, partial, image = tmp_path / "out", tmp_path / "out.partial", benchmark.pairs[2].image2
+    out.mkdir()
+    submission.check_out(out, benchmark)
+    whole = image.read_bytes()
+    image.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=str(image)):
+        submission.write_submission(benchmark, out, predictor, 1, ALONE)
+    assert not out.exists() and partial.is_dir()
+    (partial / "flow").mkdir(exist_ok=True)
+    (partial / "flow" / "000000_10.partial-1.png").write_bytes(b"half")
+    (partial / "flow" / "000001_10.png").write_bytes(b"of the run before")
+    with pytest.raises(UserError, match=rf"is not part of this submission to Sintel; remove {partial}"):
+        submission.check_out(out, sintel)
+
+    image.write_bytes(whole)
+    submission.check_out(out, benchmark)
+    with pytest.raises(UserError, match=r"like 1 of 3 files; .*all hosts share"):
+        submission.write_submission(benchmark, tmp_path / "shared", predictor, 1, Communicator(Rank(0, 2)))
+    submission.write_submission(benchmark, out, predictor, 1, ALONE)
+    assert files_in(out) == [f"flow/00000{number}_10.png" for number in range(3)] and not partial.exists()
+    with pytest.raises(UserError, match="not empty"):
+        submission.check_out(out, sintel)
+
+
 def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
     """KITTI 2012 in colour rather than grey; the folder may be that of the release or of the test set."""
     root = kitti_test(kitti_test(tmp_path / "kitti", 2, "image_0"), 2, "colored_0")
@@ -357,6 +407,11 @@ def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:
         assert [pair.file for pair in benchmark.pairs] == ["000000_10.png", "000001_10.png"]
         assert benchmark.pairs[1].image2 == root / "testing" / "colored_0" / "000001_11.png"
         assert [len(pairs) for pairs in benchmark.by_size.values()] == [1, 1]
+
+
+def test_a_release_may_be_in_a_folder_with_the_name_of_the_test_set(tmp_path: pathlib.Path) -> None:
+    root = kitti_test(tmp_path / "testing", 2)
+    assert [submission.list_test_pairs(root / inner).name for inner in ("", "testing")] == ["KITTI 2015"] * 2
 
 
 def test_an_incomplete_test_set_is_refused(tmp_path: pathlib.Path, release: pathlib.Path) -> None:

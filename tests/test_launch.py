@@ -3,13 +3,14 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import tiny
 
-from launch import requirements
+from launch import errors, requirements, session
 from launch.arguments import Parser
 
 
@@ -236,3 +237,17 @@ def test_an_unknown_extra_is_refused_with_the_known_ones() -> None:
     assert "tensorboard" in run_python("launch/requirements.py", "--help").stdout
     done = run_python("launch/requirements.py", "test", "nope")
     assert done.returncode == 2 and "no extra nope; expected any of: test" in done.stderr
+
+
+def test_ctrl_c_is_one_line_and_waits_for_mindspore_s_import(capsys: pytest.CaptureFixture[str]) -> None:
+    """An interrupted import would crash Python."""
+
+    def main() -> None:
+        with session.interrupted_later():
+            signal.raise_signal(signal.SIGINT)
+            print("imported")
+        raise AssertionError
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run(main)
+    assert stop.value.code == 130 and tuple(capsys.readouterr()) == ("imported\n", "\ninterrupted\n")

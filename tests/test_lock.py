@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import tiny
 
-from launch import lock
+from launch import lock, logs
 from launch.errors import UserError
 
 HOLDER = """
@@ -71,6 +72,19 @@ def test_a_holder_out_of_flock_s_reach_keeps_the_lock_by_heartbeats(
         beating.wait()
     time.sleep(0.4)  # its last touch
     lock.Lock(path, "test").release()
+
+
+def test_a_full_disk_is_named(path: pathlib.Path) -> None:
+    """By the lock and by the log of a rank; writing to an open file does not name it."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+        with pytest.raises(OSError, match=f"'{path}'"):
+            lock.Lock(path, "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(OSError, match="'/dev/full'"), logs.log_to(pathlib.Path("/dev/full")):
+        pass
 
 
 def test_a_holder_sends_heartbeats(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,39 @@ def test_ranks_that_slurm_has_bound_use_all_their_cores(
     assert (len(rank.cores), rank.share) == (cores, share)
 
 
+@pytest.mark.parametrize("value,threads", [("2,1", 2), (" 3 , 1 ", 3), ("", 4), ("4", 4)])
+def test_openmp_s_numbers_of_threads_are_understood(value: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each level of nesting; OpenCV gets the first."""
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setenv("OPENCV_FOR_THREADS_NUM", "")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    rank = Rank(cores=frozenset())
+    rank.claim_cores()
+    ranks.check_variables()
+    assert rank.threads == threads
+    assert os.environ["OPENCV_FOR_THREADS_NUM"] == str(threads) and os.environ["OMP_NUM_THREADS"] == (value or "4")
+
+
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("OMP_NUM_THREADS", ["abc", "-1", "1.5", "0", "2,"]),
+        ("OPENCV_FOR_THREADS_NUM", ["x", "2,1"]),
+        ("GLOG_v", ["x", "9"]),
+    ],
+)
+def test_a_variable_that_would_make_a_library_fail_is_refused(
+    name: str, values: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in values:
+        monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(UserError, match=f"{name} is '{value}' in the environment; set it to a "),
+            session.start(lambda: ({}, None)),
+        ):
+            pass
+
+
 def test_ranks_of_another_mpi_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """MPICH's mpirun would start several runs of one rank, all with the same folder."""
     monkeypatch.setenv("PMI_SIZE", "2")

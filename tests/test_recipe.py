@@ -60,6 +60,9 @@ WRONG = {
     "a long number for a float": (f"noise: {10**90}", 1, r"noise is 1e\+90; expected at most 1"),
     "a date": ("batch: 4\n\n# why\nsteps: 2001-99-99", 4, "steps is '2001-99-99'"),
     "a number without digits": ("batch: 4\nsteps: 0x_", 2, "not YAML .*base 16"),
+    "an octal number": ("batch: 4\nsteps: 010", 2, "010 is a number in base 8 or 60 to YAML; write a decimal number"),
+    "a number in base 60": ("batch: 4\nmilestones: [1, 1:30]", 2, "1:30 is a number in base 8 or 60"),
+    "a number in base 60 with a fraction": ("noise: -1:30.5", 1, "-1:30.5 is a number in base 8 or 60"),
     "an escape beyond Unicode": ('batch: "\\UFFFFFFFF"', None, "not YAML"),
     "a tag": ("batch: !!python/name:os.system x", 1, "tags"),
     "a merge": ("batch: 4\n<<: {steps: 3}", 2, "<< is not a recipe key"),
@@ -94,6 +97,7 @@ def test_an_invalid_file_is_refused_with_its_line(tmp_path: pathlib.Path, kind: 
         (["batch=" + "9" * 5000], "5000 characters"),
         (["steps=2001-99-99"], "the command line: steps is '2001-99-99'"),
         (["batch"], "'batch' on the command line: expected key=value"),
+        (["seed=010"], "'seed=010' on the command line: not YAML .010 is a number in base 8"),
         (["batch="], "the command line: batch is None"),
     ],
 )
@@ -246,7 +250,7 @@ def test_network_options_come_from_the_weights_unless_the_recipe_sets_them(tmp_p
 
 def test_an_adopted_option_that_contradicts_the_recipe_is_refused(tmp_path: pathlib.Path) -> None:
     recipe = Recipe.load(write(tmp_path / "a.yaml", start_from_coarser_flow=True))
-    with pytest.raises(UserError, match="start_from_coarser_flow is true and dense is false"):
+    with pytest.raises(UserError, match=r"w\.ckpt is of a network with dense false: start_from_.*set start_"):
         recipes.adopt_network_options(recipe, {"dense": False}, "w.ckpt")
 
 

@@ -14,6 +14,11 @@ import pytest
 import tiny
 from training_runs import MIXED, finish, read_curves, read_events, train, words
 
+from launch.errors import UserError
+from train import goodput
+from train.recipe import Recipe
+from train.run_folder import RunFolder
+
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_the_doubled_batch(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -155,6 +160,85 @@ def test_a_run_of_the_first_version_resumes_with_another_number_of_ranks(
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, run))
     earlier = first["validations"][0]
     assert second["step"] == 4 and second["best_epe"] <= min(earlier["epe"], earlier["average_epe"])
+
+
+def test_a_run_without_a_saved_step_keeps_its_initial_weights(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until a step is saved, another --init or none is refused; then it is ignored with a note. Records of older
+    versions, without the weights, allow any."""
+    recipe, file, other = Recipe.load("example"), tmp_path / "first.ckpt", tmp_path / "other.ckpt"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    for init, name in ((file, "with"), (None, "without")):
+        run = RunFolder(tmp_path / name)
+        run.checkpoints.mkdir(parents=True)
+        run.record_start(recipe, run.check_init(init), 0)
+        assert run.check_init(init) == {"init": run.read_starts()[0]["init"]}
+        for wrong in {file, other, None} - {init}:
+            remedy = f"give --init {file}" if init else "leave out --init"
+            with pytest.raises(UserError, match=rf"{run.path}: .*no step yet, .*--init.*; {remedy}.*another --out"):
+                run.check_init(wrong)
+        (run.checkpoints / "step-00000002.ckpt").write_bytes(b"")
+        recorded = run.read_starts()[0]["init"]
+        assert run.check_init(other) == {"init": recorded} == run.check_init(None)
+        assert capsys.readouterr().err.count("is ignored") == 1
+    with pytest.raises(UserError, match="no such checkpoint"):
+        RunFolder(tmp_path / "new").check_init(tmp_path / "none.ckpt")
+    older = RunFolder(tmp_path / "older")
+    older.path.mkdir()
+    older.record_start(recipe, {"ranks": 1}, 0)
+    assert older.check_init(None) == {"init": None} and older.check_init(file)["init"]["path"] == str(file)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path: pathlib.Path) -> None:
+    """If any record knows of a saved step; one that was killed before its first checkpoint does start again."""
+    recipe = Recipe.load("example")
+    seconds = dict.fromkeys(("steps", *goodput.PHASES), 1.0)
+    for name, after_step, saved, finished in (
+        ("killed early", 0, 0, False),
+        ("resumed", 30, 0, False),
+        ("interrupted", 0, 30, False),
+        ("finished", 0, 0, True),
+    ):
+        run = RunFolder(tmp_path / name)
+        run.checkpoints.mkdir(parents=True)
+        run.record_start(recipe, {}, after_step)
+        run.goodput.write_text(json.dumps([{"first": 0, "step": 30, "saved": saved, "seconds": seconds}]))
+        if finished:
+            run.result.write_text("{}")
+        if name == "killed early":
+            run.check(recipe)
+            continue
+        with pytest.raises(UserError, match=rf"{run.checkpoints}: has no checkpoints, .*step 30 was saved; restore"):
+            run.check(recipe)
+        (run.checkpoints / "step-00000020.ckpt").write_bytes(b"")
+        run.check(recipe)
+
+
+@pytest.mark.parametrize("offset", [0, 8, 12])  # in the length, its checksum, the event
+def test_a_damaged_curve_file_does_not_prevent_resuming(
+    offset: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records before the damage are kept, and a warning names the file."""
+    from train.monitor import EventFile, drop_events_after, tensorboard
+
+    events = EventFile(tmp_path)
+    ends = []
+    (path,) = tmp_path.iterdir()
+    for step in range(1, 5):
+        events.add(step, tensorboard.scalar("train/loss", 0.5))
+        ends.append(path.stat().st_size)
+    events.close()
+    whole = path.read_bytes()
+    drop_events_after(tmp_path, 3)
+    assert path.read_bytes() == whole[: ends[2]] and not capsys.readouterr().err
+    damaged = bytearray(whole)
+    damaged[ends[1] + offset] ^= 0xFF
+    path.write_bytes(damaged)
+    drop_events_after(tmp_path, 3)
+    assert path.read_bytes() == whole[: ends[1]]
+    assert capsys.readouterr().err.startswith(f"warning: {path}: damaged after {ends[1]} of {ends[3]} bytes; ")
 
 
 def make_first_version(run: pathlib.Path) -> None:

@@ -259,7 +259,9 @@ def test_a_run_survives_what_disturbs_it(data: pathlib.Path, tmp_path: pathlib.P
     assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"step-"}
     assert weights.read(run / "checkpoints" / f"step-{last_step(run):08}.ckpt")["step"] == last_step(run)
 
-    done = json.loads((run / "goodput.json").read_text())[0]["step"]
+    record = json.loads((run / "goodput.json").read_text())[0]
+    done = record["step"]
+    assert 0 < record["saved"] <= last_step(run)
     for step in range(done - 1, last_step(run) + 1):  # as if the last minute had not been kept
         (run / "checkpoints" / f"step-{step:08}.ckpt").unlink(missing_ok=True)
     kept = last_step(run)

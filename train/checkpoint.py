@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn
 
 from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, print_warning
+from launch.logs import print_note
 from model import weights
 
 NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -54,6 +55,7 @@ class Checkpoints:
 
     Attributes:
         best: smallest validation EPE so far, in pixels.
+        on_disk: newest step that is known to be on the disk.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Checkpoints:
         self.keep = keep
         self.enabled = enabled
         self.best = math.inf
+        self.on_disk = 0
         self.validation = validation
         self.saved = time.monotonic()
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -123,14 +126,32 @@ class Checkpoints:
     def save_if_best(self, step: int, network: nn.Cell, epe: float) -> None:
         """Write the weights of a network after a step if its validation EPE, in pixels, is the smallest so far."""
         if epe < self.best:
+            if self.enabled and math.isinf(self.best):
+                self.keep_other_best()
             self.best = epe
             if self.enabled:
                 self.write(self.folder / BEST, network, {"step": step, "best": repr(epe)})
 
+    def keep_other_best(self) -> None:
+        """Rename a best.ckpt that was the best on another dataset, before the first one on this dataset replaces it."""
+        path = self.folder / BEST
+        with contextlib.suppress(UserError):
+            values = weights.read(path)
+            if (other := values.get("validation", self.validation)) != self.validation:
+                kept = path.with_name(f"best-{other}-step-{int(values['step']):08d}.ckpt")
+                path.rename(kept)
+                print_note(f"{BEST} is now the best on {self.validation}; {kept.name} has the best weights on {other}")
+
     def write(self, path: pathlib.Path, cell: nn.Cell, extra: dict[str, Any]) -> None:
         """Copy a Cell's parameters and write the copy in the background, with extra values."""
         self.wait()  # never more than one copy
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileNotFoundError:  # a new folder of that name would lack all else, so that the run could not resume
+            raise UserError(
+                f"{self.folder.parent}: was moved or removed during the run; give its new name as "
+                "--out to resume from the last checkpoint"
+            ) from None
         copy = [
             {"name": parameter.name, "data": Tensor(parameter.asnumpy().copy())} for parameter in cell.get_parameters()
         ]
@@ -142,6 +163,7 @@ class Checkpoints:
         saved = {step_of(path): path for path in list_checkpoints(self.folder)}
         # Those of later steps are damaged: the run has resumed from an earlier one.
         intact = sorted(step for step in saved if step <= newest)
+        self.on_disk = max(intact, default=0)
         regular = [step for step in intact if step % self.every == 0]
         for step in saved.keys() - {*intact[-2:], *regular[-self.keep :]}:
             saved[step].unlink()

@@ -23,12 +23,13 @@ import argparse
 import dataclasses
 import hashlib
 import pathlib
+import signal
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch import progress, session
+from launch import progress, ranks, session
 from launch.arguments import Parser
 from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, run
@@ -36,10 +37,10 @@ from launch.watchdog import Phase
 from model.backend import add_backend_option
 from model.precision import add_precision_option
 from prep import reader
-from prep.shards import hash_manifest
+from prep.shards import Manifest, hash_manifest
 from train import report
 from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
-from train.submission import Benchmark, list_test_pairs, write_submission
+from train.submission import Benchmark, check_out, list_test_pairs, write_submission
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
@@ -127,7 +128,7 @@ def main() -> None:
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for metrics and pictures (default: CKPT-SPLIT beside the checkpoint)",
+        help="folder for metrics and pictures (default: CKPT-DATASET-SPLIT beside the checkpoint)",
     )
     parser.add_argument(
         "--pictures",
@@ -140,7 +141,7 @@ def main() -> None:
         "--submission",
         type=pathlib.Path,
         metavar="DIR",
-        help="instead of evaluating, write the flow of the test set --root to this folder",
+        help="instead of evaluating, write the flow of the test set --root to this folder, new or empty",
     )
     parser.add_argument(
         "--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI, for --submission"
@@ -159,11 +160,13 @@ def main() -> None:
                 source, args.submission, load_predictor(args.ckpt, args.backend, args.precision), args.batch, comm
             )
         else:
+            if comm.size == 1:  # as which MindSpore passes on Ctrl-C
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             evaluate_checkpoint(args, source, comm)
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSplit | Benchmark]:
-    """Check on every rank all that can be checked before MindSpore starts.
+    """Check on every rank all that can be checked before MindSpore starts; sets `args.out` unless it is given.
 
     Returns:
         The settings that must be the same on all ranks, and what to predict: a split, or a test set to submit.
@@ -177,6 +180,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
         raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():
         raise UserError(f"{args.ckpt}: no such checkpoint file; give an existing one")
+    if args.data and not args.out:
+        args.out = args.ckpt.with_name(f"{args.ckpt.stem}-{args.data.resolve().name}-{args.split}")
     for folder in (args.out, args.submission):
         if folder and folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; expected a folder to write to")
@@ -184,10 +189,19 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
     if args.submission:
         benchmark = list_test_pairs(args.root)
         _ = benchmark.by_size  # fails if the images of a pair differ in size
+        if ranks.current().rank == 0:
+            check_out(args.submission, benchmark)
         files = "\n".join(pair.file for pair in benchmark.pairs)
         return {**settings, "test set": hashlib.sha256(files.encode()).hexdigest()}, benchmark
     split = reader.DatasetSplit.open(args.data, args.split)
-    if len(split) and not split.labelled.any():
+    if not len(split):
+        manifest = Manifest.load(args.data)
+        filled = [name for name in manifest.splits if any(shard.names for shard in manifest.shards_of(name, args.data))]
+        raise UserError(
+            f"{args.data}: split {args.split} has no pairs; evaluate on another one: "
+            f"--split {' or '.join(sorted(filled))}"
+        )
+    if not split.labelled.any():
         raise UserError(
             f"{args.data}: no pair of split {args.split} has ground truth to evaluate on; to see the flow of these "
             "frames, predict it: model/predict.py"
@@ -201,9 +215,8 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     from prep.flow_viz import save_png
 
     predictor = load_predictor(args.ckpt, args.backend, args.precision)
-    out = args.out or args.ckpt.with_name(f"{args.ckpt.stem}-{args.split}")
     if comm.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     spread = np.unique(np.linspace(0, len(split) - 1, args.pictures).astype(int)).tolist()
     order = reader.evaluation_order(split.sizes, args.batch * comm.size)
     share = sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
@@ -214,14 +227,14 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     if comm.rank != 0:
         return
     result = report.make_report(split, evaluation)
-    report.write_metrics(out, result, evaluation, args.ckpt)
+    report.write_metrics(args.out, result, evaluation, args.ckpt)
     pictures = {name: chosen for name, chosen in (("flow", spread), ("worst", evaluation.worst)) if chosen}
     for name, chosen in pictures.items():
-        save_png(out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
+        save_png(args.out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
     print(result.table())
     files = ["evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)]
     print(
-        f"\nresults: {', '.join(files)} in {out}; to predict other images: "
+        f"\nresults: {', '.join(files)} in {args.out}; to predict other images: "
         f"python model/predict.py IMG1 IMG2 --ckpt {args.ckpt} --out flow"
     )
 

@@ -58,6 +58,7 @@ class Goodput:
         self.seconds: dict[str, float] = {"steps": 0.0, **dict.fromkeys(PHASES, 0.0)}
         self.phase, self.mark = "startup", started
         self.first = self.step = first
+        self.saved = 0
         self.recorded = -float(INTERVAL)
         self.record(first)
         self.phase = "steps"
@@ -77,9 +78,12 @@ class Goodput:
         self.seconds[self.phase] += moment - self.mark
         self.phase, self.mark = phase, moment
 
-    def record(self, step: int, at_once: bool = True) -> None:
-        """Record that this start has reached a step; unless `at_once`, only if the last record is old."""
-        self.step = step
+    def record(self, step: int, at_once: bool = True, saved: int = 0) -> None:
+        """Record that this start has reached a step; unless `at_once`, only if the last record is old.
+
+        `saved` is the newest step on the disk: a run whose checkpoints are missing must not start again unnoticed.
+        """
+        self.step, self.saved = step, max(self.saved, saved)
         self.switch(self.phase)
         if self.path and (at_once or self.mark - self.recorded > INTERVAL):
             self.recorded = self.mark
@@ -88,7 +92,7 @@ class Goodput:
 
     def starts(self) -> list[dict[str, Any]]:
         """The records of all starts, this one last."""
-        return [*self.earlier, {"first": self.first, "step": self.step, "seconds": self.seconds}]
+        return [*self.earlier, {"first": self.first, "step": self.step, "saved": self.saved, "seconds": self.seconds}]
 
     def summary(self) -> dict[str, Any]:
         """The `account` of the run so far."""

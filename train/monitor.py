@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 import mindspore
 import numpy as np
 import psutil
+from google.protobuf.message import DecodeError
 from mindspore.train.summary import _writer_pool, summary_record
 from tensorboardX import summary as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - made at import
+from tensorboardX.record_writer import masked_crc32c
 
 from launch import progress
 from launch.errors import describe_os_error, print_line, print_warning
@@ -202,7 +204,7 @@ def drop_events_after(folder: pathlib.Path, step: int) -> None:
 
     An interrupted run resumes from its last checkpoint and so repeats the steps after that. Both kinds of file are a
     sequence of records: length (8 bytes), its checksum (4), the event, its checksum (4). A record that a killed run
-    left incomplete is dropped.
+    left incomplete is dropped; so is all from a damaged record on, with a warning.
     """
     for path in folder.glob("events.out.*"):
         if step == 0 or ".partial-" in path.name:  # left by a run that was killed in this function
@@ -210,11 +212,21 @@ def drop_events_after(folder: pathlib.Path, step: int) -> None:
             continue
         data, kept, position = path.read_bytes(), [], 0
         while position + 12 <= len(data):
-            end = position + 16 + int.from_bytes(data[position : position + 8], "little")
-            if end > len(data):
+            length, checksum = data[position : position + 8], data[position + 8 : position + 12]
+            end = position + 16 + int.from_bytes(length, "little")
+            try:
+                if masked_crc32c(length) != int.from_bytes(checksum, "little"):
+                    raise DecodeError
+                if end > len(data):
+                    break
+                if Event.FromString(data[position + 12 : end - 4]).step <= step:
+                    kept.append(data[position:end])
+            except DecodeError:
+                print_warning(
+                    f"{path}: damaged after {position:,} of {len(data):,} bytes; the run continues without the "
+                    "curves from there to this start"
+                )
                 break
-            if Event.FromString(data[position + 12 : end - 4]).step <= step:
-                kept.append(data[position:end])
             position = end
         write_bytes(path, b"".join(kept))
 

@@ -1,10 +1,11 @@
 """The part of YAML that recipes need: keys with numbers, texts, booleans and lists of these.
 
-PyYAML's safe loader, which refuses here what no recipe needs: anchors, aliases and tags, dates, nested keys, duplicate
-keys, and overlong texts and files.
+PyYAML's safe loader, which refuses here what no recipe needs: anchors, aliases and tags, dates, numbers in base 8 or
+60, nested keys, duplicate keys, and overlong texts and files.
 """
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -20,7 +21,8 @@ DEPTH = 3
 """A mapping of lists of scalars."""
 TYPES = ("bool", "int", "float", "null")
 """Types of scalars without quotes; PyYAML's others, such as dates, stay text."""
-
+SURPRISING = re.compile(r"[-+]?0[0-7_]+$|.*:")
+"""Numbers that YAML reads in base 8 or 60: 010 is 8, and 1:30 is 90."""
 
 Value = TypeVar("Value")
 
@@ -59,6 +61,9 @@ class Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and SURPRISING.match(node.value):
+            problem = f"{node.value} is a number in base 8 or 60 to YAML; write a decimal number without leading zeros"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
     def construct(self, node: yaml.Node) -> object:

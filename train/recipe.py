@@ -132,7 +132,7 @@ class Recipe:
         if self.start_from_coarser_flow and not self.dense:
             raise UserError(
                 "start_from_coarser_flow is true and dense is false, but only dense estimators see the coarser flow "
-                "in their last layer; change one of them"
+                "in their last layer; set start_from_coarser_flow=false or dense=true"
             )
 
     @classmethod
@@ -285,7 +285,11 @@ def adopt_network_options(recipe: Recipe, options: Mapping[str, object], source:
                 f"{to_text(value)}; remove {key} or use other weights"
             )
         adopted[key] = check_value(f"{source}: {key}", value, key)
-    return dataclasses.replace(recipe, **adopted)
+    try:
+        return dataclasses.replace(recipe, **adopted)
+    except UserError as error:  # the user may not know that these options come from the file
+        changed = [f"{key} {to_text(value)}" for key, value in adopted.items() if value != getattr(recipe, key)]
+        raise UserError(f"{source} is of a network with {', '.join(changed)}: {error}") from None
 
 
 class Difference(typing.NamedTuple):

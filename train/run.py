@@ -80,8 +80,7 @@ class RunConfig:
         validation = open_validation(data, validate)
         folder, init = RunFolder(pathlib.Path(self.out)), pathlib.Path(self.init) if self.init else None
         folder.check(recipe)
-        if init and rank.rank == 0 and not folder.recipe.exists() and not init.is_file():
-            raise UserError(f"{init}: no such checkpoint file; give an existing --init")
+        init_record = folder.check_init(init) if rank.rank == 0 else {}
         manifests = {str(path): hash_manifest(path) for path in [*data, *validate]}
         made_with = {
             **versions.software(),
@@ -89,6 +88,7 @@ class RunConfig:
             "ranks": rank.size,
             "accumulation steps": self.accumulation_steps,
             "data": manifests,
+            **init_record,
         }
         if rank.rank == 0 and folder.path.exists():  # another run may hold it: fail early
             folder.lock()

@@ -1,5 +1,6 @@
 """The folder of a training run: its files, what it records of every start, and the lock on it."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from launch.errors import UserError
 from launch.files import write_bytes, write_json
 from launch.lock import Lock
-from train import plain_yaml
+from launch.logs import print_note
+from train import goodput, plain_yaml
 from train import recipe as recipes
 from train.recipe import Recipe
 
@@ -80,6 +82,62 @@ class RunFolder:
                     f"{self.path}: holds a run with another recipe: there {key} is {old}, here {new}; give another "
                     f"--out, or {key}={old} to resume that run (only {', '.join(recipes.CHANGEABLE)} may change)"
                 )
+
+        self.check_checkpoints(starts)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether a step of the run is saved."""
+        return any(self.checkpoints.glob("step-????????.ckpt"))
+
+    def check_checkpoints(self, starts: list[dict[str, Any]]) -> None:
+        """Raise UserError if the records know of a saved step, but no checkpoint is left: the run would start again.
+
+        A run that was killed before its first checkpoint starts again, so steps done are not enough.
+        """
+        if self.has_checkpoints:
+            return
+        records = goodput.read(self.goodput)
+        steps = [start.get("after_step", 0) for start in starts] + [record.get("saved", 0) for record in records]
+        if self.result.exists():
+            steps += [record["step"] for record in records]
+        if saved := max(steps, default=0):
+            raise UserError(
+                f"{self.checkpoints}: has no checkpoints, but the run's records say that step {saved} was saved; "
+                "restore the checkpoints from a copy, or give another --out to start again"
+            )
+
+    def check_init(self, init: pathlib.Path | None) -> dict[str, Any]:
+        """Check the weights that a run starts from; while no step is saved, they must remain the same.
+
+        Args:
+            init: checkpoint given for this start, or None.
+
+        Returns:
+            For the record: `init`, with the path and SHA-256 of the file, or None for random weights. Empty if the run
+            resumes and its earlier starts, of an older version, did not record it.
+
+        Raises:
+            UserError: the file is missing, or is not the one that the run started from.
+            OSError: it cannot be read.
+        """
+        recorded = [start["init"] for start in self.read_starts() if "init" in start][-1:]
+        if self.has_checkpoints:
+            if init:
+                print_note(f"--init {init} is ignored: {self.path} resumes from its own checkpoints")
+            return {"init": recorded[0]} if recorded else {}
+        if init and not init.is_file():
+            raise UserError(f"{init}: no such checkpoint file; give an existing --init")
+        given = {"path": str(init), "sha256": hashlib.sha256(init.read_bytes()).hexdigest()} if init else None
+        before = recorded[0] if recorded else given
+        if (given and given["sha256"]) != (before and before["sha256"]):
+            here = f"--init {init} has other weights" if given and before else f"--init is {init or 'missing'}"
+            remedy = f"give --init {before['path']} as it was" if before else "leave out --init"
+            raise UserError(
+                f"{self.path}: holds a run that starts from {before['path'] if before else 'random weights'} and has "
+                f"saved no step yet, but {here}; {remedy}, or give another --out"
+            )
+        return {"init": given}
 
     def read_starts(self) -> list[dict[str, Any]]:
         """What earlier starts recorded, oldest first."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from launch import progress
 from launch.communicator import Communicator
-from launch.errors import UserError
+from launch.errors import UserError, counted
 from launch.logs import print_note
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def list_test_pairs(root: pathlib.Path) -> Benchmark:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected the unpacked test set of Sintel or KITTI")
     for layout in LAYOUTS:
-        test = root if root.resolve().name == layout.folder else root / layout.folder
+        test = root / layout.folder
+        if root.resolve().name == layout.folder and not test.is_dir():
+            test = root
         folders = [test / name for name in layout.images]
         if not any(folder.is_dir() for folder in folders):
             continue
@@ -195,31 +197,63 @@ class SubmissionWriter:
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
+def partial_folder(out: pathlib.Path) -> pathlib.Path:
+    """The folder of a submission that is not complete yet."""
+    return pathlib.Path(f"{out.resolve()}.partial")
+
+
+def check_out(out: pathlib.Path, benchmark: Benchmark) -> None:
+    """Make sure that `out` can become the folder of a submission; an empty folder there is removed.
+
+    Raises:
+        UserError: it has other files, or an interrupted submission beside it has.
+        OSError: it is a mount point, or may not be removed.
+    """
+    if out.exists():
+        if any(out.iterdir()):
+            raise UserError(f"{out}: is not empty, and other files must not get into a submission; name a new folder")
+        out.resolve().rmdir()  # finds a mount point before the work
+    partial, expected = partial_folder(out), {pair.file for pair in benchmark.pairs}
+    for path in partial.rglob("*"):
+        if path.is_file() and ".partial-" in path.name:  # half written by a process that was killed
+            path.unlink()
+        elif path.is_file() and str(path.relative_to(partial)) not in expected:
+            raise UserError(f"{path}: is not part of this submission to {benchmark.name}; remove {partial}")
+
+
 def write_submission(
     benchmark: Benchmark, out: pathlib.Path, predictor: "FlowPredictor", batch: int, comm: Communicator
 ) -> None:
-    """Predict the flow of a test set and write it.
+    """Predict the flow of a test set and write it, to OUT.partial until it is complete.
 
     Args:
         benchmark: whose test set to predict; the ranks share its pairs.
-        out: folder of the submission.
+        out: folder of the submission, from `check_out`.
         predictor: computes the flow.
         batch: pairs per batch and rank.
         comm: the ranks.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or the ranks do not share the folder.
         OSError: the flow cannot be written.
     """
     from model.predict import FramePair, predict
     from prep.formats.image import read_image
 
+    partial = partial_folder(out)
     shares = [pairs[comm.rank :: comm.size] for pairs in benchmark.by_size.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # one graph for each size
             pairs = (FramePair(pair.file, read_image(pair.image1), read_image(pair.image2)) for pair in share)
-            predict(predictor, pairs, SubmissionWriter(out), batch=batch, on_pairs=bar.update)
+            predict(predictor, pairs, SubmissionWriter(partial), batch=batch, on_pairs=bar.update)
     comm.barrier()
     if comm.rank == 0:
+        if missing := [pair.file for pair in benchmark.pairs if not (partial / pair.file).is_file()]:
+            raise UserError(
+                f"{partial / missing[0]}: another rank wrote it, but not to this disk, like {len(missing)} of "
+                f"{counted(len(benchmark.pairs), 'file')}; name a folder that all hosts share"
+            )
+        partial.rename(out.resolve())
         archive = "bundle it with Sintel's bundler" if benchmark.name == "Sintel" else "zip its contents"
-        print(f"results: {out}, flow of {len(benchmark.pairs)} pairs for {benchmark.name}; {archive} and upload that")
+        pairs = counted(len(benchmark.pairs), "pair")
+        print(f"results: {out}, flow of {pairs} for {benchmark.name}; {archive} and upload that")

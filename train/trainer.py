@@ -260,7 +260,7 @@ class Trainer:
             self.checkpoints.save(self.steps_done, self.step.state)
             if wait:
                 self.checkpoints.wait()
-        self.goodput.record(self.steps_done)
+        self.goodput.record(self.steps_done, saved=self.checkpoints.on_disk)
 
     def log(self, result: StepResult, rate: float) -> None:
         """Add to the curves, and move the progress bar."""
@@ -287,7 +287,7 @@ class Trainer:
         )
         self.monitor.advance(self.steps_done, loss=f"{losses.sum():.3f}", pairs_per_s=f"{speed:.2f}")
         self.speeds.append(speed)
-        self.goodput.record(self.steps_done, at_once=False)
+        self.goodput.record(self.steps_done, at_once=False, saved=self.checkpoints.on_disk)
 
     def utilization(self, speed: float) -> dict[str, float]:
         """Teraflops that a rank's convolutions reach at a speed in pairs per second, and their share of its peak."""
