@@ -26,6 +26,7 @@ while [[ ${1:-} == -* ]]; do
     --delay)
         delay=${2:-}
         [[ $delay =~ ^[0-9]+$ ]] || fail "--delay is '$delay', expected whole seconds, such as 10"
+        delay=$((10#$delay)) # 08 is no octal number
         shift 2
         ;;
     *) fail "$1: unknown option; see launch/retry.sh --help" ;;
@@ -33,7 +34,7 @@ while [[ ${1:-} == -* ]]; do
 done
 [[ ${1:-} =~ ^[0-9]+$ ]] || fail "the first argument is '${1:-}', expected the number of restarts; see launch/retry.sh --help"
 [ $# -gt 1 ] || fail "expected a command after the number of restarts; see launch/retry.sh --help"
-restarts=$1
+restarts=$((10#$1))
 shift
 
 out=

@@ -242,7 +242,7 @@ def test_a_dataset_without_passes_and_scenes_has_one_column(tmp_path: pathlib.Pa
     summary = report.make_report(split, Evaluation(np.stack([one_row([5], [2])] * 2)))
     assert (summary.passes, summary.scenes) == ({}, {})
     text = summary.table()
-    assert "24x40, 24x48" in text and "matched" not in text and "clean" not in text
+    assert "2 pairs of 24x40, 24x48" in text and "matched" not in text and "clean" not in text
 
 
 @pytest.mark.slow

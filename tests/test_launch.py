@@ -251,3 +251,11 @@ def test_ctrl_c_is_one_line_and_waits_for_mindspore_s_import(capsys: pytest.Capt
     with pytest.raises(SystemExit) as stop:
         errors.run(main)
     assert stop.value.code == 130 and tuple(capsys.readouterr()) == ("imported\n", "\ninterrupted\n")
+
+
+def test_recipe_keys_before_options_are_sent_to_the_end() -> None:
+    first, *rest = COMMANDS["train/main.py"]
+    done = run_python("train/main.py", first, "batch=2", *rest, "steps=0")
+    assert done.returncode == 2 and "steps=0; all recipe keys go last, after the options" in done.stderr, done.stderr
+    done = run_python("train/main.py", *COMMANDS["train/main.py"], "--lr=1")
+    assert done.returncode == 2 and done.stderr.endswith("unrecognized arguments: --lr=1\n"), done.stderr

@@ -98,6 +98,7 @@ def test_a_signal_during_the_delay_prevents_the_restart(tmp_path: pathlib.Path) 
         (["3"], "expected a command"),
         (["3", "true"], "no --out"),
         (["--delay", "soon", "3", "true"], "whole seconds"),
+        (["--delay", "08", "09", "true"], "no --out"),
         (["--often", "3", "true"], "unknown option"),
     ],
 )

@@ -207,13 +207,14 @@ def test_fine_tuning_starts_from_given_weights_and_their_network_options(
     first.unlink()
     changed: dict[str, Any] = {
         "steps": 3,
-        "log_every": 3,
+        "log_every": 2,
         "validate_every": 1,
         "validation_batch": 3,
         "checkpoint_every": 2,
     }
     status, _, err = finish(train(data, run, init=first, **known, **changed))
     assert status == 0 and "resuming after step 1" in err and "steps 3 (was 1)" in err, err
+    assert f"--init {first} is ignored" in err and "| 3/3 [" in err, err
     longer = json.loads((run / "result.json").read_text())
     assert [entry["step"] for entry in longer["validations"]] == [2, 3]
     best = weights.read(run / "checkpoints" / "best.ckpt")

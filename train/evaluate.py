@@ -103,6 +103,12 @@ def evaluate(
     return Evaluation(sums, worst, samples)
 
 
+def count_share(split: reader.DatasetSplit, batch: int, comm: Communicator) -> int:
+    """The number of pairs that this rank evaluates."""
+    order = reader.evaluation_order(split.sizes, batch * comm.size)
+    return sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -218,8 +224,7 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
     if comm.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
     spread = np.unique(np.linspace(0, len(split) - 1, args.pictures).astype(int)).tolist()
-    order = reader.evaluation_order(split.sizes, args.batch * comm.size)
-    share = sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
+    share = count_share(split, args.batch, comm)
     options = EvaluationOptions(args.batch, spread, args.pictures)
     with progress.bar(total=share, unit="pair", disable=comm.rank != 0) as bar:
         evaluation = evaluate(predictor, split, comm, options, bar.update)

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 import argparse
 import functools
 import pathlib
+import re
 
 from launch import session
 from launch.arguments import Parser
@@ -84,7 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys, which take precedence over the recipe"
     )
-    return parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:  # argparse takes keys in one place only
+        advice = (
+            "; all recipe keys go last, after the options" if any(re.match(r"\w+=", word) for word in unknown) else ""
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    return args
 
 
 def main() -> None:

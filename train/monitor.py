@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import mindspore
 import numpy as np
 import psutil
+import tqdm
 from google.protobuf.message import DecodeError
 from mindspore.train.summary import _writer_pool, summary_record
 from tensorboardX import summary as tensorboard
@@ -25,6 +26,8 @@ from train.stop import STOP_SIGNALS
 
 Item = TypeVar("Item")
 
+VALIDATION_DELAY = 5
+"""Seconds after which a validation shows its progress."""
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -285,8 +288,15 @@ class Monitor:
     def advance(self, step: int, **values: str) -> None:
         """Move the progress bar to a step and show these values beside it."""
         if self.enabled:
-            self.bar.set_postfix(values, refresh=False)
+            if values:
+                self.bar.set_postfix(values, refresh=False)
             self.bar.update(step - self.bar.n)
+
+    def validation_bar(self, name: str, pairs: int) -> tqdm.tqdm:
+        """A second bar for a validation of so many pairs, shown while it runs if that takes long."""
+        return progress.bar(
+            total=pairs, desc=name, unit="pair", leave=False, delay=VALIDATION_DELAY, disable=not self.enabled
+        )
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""

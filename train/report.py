@@ -69,7 +69,7 @@ class Report:
             else ""
         )
         lines = [
-            f"{self.split.dataset} {self.split.name}: {self.metrics.pairs} pairs of {', '.join(sizes)}, "
+            f"{self.split.dataset} {self.split.name}: {counted(self.metrics.pairs, 'pair')} of {', '.join(sizes)}, "
             f"{self.metrics.pixels:,} pixels with known flow{left_out}",
             "",
         ]

@@ -72,7 +72,7 @@ class RunConfig:
         self.check_batch(recipe.batch, rank.size)
         if recipe.mixture and len(recipe.mixture) != len(data):
             raise UserError(
-                f"mixture has {counted(len(recipe.mixture), 'share')}, but there are "
+                f"mixture has {counted(len(recipe.mixture), 'share')} for "
                 f"{counted(len(data), 'training dataset')}; give one share for each --data, in the same order"
             )
         training = [open_training(folder, recipe) for folder in data]

@@ -25,7 +25,7 @@ from train import goodput
 from train import recipe as recipes
 from train.augment import Augment
 from train.checkpoint import Checkpoints, load_initial_weights
-from train.evaluate import EvaluationOptions, evaluate
+from train.evaluate import EvaluationOptions, count_share, evaluate
 from train.metrics import Evaluation, Metrics
 from train.monitor import Monitor, Stopwatch, resident_memory, survived
 from train.recipe import Recipe
@@ -180,6 +180,7 @@ class Trainer:
                     self.train_step(batch)
                     self.finish_step(stop_request)
                 self.comm.progress(Phase.RUNNING, self.steps_done)
+                self.monitor.advance(self.steps_done)  # steps since the last log
                 if not self.validations:  # the run was complete already
                     self.validate()
                     self.goodput.record(self.steps_done)
@@ -327,7 +328,9 @@ class Trainer:
             first = not found
             shown = range(min(PICTURES, len(split))) if first and not averaged else ()
             options = EvaluationOptions(self.recipe.validation_batch, shown)
-            evaluation = evaluate(self.predictor, split, self.comm, options)
+            share = count_share(split, options.batch, self.comm)
+            with self.monitor.validation_bar(name, share) as bar:
+                evaluation = evaluate(self.predictor, split, self.comm, options, bar.update)
             found[name] = metrics = evaluation.metrics()
             self.show(name, metrics, first, averaged)
             if shown:
