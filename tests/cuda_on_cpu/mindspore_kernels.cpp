@@ -31,7 +31,7 @@ enum BinaryOpType : unsigned {
   kMultiply = 12,
   kDivide = 13,
   kPower = 14,
-  kDivideToo = 15
+  kOtherDivide = 15  // they differ for integers alone
 };
 struct TransposeInfo {
   std::vector<int64_t> shape;
@@ -201,7 +201,7 @@ cudaError BinaryOpWithBroadcastCudaFunc(bool broadcasts, const Shape& shape_a, c
         value = x * y;
         break;
       case kDivide:
-      case kDivideToo:
+      case kOtherDivide:
         value = x / y;
         break;
       case kPower:
@@ -421,7 +421,7 @@ FOR_BINARY(kSubtract, int, int)
 FOR_BINARY(kMultiply, float, float)
 FOR_BINARY(kDivide, float, float)
 FOR_BINARY(kPower, float, float)
-FOR_BINARY(kDivideToo, float, float)
+FOR_BINARY(kOtherDivide, float, float)
 FOR_CAST(bool, float)
 FOR_CAST(bool, int)
 FOR_CAST(unsigned char, float)
