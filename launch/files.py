@@ -19,6 +19,19 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+def why_not_replaceable(folder: pathlib.Path) -> str:
+    """Why a complete folder cannot be renamed to this existing one: it is "the current folder" or "a mount point".
+
+    Empty if nothing prevents it. Those bound from the same file system count, too, which os.path.ismount misses.
+    """
+    import psutil  # seldom needed, and this module is imported by every command
+
+    if folder.samefile(os.curdir):
+        return "the current folder"
+    mounts = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
+    return "a mount point" if os.path.realpath(folder) in mounts else ""
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield a temporary path to write to; afterwards that file atomically and durably replaces `path`.

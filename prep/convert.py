@@ -25,8 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from launch import files, progress, ranks
 from launch.arguments import Parser
 from launch.errors import UserError, counted, drop_output, run
@@ -264,16 +262,11 @@ def find_out(out: Path) -> Path:
     out = Path(os.path.normpath(out))
     if out.is_symlink():
         out = Path(os.path.realpath(out))
-    if out.is_dir() and not os.listdir(out):
-        # Those bound from the same file system, too, which os.path.ismount does not recognise.
-        mounts = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
-        here = os.path.samefile(out, os.curdir)
-        if here or os.path.realpath(out) in mounts:
-            kind = "the current folder" if here else "a mount point"
-            raise UserError(
-                f"{out}: {kind}, which a finished conversion cannot replace; name a new folder in it, such as "
-                f"--out {shlex.quote(str(out / 'data'))}"
-            )
+    if out.is_dir() and not os.listdir(out) and (reason := files.why_not_replaceable(out)):
+        raise UserError(
+            f"{out}: {reason}, which a finished conversion cannot replace; name a new folder in it, such as "
+            f"--out {shlex.quote(str(out / 'data'))}"
+        )
     return out
 
 

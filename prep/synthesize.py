@@ -16,7 +16,6 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
-import errno
 import json
 import multiprocessing
 import re
@@ -181,19 +180,10 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
 
 def check_replaceable(folder: Path) -> None:
     """Raise UserError if a finished dataset could not take the place of a folder, which is empty if it exists."""
-    if not folder.exists():
-        return
-    reason = "it is the current folder" if folder.samefile(os.curdir) else ""
-    try:
-        if not reason:
-            folder.rmdir()  # what the last step does implicitly, and the only sure way to find every mount point
-            folder.mkdir(exist_ok=True)
-    except OSError as error:
-        reason = "it is a mount point" if error.errno == errno.EBUSY else str(error.strerror)
-    if reason:
+    if folder.exists() and (reason := files.why_not_replaceable(folder)):
         raise UserError(
-            f"{folder}: the finished dataset cannot take the place of this folder ({reason}); name a new folder in it, "
-            f"such as {folder / 'synthetic'}"
+            f"{folder}: the finished dataset cannot take the place of this folder (it is {reason}); name a new folder "
+            f"in it, such as {folder / 'synthetic'}"
         )
 
 

@@ -166,7 +166,7 @@ def main() -> None:
                 source, args.submission, load_predictor(args.ckpt, args.backend, args.precision), args.batch, comm
             )
         else:
-            if comm.size == 1:  # as which MindSpore passes on Ctrl-C
+            if comm.size == 1:  # MindSpore turns Ctrl-C into SIGTERM
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             evaluate_checkpoint(args, source, comm)
 

@@ -44,10 +44,12 @@ def read_image(path: StrPath) -> np.ndarray:
     return parse_image(read_file(path), path)
 
 
-def image_size(path: StrPath) -> tuple[int, int]:
-    """(H, W) of an image from its header; UserError if it has none."""
+def image_size(path: StrPath, *, lossless: bool = False) -> tuple[int, int]:
+    """(H, W) of an image from its header; UserError if it has none, or if it is lossy but must be lossless."""
     with open_file(path) as file:
         start = file.read(HEADER)
+        if lossless:
+            check_lossless(start, path)
         size = ppm_size(start, path) or webp_size(start)
         if size:
             return size
@@ -78,10 +80,9 @@ def read_mask(path: StrPath) -> np.ndarray:
 
 def mask_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a mask from its header; UserError if it has none."""
+    if not is_array(path):
+        return image_size(path, lossless=True)
     with open_file(path) as file:
-        if not is_array(path):
-            check_lossless(file.read(HEADER), path)
-            return image_size(path)
         return check_mask(npy.read_header(file, file_length(path), path), path)
 
 
