@@ -60,6 +60,8 @@ class Convolution(nn.Conv2d):
         self.geometry = [stride, dilation, int(activation)]
         self.can_be_native = backend == "native" and native.has_operator("Convolution3x3")
         self.activates_natively = activation and backend == "native" and native.has_operator("BiasActivation")
+        if self.activates_natively:
+            self.activate = native_activation()
         self.blocked_output = False
         self.reads_image = reads_image
         self.set_precision("float32")
@@ -87,8 +89,6 @@ class Convolution(nn.Conv2d):
             self.operator = native_convolution(
                 self.geometry[0], blocked_type if self.blocked_output else None, self.reads_image
             )
-        if self.activates_natively:
-            self.activate = native_activation(self.number_type)
 
 
 def keep_blocked_layout(layers: list[nn.SequentialCell]) -> None:
@@ -155,18 +155,17 @@ def native_convolution(stride: int, blocked_type: Any, reads_image: bool) -> ops
     return native.operator("ImageConvolution3x3", infer_shape, lambda *_: type_of_y, bprop_of_image)
 
 
-def native_activation(dtype: Any) -> ops.Custom:
+def native_activation() -> ops.Custom:
     """The native bias and LeakyReLU 0.1 of a convolution's result, with their gradient: (x, bias) to y.
 
-    Args:
-        dtype: of x and y; the bias is float32.
+    x and y are float32 or float16, the bias is float32.
     """
-    gradients = native.operator("BiasActivationGradient", lambda y, dy: (y, [y[1]]), lambda *_: (dtype, float32))
+    gradients = native.operator("BiasActivationGradient", lambda y, dy: (y, [y[1]]), lambda y, dy: (y, float32))
 
     def bprop(x: Tensor, bias: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return gradients(y, dy)
 
-    return native.operator("BiasActivation", lambda x, bias: x, lambda *_: dtype, bprop)
+    return native.operator("BiasActivation", lambda x, bias: x, lambda x, bias: x, bprop)
 
 
 def native_flow_estimator(precision: Precision, with_flow: bool, is_read: bool) -> ops.Custom:

@@ -11,11 +11,12 @@ struct __half {
 
 inline float __half2float(__half value) {
   const uint32_t magnitude = value.bits & 0x7fff;
-  uint32_t bits = magnitude << 13;
-  float result;
-  if (magnitude >= 0x7c00) bits |= 0x7f800000;  // infinity or NaN
-  std::memcpy(&result, &bits, sizeof bits);
-  if (magnitude < 0x7c00) result *= 0x1p112f;  // the difference of the exponents' biases
+  float result = magnitude * 0x1p-24f;  // below the normal numbers; not by float's, which MindSpore's threads take for 0
+  if (magnitude >= 0x400) {
+    // The difference of the exponents' biases, or infinity and NaN.
+    const uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112 << 23 : 0x70000000);
+    std::memcpy(&result, &bits, sizeof bits);
+  }
   return value.bits & 0x8000 ? -result : result;
 }
 

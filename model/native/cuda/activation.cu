@@ -15,7 +15,7 @@ namespace pwcnet {
 namespace {
 
 constexpr int kForwardThreads = 256;
-constexpr int kPerThread = 4;  // pixels, which a thread loads at the same time
+constexpr int kPerThread = 4;  // pixels
 constexpr int kBackwardThreads = 1024;
 
 __device__ __forceinline__ float load(const float* at) { return *at; }
@@ -30,12 +30,16 @@ __global__ void __launch_bounds__(kForwardThreads)
   const int64_t offset = (static_cast<int64_t>(blockIdx.z) * channels + blockIdx.y) * plane;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kForwardThreads * kPerThread + threadIdx.x;
   const float shift = bias[blockIdx.y];
+  float sums[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {  // apart from the stores, so that all loads start at once
+    const int64_t pixel = first + i * kForwardThreads;
+    if (pixel < plane) sums[i] = load(x + offset + pixel) + shift;
+  }
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int64_t pixel = first + i * kForwardThreads;
-    if (pixel >= plane) return;
-    const float sum = load(x + offset + pixel) + shift;
-    store(y + offset + pixel, sum > 0 ? sum : kLeakySlope * sum);
+    if (pixel < plane) store(y + offset + pixel, sums[i] > 0 ? sums[i] : kLeakySlope * sums[i]);
   }
 }
 
