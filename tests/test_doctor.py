@@ -225,13 +225,18 @@ def test_a_gpu_library_built_elsewhere_needs_no_compiler(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An environment variable names the library."""
-    path = compile_library(tmp_path / "ops.so", "int Warp() { return 7; }")
+    path = compile_library(tmp_path / "ops.so", "int Warp() { return 7; } int cuda_version() { return 12080; }")
     monkeypatch.setenv("NVCC", "no-such-compiler")
     monkeypatch.setenv(native.GPU_LIBRARY, str(path))
+    monkeypatch.setattr(native, "driver_version", lambda: (12, 2))
     native.load_library.cache_clear()
     try:
         library = native.load_library("GPU")
         assert library is not None and library._name == str(path) and library.Warp() == 7
+        native.load_library.cache_clear()
+        monkeypatch.setattr(native, "driver_version", lambda: (11, 8))
+        assert native.load_library("GPU") is None
+        assert "ops.so is from CUDA 12, but the NVIDIA driver supports only up to CUDA 11.8" in capsys.readouterr().err
         native.load_library.cache_clear()
         monkeypatch.setenv(native.GPU_LIBRARY, str(tmp_path / "none.so"))
         assert native.load_library("GPU") is None
@@ -259,14 +264,15 @@ def test_an_nvcc_too_new_for_the_driver_is_refused(
 ) -> None:
     """The driver could not load the library; without a driver, any nvcc is accepted."""
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1; compute_90'\n")
     nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
     monkeypatch.setattr(native, "driver_version", lambda: driver)
     if words:
         with pytest.raises(native.BuildError, match=words):
-            native.check_driver(str(nvcc))
+            native.gpu_target()
     else:
-        native.check_driver(str(nvcc))
+        native.gpu_target()
 
 
 def test_a_missing_compiler_is_one_line() -> None:

@@ -28,7 +28,7 @@ from launch.logs import print_note
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
 """Environment variable with the path of a GPU library that was built on another machine."""
-GPU_SOURCES = [HERE / "cuda" / name for name in ("activation.cu", "cost_volume.cu", "warp.cu")]
+GPU_SOURCES = [HERE / "cuda" / name for name in ("activation.cu", "cost_volume.cu", "version.cu", "warp.cu")]
 BUNDLED = "share/pwcnet-mindspore"
 """Folder of an environment where launch/bundle.sh puts a GPU library."""
 GPU_ARCHITECTURES = (70, 75, 80, 86, 89, 90)
@@ -71,6 +71,8 @@ def load_library(device: str) -> ctypes.CDLL | None:
             )
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        if device == "GPU" and hasattr(library, "cuda_version"):
+            check_driver(path, library.cuda_version() // 1000, "use a library that an older nvcc built")
         if device == "CPU" and not hasattr(library, "Convolution3x3"):
             print_note("no oneDNN package for this platform; convolutions are MindSpore's, which are slower", True)
         return library
@@ -120,7 +122,8 @@ def bundled_name() -> str:
 def gpu_target() -> Target:
     """The library for GPUs, for every architecture that this nvcc knows."""
     compiler = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
-    check_driver(compiler)
+    if release := re.search(rb"release (\d+)", compiler_version(compiler)):
+        check_driver(compiler, int(release[1]), "name an older nvcc in NVCC")
     listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     architectures = [number for number in GPU_ARCHITECTURES if f"compute_{number}" in listed]
     if not architectures:
@@ -137,18 +140,17 @@ TARGETS: dict[str, Callable[[], Target]] = {"CPU": cpu_target, "GPU": gpu_target
 """By MindSpore's device target."""
 
 
-def check_driver(compiler: str) -> None:
-    """Raise BuildError if this machine has an NVIDIA driver that is too old for an nvcc.
+def check_driver(path: str, release: int, remedy: str) -> None:
+    """Raise BuildError if this machine has an NVIDIA driver that is too old for an nvcc, or for what one has built.
 
     The library contains nvcc's own CUDA runtime, linked in and hidden, beside MindSpore's CUDA 11 runtime. They share
     contexts and streams, which belong to the driver; but a runtime needs a driver of its major version or newer.
     """
-    release = re.search(rb"release (\d+)", compiler_version(compiler))
     driver = driver_version()
-    if release and driver and driver < (int(release[1]), 0):
+    if driver and driver < (release, 0):
         raise BuildError(
-            f"{compiler} is from CUDA {release[1].decode()}, but the NVIDIA driver supports only up to "
-            f"CUDA {driver[0]}.{driver[1]}: name an older nvcc in NVCC, or update the driver"
+            f"{path} is from CUDA {release}, but the NVIDIA driver supports only up to CUDA {driver[0]}.{driver[1]}: "
+            f"{remedy}, or update the driver"
         )
 
 

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#define CUDART_VERSION 11080
 #define __global__
 #define __device__
 #define __shared__
