@@ -15,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
 
 import argparse
 import dataclasses
+import functools
 import glob
 import importlib.util
 import pathlib
@@ -27,7 +28,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from launch import gpus, requirements
+from launch import gpus, processes, requirements
 from launch.arguments import Parser
 from launch.files import cache_folder
 
@@ -102,6 +103,7 @@ def run_limited(command: Sequence[object], seconds: float, **variables: str | No
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=functools.partial(processes.end_with_parent, os.getpid()),  # a new session outlives its starter's
         errors="replace",
     )
     try:
