@@ -70,13 +70,13 @@ def run_on_gpu(libraries: Path, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision,tolerance", [("float32", 1e-3), ("float16", 0.1)])
+@pytest.mark.parametrize("precision,tolerance", [("float32", 1e-3), ("float16", 0.03)])
 def test_a_training_step_is_that_of_the_cpu(
     libraries: Path, on_cpu: dict[str, np.ndarray], tmp_path: Path, precision: str, tolerance: float
 ) -> None:
     """Losses and gradient; in one layout, though MindSpore would change it in float16; with the native operators.
 
-    The tolerance for float16 is that of gpu_check.py; biases of the wrong channels make 0.4.
+    Biases of the wrong channels make 0.4.
     """
     graph = run_on_gpu(libraries, tmp_path, "step", precision, "step.npz")
     with np.load(tmp_path / "step.npz") as found:
