@@ -6,12 +6,12 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -30,8 +30,7 @@ HEIGHT, WIDTH = 24, 40
 
 
 def run_convert(*words: Any, cwd: Path = tiny.ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, tiny.ROOT / "prep" / "convert.py", *words]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=cwd)
+    return forked.run([*map(str, (tiny.ROOT / "prep" / "convert.py", *words))], cwd)
 
 
 def convert(*words: Any, out: Path) -> Path:

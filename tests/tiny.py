@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import forked
 import numpy as np
 from PIL import Image
 
@@ -304,9 +305,11 @@ ENVIRONMENT = {
 
 def run_convert(dataset: str, root: Any, out: Any, *options: Any, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Run prep/convert.py as a user does, from another folder."""
-    command = [sys.executable, ROOT / "prep" / "convert.py", dataset, "--root", root, "--out", out, *options]
+    command = [*map(str, (ROOT / "prep" / "convert.py", dataset, "--root", root, "--out", out, *options))]
+    if not keywords:
+        return forked.run(command, ROOT.parent)
     return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT.parent, **keywords
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=ROOT.parent, **keywords
     )
 
 
