@@ -31,58 +31,12 @@ from launch.errors import UserError, counted, drop_output, run
 from launch.lock import Lock
 from launch.logs import print_note
 from prep import codec, schema, shards
-from prep.datasets import (
-    BadPair,
-    DatasetModule,
-    PairFiles,
-    autoflow,
-    chairssdhom,
-    driving,
-    find_release,
-    flyingchairs,
-    flyingchairs2,
-    flyingchairsocc,
-    flyingthings3d,
-    flyingthings3d_subset,
-    hd1k,
-    kitti2012,
-    kitti2015,
-    kubric,
-    kubric_swapped,
-    middlebury,
-    monkaa,
-    pair_size,
-    sintel,
-    splits,
-    spring,
-    tartanair,
-    viper,
-)
+from prep.datasets import BadPair, Dataset, PairFiles, find_release, pair_size, splits
 from prep.datasets.frames import FrameSequences
 from prep.datasets.pairs import EXAMPLE, PairList, hash_list
+from prep.datasets.registry import DATASETS
 from prep.workers import WorkersKilled, run_in_workers
 
-DATASETS: dict[str, DatasetModule] = {
-    "autoflow": autoflow,
-    "chairssdhom": chairssdhom,
-    "driving": driving,
-    "flyingchairs": flyingchairs,
-    "flyingchairs2": flyingchairs2,
-    "flyingchairsocc": flyingchairsocc,
-    "flyingthings3d": flyingthings3d,
-    "flyingthings3d-subset": flyingthings3d_subset,
-    "hd1k": hd1k,
-    "kitti2012": kitti2012,
-    "kitti2015": kitti2015,
-    "kubric": kubric,
-    "kubric-swapped": kubric_swapped,
-    "middlebury": middlebury,
-    "monkaa": monkaa,
-    "sintel": sintel,
-    "spring": spring,
-    "tartanair": tartanair,
-    "viper": viper,
-}
 CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown", "example"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
 CORRECTIONS = ("nan_is_unknown",)
@@ -300,12 +254,12 @@ class Plan:
 def make_plan(options: argparse.Namespace) -> Plan:
     """List the pairs, split them and assign them to shards; report the numbers."""
     dataset, plan = open_dataset(options), Plan(command=make_command(options, corrections=False))
-    path = options.split_file or (splits.FOLDER / dataset.VALIDATION if dataset.VALIDATION else None)
+    path = options.split_file or (splits.FOLDER / dataset.validation if dataset.validation else None)
     split_file = splits.read_split_file(path) if path else None
     if path and split_file:
         plan.validation = {"file": path.name, "sha256": split_file.sha256}
     root = find_release(dataset, options.root)
-    for render_pass in dataset.PASSES:
+    for render_pass in dataset.passes:
         pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
@@ -324,7 +278,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             indices = splits.held_out_indices(pairs)
         split = splits.divide(pairs, indices)
         add_pass(plan, render_pass, split, options.shards)
-        report_split(dataset, render_pass, split, bool(options.split_file))
+        report_split(dataset, render_pass, split, options)
     plan.description = {
         "dataset": options.dataset,
         "schema_version": schema_version(plan.pairs),
@@ -351,12 +305,13 @@ def make_command(options: argparse.Namespace, *, corrections: bool = True) -> st
     return shlex.join(words)
 
 
-def open_dataset(options: argparse.Namespace) -> DatasetModule:
-    """The module of a dataset, or what lists your own data."""
+def open_dataset(options: argparse.Namespace) -> Dataset:
+    """The dataset that the options name, or your own data."""
     if options.dataset == "pairs":
-        return PairList(options.list, options.val_share, options.nan_is_unknown, bool(options.split_file))
+        own = PairList(options.list, options.val_share, options.nan_is_unknown, bool(options.split_file))
+        return Dataset("Custom pairs", own.list_pairs)
     if options.dataset == "frames":
-        return FrameSequences(options.step, options.stride)
+        return Dataset("Frames", FrameSequences(options.step, options.stride).list_pairs)
     return DATASETS[options.dataset]
 
 
@@ -409,23 +364,23 @@ def assign_to_shards(stem: str, pairs: list[PairFiles], number: int) -> list[Pla
     return [PlannedShard(f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)]
 
 
-def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, custom: bool) -> None:
+def report_split(dataset: Dataset, render_pass: str, split: splits.Split, options: argparse.Namespace) -> None:
     """Print how the pairs are split, and whether the release is incomplete or a split is empty."""
     pairs = len(split.train) + len(split.val)
-    title = f"{dataset.TITLE} {render_pass}".strip()
+    title = f"{dataset.title} {render_pass}".strip()
     unlabelled = sum(not pair.flow for pair in split.train + split.val)
     print(
         f"{title}: {counted(pairs, 'pair')}, {len(split.train)} for training and {len(split.val)} for validation"
         + (f"; {unlabelled} without ground truth" if unlabelled else "")
     )
-    if dataset.PAIRS not in (None, pairs) and not custom:
+    if dataset.pairs not in (None, pairs) and not options.split_file:
         print_note(
-            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; each stays on its side of the fixed "
+            f"found {pairs:,} of the release's {dataset.pairs:,} pairs; each stays on its side of the fixed "
             "split (--split-file: use another)"
         )
     if unlabelled == pairs:
         return  # nothing to validate on
-    remedy = "--val-share: hold some out" if isinstance(dataset, PairList) else "--split-file: use another split"
+    remedy = "--val-share: hold some out" if options.dataset == "pairs" else "--split-file: use another split"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
             print_note(f"no pairs for {name} ({remedy})")

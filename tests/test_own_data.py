@@ -560,8 +560,9 @@ def test_files_of_a_list_are_found_in_archives_beside_it_and_in_folders(files: P
     (tmp_path / "folder").mkdir()
     (tmp_path / "files.zip").rename(tmp_path / "folder" / "files.zip")
     for root in (tmp_path / "folder", tmp_path / "around.zip"):
-        found = datasets.find_release(pairs.PairList(list_file), root)
-        listed = pairs.PairList(list_file).list_pairs(found, "")
+        dataset = datasets.Dataset("Custom pairs", pairs.PairList(list_file).list_pairs)
+        found = datasets.find_release(dataset, root)
+        listed = dataset.list_pairs(found, "")
         assert np.array_equal(datasets.read_pair(listed[1])["flow"], read_flow(files / "2.flo")[0])
     write_list(list_file, *rows_of(*rows, flow="9.flo"))
     with pytest.raises(UserError, match=r"line 3: flow .*/around.zip/my data é/9.flo: no such file"):
@@ -572,7 +573,7 @@ def test_what_frames_leave_out_is_said_once(shots: Path, capsys: pytest.CaptureF
     """Also if the folder is listed again, because it may contain archives of frames."""
     shutil.rmtree(shots / "walk")
     (shots / "more.zip").write_bytes(b"not read")
-    sequences = frames.FrameSequences()
+    sequences = datasets.Dataset("Frames", frames.FrameSequences().list_pairs)
     assert len(sequences.list_pairs(datasets.find_release(sequences, shots), "")) == 9
     assert capsys.readouterr().err == (
         f"note: {shots}: 1 file of no known image or video format left out, the first {shots}/more.zip\n"

@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg", ".webp", ".tif", ".ti
 
 @dataclass(frozen=True)
 class FrameSequences:
-    """Pairs of the frames of each folder and video, as a dataset module (`prep.datasets.DatasetModule`)."""
+    """How the frames of each folder and video are paired."""
 
     step: int = 1
     """The second frame of a pair is this many frames after the first."""
@@ -24,11 +24,6 @@ class FrameSequences:
     """The first frame of a pair is this many frames after that of the pair before."""
     noted: set[str] = field(default_factory=set, compare=False)
     """What was already said: folders with archives are listed twice."""
-
-    TITLE = "Frames"
-    PAIRS = None
-    VALIDATION = None
-    PASSES = ("",)
 
     def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs of a video, or of the folder `root` and all folders and videos in it, by path, then by frame.

@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PairList:
-    """The pairs of a list, as a dataset module (`prep.datasets.DatasetModule`)."""
+    """A list of pairs, and which of them are held out."""
 
     file: Path
     val_share: float | None = None
@@ -55,11 +55,6 @@ class PairList:
     nan_is_unknown: bool = False
     split_file: bool = False
     """Whether a file chooses the pairs to hold out."""
-
-    TITLE = "Custom pairs"
-    PAIRS = None
-    VALIDATION = None
-    PASSES = ("",)
 
     def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs in the order of the list, whose paths are relative to `root`.
