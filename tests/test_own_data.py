@@ -509,7 +509,7 @@ def test_a_mistake_in_frames_is_named(shots: Path, tmp_path: Path, spoil: Callab
 
 
 def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -> None:
-    """Data sets are often made of links. What is left out is said."""
+    """Data sets are often made of links. What is skipped is said."""
     (shots / "again").symlink_to("walk")
     (shots / "walk" / "up").symlink_to("..")
     (shots / "lost").symlink_to("nowhere")
@@ -521,10 +521,10 @@ def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -
     assert len(names) == 16
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
-        f"note: {shots}/again/up: a link to a folder around it; left out",
-        f"note: {shots}/lost: a broken link; left out",
-        f"note: {shots}/walk/up: a link to a folder around it; left out",
-        f"note: {shots}: 2 files of no known image or video format left out, the first {shots}/again/notes.txt",
+        f"note: {shots}/again/up: skipped: a link to one of its parent folders",
+        f"note: {shots}/lost: skipped: a broken link",
+        f"note: {shots}/walk/up: skipped: a link to one of its parent folders",
+        f"note: {shots}: skipped 2 files in unknown formats; the first is {shots}/again/notes.txt",
     ]
 
 
@@ -576,7 +576,7 @@ def test_what_frames_leave_out_is_said_once(shots: Path, capsys: pytest.CaptureF
     sequences = datasets.Dataset("Frames", frames.FrameSequences().list_pairs)
     assert len(sequences.list_pairs(datasets.find_release(sequences, shots), "")) == 9
     assert capsys.readouterr().err == (
-        f"note: {shots}: 1 file of no known image or video format left out, the first {shots}/more.zip\n"
+        f"note: {shots}: skipped 1 file in unknown formats; the first is {shots}/more.zip\n"
     )
 
 

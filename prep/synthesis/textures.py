@@ -4,7 +4,6 @@ A texture is drawn once for a block of pairs, which use it in many places, colou
 """
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 from launch import progress
 from launch.errors import UserError
 from launch.logs import print_note
-from prep.archive import list_folders
-from prep.datasets.frames import IMAGE_SUFFIXES, image_names
+from prep.datasets.frames import IMAGE_SUFFIXES, find_files, is_image
 from prep.formats.image import parse_image
 from prep.synthesis.version1 import draw_palette, to_fixed_point
 
@@ -38,7 +36,11 @@ class Photographs:
 
     @classmethod
     def load(cls, folder: Path) -> "Photographs":
-        """Find the photographs in a folder and its subfolders; UserError if there are none."""
+        """Find the photographs in a folder and its subfolders.
+
+        Raises:
+            UserError: there are none, or one is a broken link.
+        """
         if not folder.is_dir():
             raise UserError(f"--textures {folder}: is not a folder; expected a folder of photographs")
         found = find_photographs(folder)
@@ -65,23 +67,10 @@ class Photographs:
         return cv2.flip(texture, 1) if rng.random() < 0.5 else texture
 
 
-def find_photographs(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The images that `prep/convert.py frames` would find: in a folder and all folders in it, without hidden ones.
-
-    Args:
-        folder: where to look.
-        prefix: begins the names.
-        above: the folders around it, without links.
-    """
-    here = os.path.realpath(folder)
-    if here in above:
-        print_note(f"{folder}: a link to a folder around it; left out")
-        return {}
-    found = {prefix + name: folder / name for name in image_names(folder) if (folder / name).is_file()}
-    for name in list_folders(folder):
-        if not name.startswith("."):
-            found |= find_photographs(folder / name, f"{prefix}{name}/", (*above, here))
-    return found
+def find_photographs(folder: Path) -> dict[str, Path]:
+    """The images that `prep/convert.py frames` finds, by their names relative to the folder."""
+    found = find_files(folder, print_note)
+    return {name: Path(path) for files in found for name, path in files.items() if is_image(name)}
 
 
 def read_photograph(path: Path, side: int) -> np.ndarray:
