@@ -5,8 +5,6 @@ manifest.json, which lists every shard with its size, hashes and pairs. A record
 with the payloads (prep/codec.py) of FIELDS. prep/README.md describes the format with an example.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -26,6 +24,7 @@ from launch.files import sync, write_json
 from prep import codec, schema
 from prep.datasets import PairFiles, Sample, read_pair
 from prep.formats import StrPath
+from prep.prefetch import prefetch
 
 SCHEMA_VERSION = 2
 """The newest version that this toolkit reads. It writes 2 for a dataset with pairs without ground truth, else 1."""
@@ -376,7 +375,8 @@ def write_shard(
         writer.set_header_size(layout.header)
         writer.add_schema(SCHEMA, "optical flow pair")
         runs: list[tuple[int, int, int]] = []
-        for pair, sample in zip(pairs, read_ahead(pairs), strict=True):
+        # The files may be far away or compressed; reading them does not need Python's lock.
+        for pair, sample in zip(pairs, prefetch(map(read_pair, pairs), 1), strict=True):
             height, width = sample["valid"].shape
             if runs and runs[-1][1:] == (height, width):
                 runs[-1] = (runs[-1][0] + 1, height, width)
@@ -425,21 +425,6 @@ def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name
             f"MB with --codec {codec_name}, expected at most {MAX_RECORD / 1e6:.1f} MB, which MindRecord can store; "
             + ("use --codec zstd" if codec_name == "raw" else "use smaller images")
         )
-
-
-def read_ahead(pairs: Iterable[PairFiles]) -> Iterator[Sample]:
-    """Read pairs in order, in a thread: each while the one before it is used.
-
-    The files may be far away or compressed; neither needs Python's lock.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead: collections.deque[concurrent.futures.Future[Sample]] = collections.deque()
-        for pair in pairs:
-            ahead.append(pool.submit(read_pair, pair))
-            if len(ahead) == 2:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def free_bytes(folder: Path) -> int:
