@@ -65,7 +65,7 @@ def main() -> None:
         # The manifest and MindRecord store text.
         if not shards.PRINTABLE.allows(os.path.abspath(path)):
             raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
-    partial = Path(f"{out}.partial")
+    partial = files.partial_of(out)
     rank = ranks.current()
     if rank.rank != 0:
         drop_output()  # rank 0 reports for all
@@ -80,7 +80,7 @@ def main() -> None:
     lock = None
     if rank.rank == 0:
         try:
-            lock = open_partial(partial, out, plan)
+            lock = resume_partial(partial, out, plan)
         except FileNotFoundError:  # unless another conversion has just renamed the folder
             if not is_complete(out, plan):
                 raise
@@ -216,11 +216,7 @@ def find_out(out: Path) -> Path:
     out = Path(os.path.normpath(out))
     if out.is_symlink():
         out = Path(os.path.realpath(out))
-    if out.is_dir() and not os.listdir(out) and (reason := files.why_not_replaceable(out)):
-        raise UserError(
-            f"{out}: {reason}, which a finished conversion cannot replace; name a new folder in it, such as "
-            f"--out {shlex.quote(str(out / 'data'))}"
-        )
+    files.check_replaceable(out)
     return out
 
 
@@ -449,7 +445,7 @@ def read_plan(partial: Path) -> str | None:
         return ""
 
 
-def open_partial(partial: Path, out: Path, plan: Plan) -> Lock:
+def resume_partial(partial: Path, out: Path, plan: Plan) -> Lock:
     """Create the work folder, or reuse that of an interrupted run of the same command; return its lock."""
     if os.path.lexists(partial) and (not partial.is_dir() or os.listdir(partial)):
         found = read_plan(partial)

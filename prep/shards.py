@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 
 from launch.errors import UserError, one_line
-from launch.files import sync, write_json
+from launch.files import partial_of, sync, write_json
 from prep import codec, schema
 from prep.datasets import PairFiles, Sample, read_pair
 from prep.formats import StrPath
@@ -261,7 +261,7 @@ class Manifest:
         """Read a dataset's manifest; UserError if it is missing, damaged or of a newer version."""
         path = folder / MANIFEST
         if not path.is_file():
-            unfinished = Path(f"{os.path.normpath(folder)}.partial").is_dir()
+            unfinished = partial_of(folder).is_dir()
             raise UserError(
                 f"{path}: not found; expected a folder written by prep/convert.py"
                 + (", whose last run was interrupted: run the same command again to resume" if unfinished else "")

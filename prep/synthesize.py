@@ -146,11 +146,11 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
     """
     if is_complete(folder, recipe):
         return False
-    check_replaceable(folder)
+    files.check_replaceable(folder)
     if recipe.profile != 1:
         recipe.maker().textures.check(workers)
-    partial = Path(f"{folder}.partial")
-    lock = open_partial(partial)
+    partial = files.partial_of(folder)
+    lock = empty_partial(partial)
     try:
         if is_complete(folder, recipe):  # another run has completed it meanwhile
             return False
@@ -178,16 +178,7 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
     return True
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise UserError if a finished dataset could not take the place of a folder, which is empty if it exists."""
-    if folder.exists() and (reason := files.why_not_replaceable(folder)):
-        raise UserError(
-            f"{folder}: the finished dataset cannot take the place of this folder (it is {reason}); name a new folder "
-            f"in it, such as {folder / 'synthetic'}"
-        )
-
-
-def open_partial(partial: Path) -> Lock:
+def empty_partial(partial: Path) -> Lock:
     """Create the work folder, or empty that of a killed run; return its lock. UserError if it is anything else."""
     found = ""
     if partial.is_symlink() or not partial.is_dir():
@@ -196,14 +187,16 @@ def open_partial(partial: Path) -> Lock:
         found = f"a folder with {names[0]}"
     if found:
         raise UserError(
-            f"{partial}: already exists ({found}), expected nothing there but what a killed run of this command left; "
+            f"{partial}: already exists and is not left over from an interrupted run of this command (it is {found}); "
             "move it away or choose another --out"
         )
     partial.mkdir(parents=True, exist_ok=True)
     try:
         lock = Lock(partial / LOCK, "synthesis")
     except FileNotFoundError:  # its holder took the folder away when it ended
-        raise UserError(f"{partial}: another synthesis wrote to it until now; run the same command again") from None
+        raise UserError(
+            f"{partial}: another run of this command has just finished writing to it; run the same command again"
+        ) from None
     except OSError as error:
         error.filename = error.filename or str(partial / LOCK)
         raise

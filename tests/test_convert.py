@@ -366,7 +366,7 @@ def test_a_conversion_that_another_one_has_finished_is_complete(
 ) -> None:
     """The first conversion has renamed the folder since the second one looked whether there is anything to do."""
     whole, out = tiny.convert("flyingchairs", root, tmp_path / "whole"), tmp_path / "out"
-    name = "open_partial" if when.startswith("before") else "Lock"
+    name = "resume_partial" if when.startswith("before") else "Lock"
     original = getattr(convert, name)
 
     def finish_first(path: Path, *arguments: Any) -> Any:
@@ -398,11 +398,11 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
 ) -> None:
     """Renaming would fail, or lose the current folder, after all the work."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"{small_disk}: a mount point, .*; name a new folder in it, .*disk/data"):
+    with pytest.raises(UserError, match=f"{small_disk}: is a mount point, .*; name a new folder in it, .*disk/data"):
         convert.find_out(small_disk)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match=r"\.: the current folder, .* --out data"):
+    with pytest.raises(UserError, match=r"\.: is the current folder, .* such as data"):
         convert.find_out(Path("."))
     assert convert.find_out(Path("data/")) == Path("data")
 

@@ -325,7 +325,7 @@ def test_what_another_command_left_in_the_place_of_the_work_folder_is_kept(tmp_p
         (tmp_path / "elsewhere").mkdir()
         partial.symlink_to("elsewhere")
     found = "a folder with plan.json" if kind == "conversion" else "a file or link"
-    with pytest.raises(UserError, match=rf"/set\.partial: already exists \({found}\), expected .*; move it away or"):
+    with pytest.raises(UserError, match=rf"/set\.partial: already exists .* \(it is {found}\); move it away or"):
         synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(1, 32, 32, seed=1), workers=1)
     assert os.path.lexists(partial) and not (tmp_path / "set").exists()
     assert kind != "conversion" or os.listdir(partial) == ["plan.json"]
@@ -342,7 +342,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path, monkeypatch: pyte
 def test_the_current_folder_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"\(it is the current folder\); name a new folder in it, such as .*/synthetic"):
+    with pytest.raises(UserError, match=r": is the current folder, .*; name a new folder in it, such as .*/data"):
         run_main(monkeypatch, "--out", ".")
     assert os.listdir(tmp_path) == []
 
@@ -359,8 +359,8 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
     if result.returncode == 77 or "unshare" in result.stderr:
         pytest.skip("nothing can be mounted here")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {mounted}: the finished dataset cannot take the place")
-    assert "(it is a mount point); name a new folder in it" in result.stderr
+    assert result.stderr.startswith(f"error: {mounted}: is a mount point, so the finished folder cannot take its place")
+    assert f"; name a new folder in it, such as {mounted}/data" in result.stderr
     assert os.listdir(tmp_path) == ["mounted"]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from launch import progress
 from launch.communicator import Communicator
 from launch.errors import UserError, counted
+from launch.files import check_replaceable, partial_of
 from launch.logs import print_note
 
 if TYPE_CHECKING:
@@ -197,23 +198,16 @@ class SubmissionWriter:
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
-def partial_folder(out: pathlib.Path) -> pathlib.Path:
-    """The folder of a submission that is not complete yet."""
-    return pathlib.Path(f"{out.resolve()}.partial")
-
-
 def check_out(out: pathlib.Path, benchmark: Benchmark) -> None:
-    """Make sure that `out` can become the folder of a submission; an empty folder there is removed.
+    """Check that `out` can become the folder of a submission, and remove what a killed process half wrote beside it.
 
     Raises:
-        UserError: it has other files, or an interrupted submission beside it has.
-        OSError: it is a mount point, or may not be removed.
+        UserError: it cannot, or an interrupted submission to it has files that are not part of this one.
     """
-    if out.exists():
-        if any(out.iterdir()):
-            raise UserError(f"{out}: is not empty, and other files must not get into a submission; name a new folder")
-        out.resolve().rmdir()  # finds a mount point before the work
-    partial, expected = partial_folder(out), {pair.file for pair in benchmark.pairs}
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty, and other files must not get into a submission; name a new folder")
+    check_replaceable(out)
+    partial, expected = partial_of(out.resolve()), {pair.file for pair in benchmark.pairs}
     for path in partial.rglob("*"):
         if path.is_file() and ".partial-" in path.name:  # half written by a process that was killed
             path.unlink()
@@ -240,7 +234,7 @@ def write_submission(
     from model.predict import FramePair, predict
     from prep.formats.image import read_image
 
-    partial = partial_folder(out)
+    partial = partial_of(out.resolve())
     shares = [pairs[comm.rank :: comm.size] for pairs in benchmark.by_size.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # one graph for each size
