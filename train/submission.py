@@ -14,13 +14,11 @@ from launch.communicator import Communicator
 from launch.errors import UserError, counted
 from launch.files import check_replaceable, partial_of
 from launch.logs import print_note
+from prep.datasets import RENDER_PASSES
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
     from model.predict import FramePair
-
-PASSES = ("clean", "final")
-"""Rendering passes: the first part of a pair's name in a dataset that is rendered twice."""
 
 
 class BenchmarkPair(NamedTuple):
@@ -135,7 +133,7 @@ def list_sintel(folder: pathlib.Path) -> list[BenchmarkPair]:
 def check_passes(test: pathlib.Path, pairs: Iterable[BenchmarkPair]) -> None:
     """Raise UserError unless both passes of Sintel's test set have the same pairs."""
     files = [pair.file.split("/", 1) for pair in pairs]
-    clean, final = ({file for name, file in files if name == wanted} for wanted in PASSES)
+    clean, final = ({file for name, file in files if name == wanted} for wanted in RENDER_PASSES)
     if clean != final:
         file = min(clean ^ final)
         incomplete = "final" if file in clean else "clean"
@@ -161,7 +159,7 @@ def list_kitti2015(folder: pathlib.Path) -> list[BenchmarkPair]:
 
 
 LAYOUTS = (
-    Layout("Sintel", "test", PASSES, list_sintel, 1104),
+    Layout("Sintel", "test", RENDER_PASSES, list_sintel, 1104),
     Layout("KITTI 2015", "testing", ("image_2",), list_kitti2015, 200),
     Layout("KITTI 2012", "testing", ("colored_0",), list_kitti2012, 195),
     Layout("KITTI 2012", "testing", ("image_0",), list_kitti2012, 195),

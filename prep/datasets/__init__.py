@@ -25,7 +25,7 @@ occluded uint8 (H, W), 1 where the flow is known and where the second frame hide
 truth, flow, valid and occluded are 0."""
 
 RENDER_PASSES = ("clean", "final")
-"""The passes of the datasets that are rendered twice: without and with atmospheric effects, blur and the like."""
+"""The passes of datasets that are rendered twice: the first part of their pairs' names."""
 MARKS_UNKNOWN = (".png", ".flo5")
 """Suffixes of flow formats that themselves tell unknown flow from known."""
 
