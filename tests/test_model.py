@@ -15,7 +15,7 @@ from model.precision import set_precision
 from model.pwcnet import DIV_FLOW, PWCNet, start_from_coarser_flow
 from model.resizing import resize, upsample
 from prep.reader import Batch
-from prep.synthesize import make_pair
+from prep.synthesis.version1 import make_pair
 from train.metrics import end_point_error
 from train.recipe import Recipe
 from train.step import TrainStep

@@ -19,7 +19,7 @@ from model.predict import Outputs, PairCounts, make_pairs, open_frames, predict
 from prep import flow_viz
 from prep.formats.flow import read_flo
 from prep.prefetch import prefetch
-from prep.synthesize import make_pair
+from prep.synthesis.version1 import make_pair
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 

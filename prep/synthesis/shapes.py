@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from prep.synthesis.version1 import FIXED_POINT, draw_contours, to_fixed_point
+from prep.synthesis.common import FIXED_POINT, draw_contours, to_fixed_point
 
 
 def draw_solid(rng: np.random.Generator, side: int, margin: float) -> np.ndarray:

@@ -16,13 +16,12 @@ from launch.errors import UserError
 from launch.logs import print_note
 from prep.datasets.frames import IMAGE_SUFFIXES, find_files, is_image
 from prep.formats.image import parse_image
-from prep.synthesis.version1 import draw_palette, to_fixed_point
+from prep.synthesis.common import FIXED_POINT, draw_palette, to_fixed_point
 
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
 DETAIL = 2  # texture pixels per pixel of a frame: with one, interpolation would blur frames more than cameras do
-FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import cv2
 import numpy as np
 
 from prep.synthesis import effects, shapes
+from prep.synthesis.common import CHAIRS_WIDTH
 from prep.synthesis.layers import Frame, Layer, find_occluded
 from prep.synthesis.motion import Box, Deformation, Motion, about, limit_strain, similarity, smooth_field
 from prep.synthesis.textures import BLOCK, DETAIL, MAX_SIDE, Photographs, Textures, recolour
-
-CHAIRS_WIDTH = 512  # lengths below are in pixels of a FlyingChairs frame, 384x512
 
 
 def ingredient(default: float, help: str) -> Any:
