@@ -81,11 +81,6 @@ class ArchivePath(os.PathLike[str]):
         """Of the name, with its dot."""
         return os.path.splitext(self.name)[1]
 
-    @property
-    def parent(self) -> "ArchivePath":
-        """The folder that contains it."""
-        return ArchivePath(self._tree, os.path.dirname(self.inner))
-
     def is_dir(self) -> bool:
         return self.inner in self._tree.folders
 
@@ -94,10 +89,6 @@ class ArchivePath(os.PathLike[str]):
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
-
-    def iterdir(self) -> "Iterator[ArchivePath]":
-        """The files and folders in this folder."""
-        return (self / name for name in self._tree.list(self))
 
     def stat(self) -> "Status":
         """Length, and the archive's time of modification."""

@@ -67,10 +67,10 @@ def test_paths_behave_as_those_of_unpacked_files(tmp_path: Path, kind: str) -> N
     assert archive.list_names(root) == archive.list_folders(root) == ["a b"]
     data = root / "a b" / "data"
     assert data.is_dir() and not data.is_file() and not (data / "other").exists()
-    assert [path.name for path in sorted(data.iterdir(), key=str)] == ["empty", "é.bin"]
+    assert archive.list_names(data) == ["empty", "é.bin"]
     path = data / "é.bin"
     assert str(path) == os.fspath(path) == f"{tmp_path}/{kind}/a b/data/é.bin" and path.suffix == ".bin"
-    assert path == root / "a b/data/é.bin" and path.parent == data and len({path, root / "a b/data/é.bin"}) == 1
+    assert path == root / "a b/data/é.bin" and len({path, root / "a b/data/é.bin"}) == 1
     assert path.read_bytes() == files["a b/data/é.bin"] and (data / "empty").read_bytes() == b""
     assert (root / "a b/readme.txt").read_text() == "text"
     assert path.stat() == (29997, (tmp_path / kind).stat().st_mtime_ns)

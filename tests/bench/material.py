@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[0] = ROOT  # `prep`, and not this folder's neighbours
 
-
 from prep.datasets import Sample, flyingchairs, read_pair
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
