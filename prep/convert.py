@@ -52,19 +52,8 @@ def main() -> None:
     if options.example:
         print(EXAMPLE, end="")
         return
-    if options.shards < 1 or options.workers < 1:
-        raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
-    if options.val_share is not None and not 0 < options.val_share < 1:
-        raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
-    if min(options.step, options.stride) < 1:
-        raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
-    if options.split_file and options.val_share is not None:
-        raise UserError("--split-file and --val-share both choose the validation pairs; leave one out")
     out = find_out(options.out)
-    for path in filter(None, (options.root, out, options.split_file, options.list)):
-        # The manifest and MindRecord store text.
-        if not shards.PRINTABLE.allows(os.path.abspath(path)):
-            raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
+    check_options(options, out)
     partial = files.partial_of(out)
     rank = ranks.current()
     if rank.rank != 0:
@@ -209,6 +198,22 @@ def check_own_options(parser: Parser, options: argparse.Namespace) -> None:
     needed = ("list", "root", "out") if options.dataset == "pairs" else ("root", "out")
     if missing := [f"--{name}" for name in needed if not getattr(options, name)]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
+def check_options(options: argparse.Namespace, out: Path) -> None:
+    """Raise UserError if an option is out of range, contradicts another one, or is a path that cannot be recorded."""
+    if options.shards < 1 or options.workers < 1:
+        raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
+    if options.val_share is not None and not 0 < options.val_share < 1:
+        raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
+    if min(options.step, options.stride) < 1:
+        raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
+    if options.split_file and options.val_share is not None:
+        raise UserError("--split-file and --val-share both choose the validation pairs; leave one out")
+    for path in filter(None, (options.root, out, options.split_file, options.list)):
+        # The manifest and MindRecord store text.
+        if not shards.PRINTABLE.allows(os.path.abspath(path)):
+            raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
 
 
 def find_out(out: Path) -> Path:

@@ -362,36 +362,15 @@ def write_shard(
         BadPair: a file of a pair is damaged.
         UserError: a record is too long, or MindRecord cannot write the shard.
     """
-    from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
-
-    folder, file = path.parent, path.name
-    work = folder / f"{file}.partial-{os.getpid()}"  # MindRecord stores the file's name, so it must not change
+    work = path.with_name(f"{path.name}.partial-{os.getpid()}")
     work.mkdir()
-    unfinished, index = work / file, work / f"{file}.db"
-    free = free_bytes(folder)
     try:
-        writer = FileWriter(str(unfinished), 1, overwrite=True)
-        writer.set_page_size(layout.page)
-        writer.set_header_size(layout.header)
-        writer.add_schema(SCHEMA, "optical flow pair")
-        runs: list[tuple[int, int, int]] = []
-        # The files may be far away or compressed; reading them does not need Python's lock.
-        for pair, sample in zip(pairs, prefetch(map(read_pair, pairs), 1), strict=True):
-            height, width = sample["valid"].shape
-            if runs and runs[-1][1:] == (height, width):
-                runs[-1] = (runs[-1][0] + 1, height, width)
-            else:
-                runs.append((1, height, width))
-            payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
-            record = codec.pack(payloads)
-            check_record(pair, (height, width), len(record), codec_name)
-            writer.write_raw_data([{"name": pair.name, "pair": record}])
-            free = min(free, free_bytes(folder))
-            progress()
-        writer.commit()
+        sizes = write_records(work, path, pairs, codec_name, layout, progress)
+        # MindRecord stores the file's name, so it is the same in `work`.
+        unfinished, index = work / path.name, work / f"{path.name}.db"
         length, index_length = sync(unfinished), sync(index)
         shard = Shard(
-            file=file,
+            file=path.name,
             bytes=length,
             sha256=hash_file(unfinished, length),
             header_bytes=layout.header,
@@ -399,22 +378,57 @@ def write_shard(
             index_bytes=index_length,
             index_sha256=hash_file(index, index_length),
             names=[pair.name for pair in pairs],
-            sizes=runs,
+            sizes=sizes,
             labelled=pairs[0].flow is not None,
         )
         for written in (index, unfinished):
             written.chmod(work.stat().st_mode & 0o666)  # MindRecord's own mode is 0600
-            written.replace(folder / written.name)
+            written.replace(path.with_name(written.name))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return shard
+
+
+def write_records(
+    work: Path,
+    path: Path,
+    pairs: list[PairFiles],
+    codec_name: str,
+    layout: PageLayout,
+    progress: Callable[[], object],
+) -> list[tuple[int, int, int]]:
+    """Write the records of the shard `path` and their index, to the folder `work`; returns `Shard.sizes`."""
+    from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
+
+    free = free_bytes(work)
+    sizes: list[tuple[int, int, int]] = []
+    try:
+        writer = FileWriter(str(work / path.name), 1, overwrite=True)
+        writer.set_page_size(layout.page)
+        writer.set_header_size(layout.header)
+        writer.add_schema(SCHEMA, "optical flow pair")
+        # The files may be far away or compressed; reading them does not need Python's lock.
+        for pair, sample in zip(pairs, prefetch(map(read_pair, pairs), 1), strict=True):
+            height, width = sample["valid"].shape
+            if sizes and sizes[-1][1:] == (height, width):
+                sizes[-1] = (sizes[-1][0] + 1, height, width)
+            else:
+                sizes.append((1, height, width))
+            payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
+            record = codec.pack(payloads)
+            check_record(pair, (height, width), len(record), codec_name)
+            writer.write_raw_data([{"name": pair.name, "pair": record}])
+            free = min(free, free_bytes(work))
+            progress()
+        writer.commit()
     except RuntimeError as error:  # from MindRecord; reading raises UserError or OSError
         # MindRecord or another process may already have deleted what filled the disk: report the minimum.
-        free = min(free, free_bytes(folder))
+        free = min(free, free_bytes(work))
         raise UserError(
             f"{path}: MindRecord could not write it ({free / 1e6:.1f} MB were free there; {extract_reason(error)}); "
             "free some space, then run the same command again"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return shard
+    return sizes
 
 
 def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name: str) -> None:
