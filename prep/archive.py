@@ -34,7 +34,7 @@ ZIP_LOCAL_HEADER = 30
 MAX_TAR_HEADER = 1 << 20
 """Bytes of the longest header in a .tar: longer ones would only fill the memory."""
 IGNORED = ["__MACOSX"]
-"""A folder that is no part of the data: macOS adds its metadata to each .zip."""
+"""Folders that are not part of the data: macOS adds its metadata to each .zip."""
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class ArchivePath(os.PathLike[str]):
         return ArchivePath(self._tree, "" if inner == "." else inner)
 
     def __fspath__(self) -> str:
-        """For messages and os.path; it cannot be opened."""
+        """A path for messages and os.path, which cannot be opened."""
         member = self._tree.files.get(self.inner)
         label = member.archive.path if member else self._tree.label
         return f"{label}/{self.inner}" if self.inner else label
@@ -78,7 +78,7 @@ class ArchivePath(os.PathLike[str]):
 
     @property
     def suffix(self) -> str:
-        """Of the name, with its dot."""
+        """The suffix of the name, with its dot."""
         return os.path.splitext(self.name)[1]
 
     def is_dir(self) -> bool:
@@ -268,9 +268,9 @@ class ZipMember(NamedTuple):
     name: str
     length: int
     packed: int
-    """Its length in the archive."""
+    """Length in the archive."""
     offset: int
-    """Of its local header."""
+    """Offset of its local header."""
     crc: int
     deflated: bool
 
@@ -357,7 +357,7 @@ class TarMember(NamedTuple):
     name: str
     length: int
     offset: int
-    """Of its data."""
+    """Offset of its data."""
 
     def is_packed(self) -> bool:
         """Any part can be read."""

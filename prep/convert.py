@@ -40,11 +40,11 @@ from prep.workers import WorkersKilled, run_in_workers
 CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown", "example"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
 CORRECTIONS = ("nan_is_unknown",)
-"""Those that an error about a pair may advise to add."""
+"""Those of them that an error about a pair may advise to add."""
 PLAN = "plan.json"
-"""In the work folder: the command that writes it."""
+"""The file in the work folder with the command that writes it."""
 LOCK = "lock"
-"""In the work folder: held by the conversion that writes it."""
+"""The file in the work folder that the conversion that writes it has locked."""
 
 
 def main() -> None:
@@ -113,9 +113,9 @@ def parse_options() -> argparse.Namespace:
         "--root",
         type=Path,
         metavar="DIR",
-        help="the release: its folder, its .zip or .tar, or the folder of its archives; for frames, the folder, "
-        "archive or video; for pairs, what the paths in the list are relative to (required; for pairs by default the "
-        "folder of the list)",
+        help="folder of the release, its archive (.zip, .tar, .tar.gz), or a folder of its archives; for frames, a "
+        "folder, archive or video; for pairs, the folder that paths in the list are relative to (required, except for "
+        "pairs: default is the folder of the list)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument(
@@ -124,7 +124,7 @@ def parse_options() -> argparse.Namespace:
         default=16,
         metavar="N",
         help="number of shards of the training split, and of each rendering pass if there are several; best several "
-        "times the number of worker processes (default: %(default)s)",
+        "times the number of worker processes",
     )
     parser.add_argument(
         "--workers",
@@ -137,7 +137,7 @@ def parse_options() -> argparse.Namespace:
         "--codec",
         choices=codec.CODECS,
         default=codec.CODECS[0],
-        help="lossless compression to about a fifth, or none (default: %(default)s)",
+        help="lossless compression to about a fifth, or none",
     )
     parser.add_argument(
         "--split-file",
@@ -166,7 +166,7 @@ def add_own_options(parser: Parser) -> None:
         "--val-share",
         type=float,
         metavar="SHARE",
-        help="share of the pairs with flow to hold out for validation, for a list without the column split (default: "
+        help="share of the pairs with flow to hold out for validation, for a list without a 'split' column (default: "
         "none)",
     )
     pairs.add_argument(
@@ -377,14 +377,15 @@ def report_split(dataset: Dataset, render_pass: str, split: splits.Split, option
     if dataset.pairs not in (None, pairs) and not options.split_file:
         print_note(
             f"found {pairs:,} of the release's {dataset.pairs:,} pairs; each stays on its side of the fixed "
-            "split (--split-file: use another)"
+            "split (to use a different split, give --split-file)"
         )
     if unlabelled == pairs:
         return  # nothing to validate on
-    remedy = "--val-share: hold some out" if options.dataset == "pairs" else "--split-file: use another split"
+    own = options.dataset == "pairs"
+    remedy = "give --val-share to hold some out" if own else "give --split-file to use a different split"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
-            print_note(f"no pairs for {name} ({remedy})")
+            print_note(f"no pairs for {name}; {remedy}")
 
 
 def check_names(pairs: list[PairFiles]) -> None:
@@ -441,7 +442,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def read_plan(partial: Path) -> str | None:
-    """The command that writes the work folder `partial`, "" if that is unreadable, None if it is no work folder."""
+    """The command that writes the work folder `partial`, "" if that is unreadable, None if it is not a work folder."""
     try:
         return str(json.loads((partial / PLAN).read_text("utf-8"))["command"])
     except (FileNotFoundError, NotADirectoryError):
@@ -601,7 +602,7 @@ def next_steps(out: Path, plan: Plan) -> str:
     folder = shlex.quote(str(out))
     inspect = f"next: python prep/inspect.py {folder} --html {folder}.html"
     if any(pair.flow for pair in plan.pairs):
-        return f"{inspect}, then launch/train.sh --data {folder}"
+        return f"{inspect}, then launch/train.sh --config RECIPE --data {folder} --out RUN"
     return f"{inspect}; training needs pairs with ground truth, too"
 
 

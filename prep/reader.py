@@ -75,7 +75,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Positions:
-    """The same for many pairs, as int64 arrays of equal shape."""
+    """Many pairs to read, as int64 arrays of equal shape."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -283,7 +283,7 @@ class DecodedPair:
 
     sample: Sample
     index: int
-    """As in `Batch.index`."""
+    """Position of the pair, as in `Batch.index`."""
     label: str
     """File and name, for errors."""
 

@@ -77,7 +77,7 @@ class Record(NamedTuple):
     """A record as stored."""
 
     offset: int
-    """In the shard's file, in bytes."""
+    """Offset in the shard's file, in bytes."""
     data: bytes
 
 
@@ -97,7 +97,7 @@ class Shard:
     index_bytes: Count
     index_sha256: Sha256
     names: list[Text]
-    """In the order of the records."""
+    """Names of the pairs, in the order of the records."""
     sizes: list[tuple[Count, Count, Count]]
     """Runs of equal size, in the same order: (number of pairs, height, width)."""
     labelled: bool = True
@@ -115,7 +115,7 @@ class Shard:
                 raise ValueError(f"a pair of {width}x{height} does not fit in its {self.bytes} bytes")
 
     def to_json(self) -> dict[str, Any]:
-        """As manifest.json stores it: as in version 1, unless its pairs have no ground truth."""
+        """The content of manifest.json for it: as in version 1, unless its pairs have no ground truth."""
         fields = dataclasses.asdict(self)
         if self.labelled:
             del fields["labelled"]
@@ -238,7 +238,7 @@ class Manifest:
     splits: dict[Text, list[ShardFile]]
     """Shard files of each split, in order. A shard may be in several: Sintel's val-clean is part of val."""
     shards: dict[ShardFile, Shard]
-    """By file name."""
+    """All shards by their file names."""
     validation: Validation
     made: Provenance
 
@@ -436,7 +436,7 @@ def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name
     if length > MAX_RECORD:
         raise UserError(
             f"{pair.row or pair.image1}: the pair {pair.name} of {size[1]}x{size[0]} pixels takes {length / 1e6:.1f} "
-            f"MB with --codec {codec_name}, expected at most {MAX_RECORD / 1e6:.1f} MB, which MindRecord can store; "
+            f"MB with --codec {codec_name}, but MindRecord can store at most {MAX_RECORD / 1e6:.1f} MB; "
             + ("use --codec zstd" if codec_name == "raw" else "use smaller images")
         )
 

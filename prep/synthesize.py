@@ -47,7 +47,8 @@ from prep.synthesis.version2 import Ingredients, PairMaker
 MIN_SIDE, MAX_SIDE = 32, 2048
 MAX_PAIRS = 99999  # names have five digits, and name order must be number order
 LOCK = "synthesize.lock"
-"""In the work folder: held by the run that writes it. It also tells that this command has made the folder."""
+"""The file in the work folder that the run that writes it has locked. It also tells that this command made the
+folder."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def write_pairs(folder: Path, spec: SyntheticSpec, workers: int) -> None:
     )
     processes = []
     try:
-        # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the
+        # A terminal sends Ctrl-C to all processes, but only this one should handle it: workers, which start with the
         # first job, inherit the blocked signal.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         written = {pool.submit(write_some, folder, numbers, spec): len(numbers) for numbers in parts}
@@ -306,11 +307,9 @@ def parse_options() -> argparse.Namespace:
         "layout of FlyingChairs. The same options always give the same bytes.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
-    parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs (default: %(default)s)")
-    parser.add_argument(
-        "--size", default="128x192", metavar="HxW", help="height and width in pixels (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs")
+    parser.add_argument("--size", default="128x192", metavar="HxW", help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers")
     parser.add_argument(
         "--workers",
         type=int,
@@ -323,11 +322,11 @@ def parse_options() -> argparse.Namespace:
         type=int,
         choices=(1, 2),
         default=2,
-        help="2, or 1 for the pairs of release 0.9: sharp shapes in affine motion (default: %(default)s)",
+        help="2, or 1 for the pairs of release 0.9: sharp shapes in affine motion",
     )
     group = parser.add_argument_group("profile 2")
     group.add_argument("--textures", type=Path, metavar="DIR", help="photographs to use as textures")
-    group.add_argument("--format", choices=("ppm", "png"), help="of the frames (default: ppm)")
+    group.add_argument("--format", choices=("ppm", "png"), help="image format of the frames (default: ppm)")
     for ingredient in fields(Ingredients):
         group.add_argument(
             f"--{ingredient.name.replace('_', '-')}",

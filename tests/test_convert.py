@@ -495,7 +495,7 @@ def test_a_pair_too_large_for_a_record_is_named_with_a_remedy(
     """Of uncompressed pairs before anything is written, of compressed ones as they are."""
     pairs = flyingchairs.list_pairs(root, "")
     monkeypatch.setattr(shards, "MAX_RECORD", 13000)
-    limit = r"takes 0.0 MB with --codec {}, expected at most 0.0 MB, which MindRecord can store; use {}"
+    limit = r"takes 0.0 MB with --codec {}, but MindRecord can store at most 0.0 MB; use {}"
     with pytest.raises(UserError, match="img1.ppm: the pair 00001 of 40x24 pixels " + limit.format("raw", "--codec")):
         convert.largest_image(pairs, "raw")
     assert convert.largest_image(pairs, "zstd") == 24 * 40

@@ -283,9 +283,9 @@ def test_a_mistake_in_a_list_is_named_with_its_line(files: Path, text: str, mess
 
 def test_a_list_with_a_split_needs_no_share(files: Path) -> None:
     path = write_list(files / "pairs.csv", {**ROWS[1], "split": "val"})
-    with pytest.raises(UserError, match="has a column split; leave out --val-share"):
+    with pytest.raises(UserError, match="has a 'split' column; remove --val-share or the column"):
         pairs.PairList(path, val_share=0.1).list_pairs(files, "")
-    with pytest.raises(UserError, match="has a column split; leave out --split-file"):
+    with pytest.raises(UserError, match="has a 'split' column; remove --split-file or the column"):
         pairs.PairList(path, split_file=True).list_pairs(files, "")
 
 
@@ -296,7 +296,7 @@ def test_a_share_and_a_split_file_contradict_each_other(files: Path, tmp_path: P
     line = refusal(*words, "--val-share", 0.5, out=tmp_path / "out")
     assert "--split-file and --val-share both choose the validation pairs; leave one out" in line
     write_list(path, {**ROWS[1], "split": "val"})
-    assert "has a column split; leave out --split-file" in refusal(*words, out=tmp_path / "out")
+    assert "has a 'split' column; remove --split-file or the column" in refusal(*words, out=tmp_path / "out")
 
 
 def test_a_name_that_is_not_text_is_named_with_its_line(files: Path, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def resize(folder: Path, name: str) -> None:
     (lambda folder: write_flo(folder / "2.flo", np.zeros((8, 8, 2), np.float32)),
      "2.png: 40x24 pixels, expected 8x8 as in 2.flo"),
     (lambda folder: spoil_flow(folder, np.nan, 3), "2.flo: NaN at 3 of 960 pixels, the first at row 0, column 0"),
-    (lambda folder: spoil_flow(folder, 1e10, 960), "2.flo: no flow in it is known; leave the column flow empty"),
+    (lambda folder: spoil_flow(folder, 1e10, 960), "2.flo: contains no known flow; leave the 'flow' column empty"),
     (lambda folder: (folder / "2.flo").write_bytes(b"x"), "2.flo: 1 bytes, expected a .flo file"),
     (lambda folder: (folder / "3.png").write_bytes(b"x"), "3.png: not a readable image"),
 ])  # fmt: skip

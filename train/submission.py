@@ -35,7 +35,7 @@ class Benchmark:
     """A benchmark with its test set, which has no public ground truth."""
 
     name: str
-    """For messages, such as "KITTI 2015"."""
+    """Name for messages, such as "KITTI 2015"."""
     pairs: list[BenchmarkPair]
 
     @functools.cached_property
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
     benchmark: str
     folder: str
-    """Of the test set, in the release."""
+    """Folder of the test set in the release."""
     images: tuple[str, ...]
     """Folders of images in it, all of which a submission needs."""
     list_pairs: Callable[[pathlib.Path], list[BenchmarkPair]]
@@ -154,7 +154,7 @@ def list_kitti2012(folder: pathlib.Path) -> list[BenchmarkPair]:
 
 
 def list_kitti2015(folder: pathlib.Path) -> list[BenchmarkPair]:
-    """The same for KITTI 2015, whose submissions have a folder for each of several tasks."""
+    """The pairs of KITTI 2015's test set, whose submissions have a folder for each of several tasks."""
     return [pair._replace(file=f"flow/{pair.file}") for pair in list_kitti2012(folder)]
 
 
@@ -219,7 +219,7 @@ def write_submission(
     """Predict the flow of a test set and write it, to OUT.partial until it is complete.
 
     Args:
-        benchmark: whose test set to predict; the ranks share its pairs.
+        benchmark: the benchmark whose test set to predict; the ranks share its pairs.
         out: folder of the submission, from `check_out`.
         predictor: computes the flow.
         batch: pairs per batch and rank.

@@ -56,17 +56,17 @@ class PairFiles:
     flow_limit: float = UNKNOWN_FLOW
     """Flow of this magnitude or more is unknown."""
     flow_scale: KubricScale | None = None
-    """Of Kubric's flow files."""
+    """Scale of the values in Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
     place: int | None = None
-    """Its index in the complete release, which a fixed split lists; None if that is not known."""
+    """Index of the pair in the complete release, which a fixed split lists; None if that is not known."""
     frames: VideoFrames | None = None
-    """Set if image1 and image2 are one video: which of its frames these are."""
+    """Which frames of a video the pair is, if image1 and image2 are that video."""
     nan_is_unknown: bool = True
     """Whether NaN in a format that does not provide for it means unknown flow, or is an error."""
     row: str = ""
-    """Of a pair from a list: its file and line, with which errors begin."""
+    """File and line of a pair from a list, with which errors begin; "" for others."""
 
     def files(self) -> list[ReleasePath]:
         """All files that exist for this pair."""
@@ -187,7 +187,9 @@ def _read_pair(pair: PairFiles) -> Sample:
     elif not pair.nan_is_unknown and pair.flow.suffix.lower() not in MARKS_UNKNOWN:
         check_nan(pair.flow, flow)
     if pair.row and not valid.any():
-        raise UserError(f"{pair.flow}: no flow in it is known; leave the column flow empty if there is no ground truth")
+        raise UserError(
+            f"{pair.flow}: contains no known flow; leave the 'flow' column empty if there is no ground truth"
+        )
     return {**sample, "valid": valid, "occluded": occluded}
 
 
@@ -231,7 +233,8 @@ def check_nan(path: ReleasePath, flow: np.ndarray) -> None:
     if wrong := np.argwhere(np.isnan(flow).any(axis=2)).tolist():
         raise UserError(
             f"{path}: NaN at {len(wrong)} of {flow.shape[0] * flow.shape[1]} pixels, the first at row {wrong[0][0]}, "
-            f"column {wrong[0][1]}; correct it, add a mask in the column valid that is 0 there, or use --nan-is-unknown"
+            f"column {wrong[0][1]}; correct it, add a mask in the 'valid' column that is 0 there, or use "
+            "--nan-is-unknown"
         )
 
 

@@ -12,7 +12,7 @@ from prep.datasets import RENDER_PASSES, Dataset, NoRelease, PairFiles, check_fo
 
 FLOW = re.compile(r"(\d{7})\.flo")
 DIRECTIONS = {"into_future": 1, "into_past": -1}
-"""By folder: the step from the first frame's number to the second's."""
+"""The step from the first frame's number to the second's, by folder."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:

@@ -14,7 +14,7 @@ from prep.archive import ReleasePath, list_folders, list_names
 from prep.datasets import RENDER_PASSES, Dataset, NoRelease, PairFiles, check_folder
 
 DIRECTIONS = {"into_future": ("IntoFuture", 1), "into_past": ("IntoPast", -1)}
-"""By folder: the word in its files' names, and the step from the first frame's number to the second's."""
+"""The word in the files' names, and the step from the first frame's number to the second's, by folder."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str, *, example: str) -> list[PairFiles]:

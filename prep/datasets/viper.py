@@ -11,7 +11,7 @@ from prep.datasets import Dataset, NoRelease, PairFiles
 
 FLOW = re.compile(r"(\d+)_(\d{5})\.npz")
 UNKNOWN = 512.0
-"""Pixels."""
+"""Pixels: flow of this magnitude or more is unknown."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:

@@ -19,7 +19,7 @@ class Air:
     light: np.ndarray
     """float32 (h, w, 3)."""
     shift: tuple[float, float]
-    """In coarse pixels, of the fields in frame 2."""
+    """How far the fields have moved in frame 2, in coarse pixels."""
 
     def apply(self, image: np.ndarray, frame: int) -> np.ndarray:
         """Frame 1 or 2, uint8 (H, W, 3), seen through the air."""

@@ -29,9 +29,9 @@ class Photographs:
     """A folder of photographs."""
 
     paths: tuple[Path, ...]
-    """In the order of their names relative to the folder."""
+    """Their paths, in the order of their names relative to the folder."""
     sha256: str
-    """Of all names and contents: what pairs made from them depend on."""
+    """SHA-256 of all names and contents, which pairs made from them depend on."""
 
     @classmethod
     def load(cls, folder: Path) -> "Photographs":
@@ -88,10 +88,10 @@ class Textures:
     """The textures of a dataset, each a pure function of the seed, its block and its number in the block.
 
     Args:
-        seed: of the dataset.
-        side: of a procedural texture, in pixels. Photographs are larger by DETAIL, so that they cover a frame.
-        photographs: what to make textures of; procedural without.
-        share: of photographs among the textures.
+        seed: the seed of the dataset.
+        side: side of a procedural texture, in pixels. Photographs are larger by DETAIL, so that they cover a frame.
+        photographs: what to make textures of; without them, textures are procedural.
+        share: share of photographs among the textures.
     """
 
     def __init__(self, seed: int, side: int, photographs: Photographs | None = None, share: float = 1.0) -> None:
@@ -100,7 +100,7 @@ class Textures:
         self.drawn: dict[int, np.ndarray] = {}
 
     def check(self, workers: int) -> None:
-        """Read all photographs as `draw` would, in threads; UserError for the first that is of no use."""
+        """Read all photographs as `draw` would, in threads; UserError for the first that cannot be used."""
         if not self.photographs:
             return
 

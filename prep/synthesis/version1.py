@@ -39,9 +39,9 @@ class MotionParameters:
     """The distribution of affine motions."""
 
     shift: MotionParameter
-    """In pixels of CHAIRS_WIDTH, horizontally and vertically."""
+    """Shift in pixels of a frame of CHAIRS_WIDTH, horizontally and vertically."""
     turn: MotionParameter
-    """In degrees."""
+    """Rotation in degrees."""
     zoom: MotionParameter
     """Relative change of size."""
     squeeze: MotionParameter
@@ -84,9 +84,9 @@ class Layer:
     border: int
     """OpenCV's border mode: how the patch continues outside."""
     pose: np.ndarray
-    """From the patch to frame 1."""
+    """Matrix from the patch to frame 1."""
     motion: np.ndarray
-    """From frame 1 to frame 2."""
+    """Matrix from frame 1 to frame 2."""
 
 
 def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
@@ -94,7 +94,7 @@ def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
 
     Args:
         rng_or_seed: a numpy Generator, or what numpy.random.default_rng accepts as a seed.
-        height, width: of the frames in pixels; displacements scale with the width.
+        height, width: size of the frames in pixels; displacements scale with the width.
     """
     rng = np.random.default_rng(rng_or_seed)
     background = draw_background(rng, height, width)
