@@ -136,7 +136,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class MeasuredDataset:
     """A dataset and what was measured on a sample of its pairs."""
 
     folder: Path
@@ -169,7 +169,7 @@ class PairStatistics:
     panel: Panel | None
 
 
-def measure(folder: Path, pairs: int) -> Dataset:
+def measure(folder: Path, pairs: int) -> MeasuredDataset:
     """Measure at most `pairs` pairs, evenly spaced over the dataset, and draw SHEET_PAIRS of them.
 
     Raises:
@@ -197,7 +197,7 @@ def measure(folder: Path, pairs: int) -> Dataset:
                 percentiles=np.percentile(values, quantity.percentiles),
                 shares=np.histogram(values, quantity.bounds)[0] / values.size,
             )
-    return Dataset(
+    return MeasuredDataset(
         folder=folder,
         manifest=manifest,
         pairs=len(chosen),
@@ -259,7 +259,7 @@ def spread_evenly(total: int, number: int) -> np.ndarray:
 # --- Text -----------------------------------------------------------------------------------------
 
 
-def describe(dataset: Dataset) -> str:
+def describe(dataset: MeasuredDataset) -> str:
     """A dataset and its statistics as lines of text."""
     manifest, shards = dataset.manifest, dataset.manifest.shards.values()
     stored = stored_bytes(shards, dataset.folder)
@@ -323,7 +323,7 @@ def describe_splits(manifest: Manifest) -> str:
     )
 
 
-def compare(datasets: Sequence[Dataset]) -> str:
+def compare(datasets: Sequence[MeasuredDataset]) -> str:
     """The statistics of several datasets, a column for each."""
 
     def percent(value: float | None) -> str:
@@ -398,7 +398,7 @@ def draw_pair(sample: Sample, labelled: bool = True) -> np.ndarray:
     return np.concatenate([flow_viz.draw_label(panel, title) for title, panel in panels.items()], axis=1)
 
 
-def draw_histogram(quantity: Quantity, datasets: Sequence[Dataset]) -> Panel | None:
+def draw_histogram(quantity: Quantity, datasets: Sequence[MeasuredDataset]) -> Panel | None:
     """A bar chart with the bounds and shares of the bins; None if the quantity is known in no dataset."""
     found = [(i, d.distributions[quantity].shares) for i, d in enumerate(datasets) if quantity in d.distributions]
     if not found:
@@ -428,7 +428,7 @@ def draw_histogram(quantity: Quantity, datasets: Sequence[Dataset]) -> Panel | N
     return Panel(np.asarray(canvas), quantity.name + unit)
 
 
-def render_page(text: str, charts: Sequence[Panel], datasets: Sequence[Dataset]) -> str:
+def render_page(text: str, charts: Sequence[Panel], datasets: Sequence[MeasuredDataset]) -> str:
     """A web page with the text and all images embedded; the pairs of each dataset in a column."""
 
     def figure(panel: Panel) -> str:
