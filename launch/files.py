@@ -1,12 +1,15 @@
-"""Atomic writes, and the cache folder."""
+"""Output files and folders that appear when they are complete, and the cache folder."""
 
 import contextlib
 import json
 import os
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from launch.errors import UserError
 
 
 @contextlib.contextmanager
@@ -19,17 +22,27 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def why_not_replaceable(folder: pathlib.Path) -> str:
-    """Why a complete folder cannot be renamed to this existing one: it is "the current folder" or "a mount point".
+def partial_of(out: str | os.PathLike[str]) -> pathlib.Path:
+    """The work folder that is renamed to the output folder `out` when it is complete. `out` must not be a link."""
+    return pathlib.Path(f"{os.path.normpath(out)}.partial")
 
-    Empty if nothing prevents it. Those bound from the same file system count, too, which os.path.ismount misses.
-    """
+
+def check_replaceable(out: pathlib.Path) -> None:
+    """Raise UserError if `out` is an empty folder to which a complete one cannot be renamed."""
+    if not out.is_dir() or os.listdir(out):
+        return
     import psutil  # seldom needed, and this module is imported by every command
 
-    if folder.samefile(os.curdir):
-        return "the current folder"
+    # os.path.ismount misses mounts that are bound from the same file system.
     mounts = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
-    return "a mount point" if os.path.realpath(folder) in mounts else ""
+    reason = "a mount point" if os.path.realpath(out) in mounts else ""
+    if out.samefile(os.curdir):
+        reason = "the current folder"
+    if reason:
+        raise UserError(
+            f"{out}: is {reason}, so the finished folder cannot take its place; name a new folder in it, such as "
+            f"{shlex.quote(str(out / 'data'))}"
+        )
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def compare(
     Raises:
         UserError: the file's flow has another shape.
     """
-    from prep.synthesize import make_pair
+    from prep.synthesis.version1 import make_pair
 
     exported = load_exported(path, format)
     rng = np.random.default_rng(0)

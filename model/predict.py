@@ -27,7 +27,7 @@ import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,11 +38,10 @@ from launch.logs import print_note
 from model.backend import add_backend_option
 from model.precision import add_precision_option
 from prep.datasets.frames import IMAGE_SUFFIXES, image_names
+from prep.prefetch import prefetch
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
-
-Value = TypeVar("Value")
 
 WRITERS = 2  # threads
 MIN_MAX_FLOW = 0.001  # pixels
@@ -313,16 +312,6 @@ def predict(
             compute()
         finish(0)
     return PairCounts(written, skipped)
-
-
-def prefetch(values: Iterable[Value], count: int) -> Iterator[Value]:
-    """Iterate over values that are not None, making `count` of them in a thread before they are asked for."""
-    source = iter(values)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming = collections.deque(thread.submit(next, source, None) for _ in range(count))
-        while (value := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, source, None))
-            yield value
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ ZIP_LOCAL_HEADER = 30
 MAX_TAR_HEADER = 1 << 20
 """Bytes of the longest header in a .tar: longer ones would only fill the memory."""
 IGNORED = ["__MACOSX"]
-"""A folder that is no part of the data: macOS adds its metadata to each .zip."""
+"""Folders that are not part of the data: macOS adds its metadata to each .zip."""
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class ArchivePath(os.PathLike[str]):
         return ArchivePath(self._tree, "" if inner == "." else inner)
 
     def __fspath__(self) -> str:
-        """For messages and os.path; it cannot be opened."""
+        """A path for messages and os.path, which cannot be opened."""
         member = self._tree.files.get(self.inner)
         label = member.archive.path if member else self._tree.label
         return f"{label}/{self.inner}" if self.inner else label
@@ -78,13 +78,8 @@ class ArchivePath(os.PathLike[str]):
 
     @property
     def suffix(self) -> str:
-        """Of the name, with its dot."""
+        """The suffix of the name, with its dot."""
         return os.path.splitext(self.name)[1]
-
-    @property
-    def parent(self) -> "ArchivePath":
-        """The folder that contains it."""
-        return ArchivePath(self._tree, os.path.dirname(self.inner))
 
     def is_dir(self) -> bool:
         return self.inner in self._tree.folders
@@ -94,10 +89,6 @@ class ArchivePath(os.PathLike[str]):
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
-
-    def iterdir(self) -> "Iterator[ArchivePath]":
-        """The files and folders in this folder."""
-        return (self / name for name in self._tree.list(self))
 
     def stat(self) -> "Status":
         """Length, and the archive's time of modification."""
@@ -277,9 +268,9 @@ class ZipMember(NamedTuple):
     name: str
     length: int
     packed: int
-    """Its length in the archive."""
+    """Length in the archive."""
     offset: int
-    """Of its local header."""
+    """Offset of its local header."""
     crc: int
     deflated: bool
 
@@ -366,7 +357,7 @@ class TarMember(NamedTuple):
     name: str
     length: int
     offset: int
-    """Of its data."""
+    """Offset of its data."""
 
     def is_packed(self) -> bool:
         """Any part can be read."""

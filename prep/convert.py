@@ -31,66 +31,20 @@ from launch.errors import UserError, counted, drop_output, run
 from launch.lock import Lock
 from launch.logs import print_note
 from prep import codec, schema, shards
-from prep.datasets import (
-    BadPair,
-    DatasetModule,
-    PairFiles,
-    autoflow,
-    chairssdhom,
-    driving,
-    find_release,
-    flyingchairs,
-    flyingchairs2,
-    flyingchairsocc,
-    flyingthings3d,
-    flyingthings3d_subset,
-    hd1k,
-    kitti2012,
-    kitti2015,
-    kubric,
-    kubric_swapped,
-    middlebury,
-    monkaa,
-    pair_size,
-    sintel,
-    splits,
-    spring,
-    tartanair,
-    viper,
-)
+from prep.datasets import BadPair, Dataset, PairFiles, find_release, pair_size, splits
 from prep.datasets.frames import FrameSequences
 from prep.datasets.pairs import EXAMPLE, PairList, hash_list
+from prep.datasets.registry import DATASETS
 from prep.workers import WorkersKilled, run_in_workers
 
-DATASETS: dict[str, DatasetModule] = {
-    "autoflow": autoflow,
-    "chairssdhom": chairssdhom,
-    "driving": driving,
-    "flyingchairs": flyingchairs,
-    "flyingchairs2": flyingchairs2,
-    "flyingchairsocc": flyingchairsocc,
-    "flyingthings3d": flyingthings3d,
-    "flyingthings3d-subset": flyingthings3d_subset,
-    "hd1k": hd1k,
-    "kitti2012": kitti2012,
-    "kitti2015": kitti2015,
-    "kubric": kubric,
-    "kubric-swapped": kubric_swapped,
-    "middlebury": middlebury,
-    "monkaa": monkaa,
-    "sintel": sintel,
-    "spring": spring,
-    "tartanair": tartanair,
-    "viper": viper,
-}
 CUSTOM = {"pairs": ("list", "val_share", "nan_is_unknown", "example"), "frames": ("step", "stride")}
 """Your own data: the options that only these have."""
 CORRECTIONS = ("nan_is_unknown",)
-"""Those that an error about a pair may advise to add."""
+"""Those of them that an error about a pair may advise to add."""
 PLAN = "plan.json"
-"""In the work folder: the command that writes it."""
+"""The file in the work folder with the command that writes it."""
 LOCK = "lock"
-"""In the work folder: held by the conversion that writes it."""
+"""The file in the work folder that the conversion that writes it has locked."""
 
 
 def main() -> None:
@@ -98,20 +52,9 @@ def main() -> None:
     if options.example:
         print(EXAMPLE, end="")
         return
-    if options.shards < 1 or options.workers < 1:
-        raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
-    if options.val_share is not None and not 0 < options.val_share < 1:
-        raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
-    if min(options.step, options.stride) < 1:
-        raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
-    if options.split_file and options.val_share is not None:
-        raise UserError("--split-file and --val-share both choose the validation pairs; leave one out")
     out = find_out(options.out)
-    for path in filter(None, (options.root, out, options.split_file, options.list)):
-        # The manifest and MindRecord store text.
-        if not shards.PRINTABLE.allows(os.path.abspath(path)):
-            raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
-    partial = Path(f"{out}.partial")
+    check_options(options, out)
+    partial = files.partial_of(out)
     rank = ranks.current()
     if rank.rank != 0:
         drop_output()  # rank 0 reports for all
@@ -126,7 +69,7 @@ def main() -> None:
     lock = None
     if rank.rank == 0:
         try:
-            lock = open_partial(partial, out, plan)
+            lock = resume_partial(partial, out, plan)
         except FileNotFoundError:  # unless another conversion has just renamed the folder
             if not is_complete(out, plan):
                 raise
@@ -170,9 +113,9 @@ def parse_options() -> argparse.Namespace:
         "--root",
         type=Path,
         metavar="DIR",
-        help="the release: its folder, its .zip or .tar, or the folder of its archives; for frames, the folder, "
-        "archive or video; for pairs, what the paths in the list are relative to (required; for pairs by default the "
-        "folder of the list)",
+        help="folder of the release, its archive (.zip, .tar, .tar.gz), or a folder of its archives; for frames, a "
+        "folder, archive or video; for pairs, the folder that paths in the list are relative to (required, except for "
+        "pairs: default is the folder of the list)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the new folder (required)")
     parser.add_argument(
@@ -181,7 +124,7 @@ def parse_options() -> argparse.Namespace:
         default=16,
         metavar="N",
         help="number of shards of the training split, and of each rendering pass if there are several; best several "
-        "times the number of worker processes (default: %(default)s)",
+        "times the number of worker processes",
     )
     parser.add_argument(
         "--workers",
@@ -194,7 +137,7 @@ def parse_options() -> argparse.Namespace:
         "--codec",
         choices=codec.CODECS,
         default=codec.CODECS[0],
-        help="lossless compression to about a fifth, or none (default: %(default)s)",
+        help="lossless compression to about a fifth, or none",
     )
     parser.add_argument(
         "--split-file",
@@ -223,7 +166,7 @@ def add_own_options(parser: Parser) -> None:
         "--val-share",
         type=float,
         metavar="SHARE",
-        help="share of the pairs with flow to hold out for validation, for a list without the column split (default: "
+        help="share of the pairs with flow to hold out for validation, for a list without a 'split' column (default: "
         "none)",
     )
     pairs.add_argument(
@@ -257,16 +200,28 @@ def check_own_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
+def check_options(options: argparse.Namespace, out: Path) -> None:
+    """Raise UserError if an option is out of range, contradicts another one, or is a path that cannot be recorded."""
+    if options.shards < 1 or options.workers < 1:
+        raise UserError(f"--shards {options.shards} --workers {options.workers}: expected numbers of at least 1")
+    if options.val_share is not None and not 0 < options.val_share < 1:
+        raise UserError(f"--val-share {options.val_share:g}: expected a share between 0 and 1, such as 0.1")
+    if min(options.step, options.stride) < 1:
+        raise UserError(f"--step {options.step} --stride {options.stride}: expected numbers of at least 1")
+    if options.split_file and options.val_share is not None:
+        raise UserError("--split-file and --val-share both choose the validation pairs; leave one out")
+    for path in filter(None, (options.root, out, options.split_file, options.list)):
+        # The manifest and MindRecord store text.
+        if not shards.PRINTABLE.allows(os.path.abspath(path)):
+            raise UserError(f"{str(path)!a}: the path is not UTF-8 or has control characters; rename it")
+
+
 def find_out(out: Path) -> Path:
     """`out` without a link at its end; UserError if it is an empty folder that cannot be replaced."""
     out = Path(os.path.normpath(out))
     if out.is_symlink():
         out = Path(os.path.realpath(out))
-    if out.is_dir() and not os.listdir(out) and (reason := files.why_not_replaceable(out)):
-        raise UserError(
-            f"{out}: {reason}, which a finished conversion cannot replace; name a new folder in it, such as "
-            f"--out {shlex.quote(str(out / 'data'))}"
-        )
+    files.check_replaceable(out)
     return out
 
 
@@ -300,12 +255,12 @@ class Plan:
 def make_plan(options: argparse.Namespace) -> Plan:
     """List the pairs, split them and assign them to shards; report the numbers."""
     dataset, plan = open_dataset(options), Plan(command=make_command(options, corrections=False))
-    path = options.split_file or (splits.FOLDER / dataset.VALIDATION if dataset.VALIDATION else None)
+    path = options.split_file or (splits.FOLDER / dataset.validation if dataset.validation else None)
     split_file = splits.read_split_file(path) if path else None
     if path and split_file:
         plan.validation = {"file": path.name, "sha256": split_file.sha256}
     root = find_release(dataset, options.root)
-    for render_pass in dataset.PASSES:
+    for render_pass in dataset.passes:
         pairs = dataset.list_pairs(root, render_pass)
         if not pairs:
             continue  # a pass that was not downloaded
@@ -324,7 +279,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             indices = splits.held_out_indices(pairs)
         split = splits.divide(pairs, indices)
         add_pass(plan, render_pass, split, options.shards)
-        report_split(dataset, render_pass, split, bool(options.split_file))
+        report_split(dataset, render_pass, split, options)
     plan.description = {
         "dataset": options.dataset,
         "schema_version": schema_version(plan.pairs),
@@ -351,12 +306,13 @@ def make_command(options: argparse.Namespace, *, corrections: bool = True) -> st
     return shlex.join(words)
 
 
-def open_dataset(options: argparse.Namespace) -> DatasetModule:
-    """The module of a dataset, or what lists your own data."""
+def open_dataset(options: argparse.Namespace) -> Dataset:
+    """The dataset that the options name, or your own data."""
     if options.dataset == "pairs":
-        return PairList(options.list, options.val_share, options.nan_is_unknown, bool(options.split_file))
+        own = PairList(options.list, options.val_share, options.nan_is_unknown, bool(options.split_file))
+        return Dataset("Custom pairs", own.list_pairs)
     if options.dataset == "frames":
-        return FrameSequences(options.step, options.stride)
+        return Dataset("Frames", FrameSequences(options.step, options.stride).list_pairs)
     return DATASETS[options.dataset]
 
 
@@ -409,26 +365,27 @@ def assign_to_shards(stem: str, pairs: list[PairFiles], number: int) -> list[Pla
     return [PlannedShard(f"{stem}-{i:05}-of-{count:05}.mindrecord", pairs[ends[i] : ends[i + 1]]) for i in range(count)]
 
 
-def report_split(dataset: DatasetModule, render_pass: str, split: splits.Split, custom: bool) -> None:
+def report_split(dataset: Dataset, render_pass: str, split: splits.Split, options: argparse.Namespace) -> None:
     """Print how the pairs are split, and whether the release is incomplete or a split is empty."""
     pairs = len(split.train) + len(split.val)
-    title = f"{dataset.TITLE} {render_pass}".strip()
+    title = f"{dataset.title} {render_pass}".strip()
     unlabelled = sum(not pair.flow for pair in split.train + split.val)
     print(
         f"{title}: {counted(pairs, 'pair')}, {len(split.train)} for training and {len(split.val)} for validation"
         + (f"; {unlabelled} without ground truth" if unlabelled else "")
     )
-    if dataset.PAIRS not in (None, pairs) and not custom:
+    if dataset.pairs not in (None, pairs) and not options.split_file:
         print_note(
-            f"found {pairs:,} of the release's {dataset.PAIRS:,} pairs; each stays on its side of the fixed "
-            "split (--split-file: use another)"
+            f"found {pairs:,} of the release's {dataset.pairs:,} pairs; each stays on its side of the fixed "
+            "split (to use a different split, give --split-file)"
         )
     if unlabelled == pairs:
         return  # nothing to validate on
-    remedy = "--val-share: hold some out" if isinstance(dataset, PairList) else "--split-file: use another split"
+    own = options.dataset == "pairs"
+    remedy = "give --val-share to hold some out" if own else "give --split-file to use a different split"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
-            print_note(f"no pairs for {name} ({remedy})")
+            print_note(f"no pairs for {name}; {remedy}")
 
 
 def check_names(pairs: list[PairFiles]) -> None:
@@ -485,7 +442,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def read_plan(partial: Path) -> str | None:
-    """The command that writes the work folder `partial`, "" if that is unreadable, None if it is no work folder."""
+    """The command that writes the work folder `partial`, "" if that is unreadable, None if it is not a work folder."""
     try:
         return str(json.loads((partial / PLAN).read_text("utf-8"))["command"])
     except (FileNotFoundError, NotADirectoryError):
@@ -494,7 +451,7 @@ def read_plan(partial: Path) -> str | None:
         return ""
 
 
-def open_partial(partial: Path, out: Path, plan: Plan) -> Lock:
+def resume_partial(partial: Path, out: Path, plan: Plan) -> Lock:
     """Create the work folder, or reuse that of an interrupted run of the same command; return its lock."""
     if os.path.lexists(partial) and (not partial.is_dir() or os.listdir(partial)):
         found = read_plan(partial)
@@ -645,7 +602,7 @@ def next_steps(out: Path, plan: Plan) -> str:
     folder = shlex.quote(str(out))
     inspect = f"next: python prep/inspect.py {folder} --html {folder}.html"
     if any(pair.flow for pair in plan.pairs):
-        return f"{inspect}, then launch/train.sh --data {folder}"
+        return f"{inspect}, then launch/train.sh --config RECIPE --data {folder} --out RUN"
     return f"{inspect}; training needs pairs with ground truth, too"
 
 

@@ -37,9 +37,9 @@ SHEET_PAIRS = 8
 PANEL_WIDTH = 512
 """Maximum width of an image on the sheet, in pixels."""
 SAMPLED_PIXELS = 20000
-"""Per pair, evenly spaced: enough for percentiles."""
+"""Number of pixels per pair that are measured, evenly spaced: enough for percentiles."""
 COLOURS = ((69, 117, 180), (215, 115, 40), (90, 160, 90), (150, 90, 160))
-"""Of each dataset's bars, RGB."""
+"""Colours of the bars of the first dataset, of the second and so on, RGB."""
 UNKNOWN, VISIBLE, OCCLUDED = 0, 110, 255
 """Grey levels of the mask panel."""
 
@@ -51,7 +51,7 @@ class Quantity:
     name: str
     unit: str
     bounds: tuple[float, ...]
-    """Of the histogram's bins; without an upper bound if the last one is infinite."""
+    """Bounds of the histogram's bins; the last bin has no upper bound if that is infinite."""
     percentiles: tuple[float, ...]
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     hint = f"{path}: the sheet with {shown} pairs" if path else "see some pairs: --html OUT or --png OUT"
     if labelled := [dataset for dataset in datasets if dataset.manifest.unlabelled < len(dataset.manifest)]:
         words = " ".join(f"--data {shlex.quote(str(dataset.folder))}" for dataset in labelled)
-        print(f"{hint}; train on it: launch/train.sh {words}")
+        print(f"{hint}; to train: launch/train.sh --config RECIPE {words} --out RUN")
     else:
         print(f"{hint}; training needs pairs with ground truth, too")
 
@@ -106,7 +106,7 @@ def parse_options() -> argparse.Namespace:
         type=int,
         default=400,
         metavar="N",
-        help="number of pairs to measure, evenly spaced over the dataset (default: %(default)s)",
+        help="number of pairs to measure, evenly spaced over the dataset",
     )
     return parser.parse_args()
 
@@ -136,7 +136,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class MeasuredDataset:
     """A dataset and what was measured on a sample of its pairs."""
 
     folder: Path
@@ -146,11 +146,11 @@ class Dataset:
     known: float | None
     """Share of pixels with known flow, in pairs with ground truth; None if there are none."""
     occluded: float | None
-    """The same for occluded pixels."""
+    """Share of occluded pixels, in the same pairs."""
     change: float
     """Mean absolute difference of the luma of both images."""
     distributions: dict[Quantity, Distribution]
-    """Without displacements if no flow is known."""
+    """The distribution of each quantity; that of displacements is missing if no flow is known."""
     panels: list[Panel]
 
 
@@ -159,7 +159,7 @@ class PairStatistics:
     """Measured on one pair."""
 
     values: dict[Quantity, np.ndarray]
-    """At some pixels."""
+    """The values at a sample of its pixels."""
     maximum: float
     """Largest displacement in pixels."""
     known: float
@@ -169,7 +169,7 @@ class PairStatistics:
     panel: Panel | None
 
 
-def measure(folder: Path, pairs: int) -> Dataset:
+def measure(folder: Path, pairs: int) -> MeasuredDataset:
     """Measure at most `pairs` pairs, evenly spaced over the dataset, and draw SHEET_PAIRS of them.
 
     Raises:
@@ -197,7 +197,7 @@ def measure(folder: Path, pairs: int) -> Dataset:
                 percentiles=np.percentile(values, quantity.percentiles),
                 shares=np.histogram(values, quantity.bounds)[0] / values.size,
             )
-    return Dataset(
+    return MeasuredDataset(
         folder=folder,
         manifest=manifest,
         pairs=len(chosen),
@@ -259,7 +259,7 @@ def spread_evenly(total: int, number: int) -> np.ndarray:
 # --- Text -----------------------------------------------------------------------------------------
 
 
-def describe(dataset: Dataset) -> str:
+def describe(dataset: MeasuredDataset) -> str:
     """A dataset and its statistics as lines of text."""
     manifest, shards = dataset.manifest, dataset.manifest.shards.values()
     stored = stored_bytes(shards, dataset.folder)
@@ -323,7 +323,7 @@ def describe_splits(manifest: Manifest) -> str:
     )
 
 
-def compare(datasets: Sequence[Dataset]) -> str:
+def compare(datasets: Sequence[MeasuredDataset]) -> str:
     """The statistics of several datasets, a column for each."""
 
     def percent(value: float | None) -> str:
@@ -398,7 +398,7 @@ def draw_pair(sample: Sample, labelled: bool = True) -> np.ndarray:
     return np.concatenate([flow_viz.draw_label(panel, title) for title, panel in panels.items()], axis=1)
 
 
-def draw_histogram(quantity: Quantity, datasets: Sequence[Dataset]) -> Panel | None:
+def draw_histogram(quantity: Quantity, datasets: Sequence[MeasuredDataset]) -> Panel | None:
     """A bar chart with the bounds and shares of the bins; None if the quantity is known in no dataset."""
     found = [(i, d.distributions[quantity].shares) for i, d in enumerate(datasets) if quantity in d.distributions]
     if not found:
@@ -428,7 +428,7 @@ def draw_histogram(quantity: Quantity, datasets: Sequence[Dataset]) -> Panel | N
     return Panel(np.asarray(canvas), quantity.name + unit)
 
 
-def render_page(text: str, charts: Sequence[Panel], datasets: Sequence[Dataset]) -> str:
+def render_page(text: str, charts: Sequence[Panel], datasets: Sequence[MeasuredDataset]) -> str:
     """A web page with the text and all images embedded; the pairs of each dataset in a column."""
 
     def figure(panel: Panel) -> str:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Batch:
     """(B, H, W, 2) float32 in pixels, from image 1 to image 2; 0 where it is unknown."""
     valid: np.ndarray
     """(B, H, W) uint8, 1 where the flow is known: nowhere in a pair without ground truth."""
-    index: np.ndarray | None = None
+    index: np.ndarray
     """(B,) int32, position of each pair in its split, in a mixture after those of the preceding splits. PADDING for a
     pair that only fills the last batch of an evaluation."""
     occluded: np.ndarray | None = None
@@ -68,12 +68,14 @@ class Position:
     epoch: int
     """Epoch of that split."""
     index: int
-    """Of the pair in that split."""
+    """Index of the pair in that split."""
+    padding: bool = False
+    """Whether it only fills the last batch of an evaluation."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The same for many pairs, as int64 arrays of equal shape."""
+    """Many pairs to read, as int64 arrays of equal shape."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -137,20 +139,17 @@ def sample_rng(seed: int, source: int, epoch: int, index: int) -> np.random.Gene
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, source, index])))
 
 
-def evaluation_order(sizes: np.ndarray, group: int) -> list[list[tuple[int, bool]]]:
-    """For each image size, the pairs in split order as (index, real), padded to a multiple of `group`.
+def evaluation_order(sizes: np.ndarray, group: int) -> list[list[Position]]:
+    """For each image size, the pairs in split order, padded to a multiple of `group` with the last one.
 
     Args:
         sizes: (H, W) of each pair, int (pairs, 2).
-
-    Returns:
-        Padding repeats the last pair, with real False.
     """
-    order: dict[tuple[int, ...], list[tuple[int, bool]]] = {}
+    order: dict[tuple[int, ...], list[Position]] = {}
     for index, size in enumerate(map(tuple, sizes.tolist())):
-        order.setdefault(size, []).append((index, True))
-    for indices in order.values():
-        indices += [(indices[-1][0], False)] * (-len(indices) % group)
+        order.setdefault(size, []).append(Position(0, 0, index))
+    for positions in order.values():
+        positions += [replace(positions[-1], padding=True)] * (-len(positions) % group)
     return list(order.values())
 
 
@@ -211,7 +210,7 @@ class DatasetSplit:
 
 
 def training_batches(
-    sources: DatasetSplit | Sequence[tuple[DatasetSplit, float]],
+    sources: Sequence[tuple[DatasetSplit, float]],
     *,
     batch: int,
     rank: int = 0,
@@ -225,7 +224,7 @@ def training_batches(
     """This rank's batches for steps first_step to first_step + steps - 1.
 
     Args:
-        sources: an opened split, or for a mixture a list of (split, share of the pairs drawn).
+        sources: opened splits, each with its share of the pairs drawn; several make a mixture.
         batch: pairs per rank and step.
         transform: called with a sample's `TRAINING_FIELDS` and a generator that depends only on seed, epoch and pair.
         workers: decoding threads; by default one per core, at most 8.
@@ -233,8 +232,6 @@ def training_batches(
     Raises:
         UserError: a dataset is damaged, or has fewer pairs than all ranks take per step.
     """
-    if isinstance(sources, DatasetSplit):
-        sources = [(sources, 1.0)]
     splits = [split for split, _ in sources]
     weights = [float(weight) for _, weight in sources]
     if not all(weight > 0 for weight in weights):
@@ -266,23 +263,18 @@ def training_batches(
     )
 
 
-def evaluation_batches(
-    split: DatasetSplit, *, batch: int, rank: int = 0, ranks: int = 1, workers: int | None = None
-) -> Iterator[Batch]:
+def evaluation_batches(split: DatasetSplit, *, batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """This rank's share of a split, every ranks-th pair; over all ranks, each pair comes once.
 
     All ranks have the same number of complete batches: the last repeats a pair, with index PADDING. Pairs of different
-    sizes are never in the same batch. `workers` as in `training_batches`.
+    sizes are never in the same batch.
     """
     if not split.names:
         raise UserError(f"{split.folder}: split {split.name} has no pairs; convert the dataset with --split-file")
-    positions = (
-        Position(0, 0 if real else PADDING, index)
-        for indices in evaluation_order(split.sizes, batch * ranks)
-        for index, real in indices[rank::ranks]
-    )
+    order = evaluation_order(split.sizes, batch * ranks)
+    share = (position for positions in order for position in positions[rank::ranks])
     fields = (*TRAINING_FIELDS, "occluded")
-    return _make_batches(read_samples([split], positions, fields, None, workers, ahead=2 * batch), batch)
+    return _make_batches(read_samples([split], share, fields, ahead=2 * batch), batch)
 
 
 @dataclass(frozen=True)
@@ -291,7 +283,7 @@ class DecodedPair:
 
     sample: Sample
     index: int
-    """As in `Batch.index`."""
+    """Position of the pair, as in `Batch.index`."""
     label: str
     """File and name, for errors."""
 
@@ -333,7 +325,7 @@ def read_samples(
             sample["flow"] = np.where(sample["valid"][..., None] != 0, sample["flow"], np.float32(0))
         if augment:
             sample = augment(sample, position)
-        number = PADDING if position.epoch == PADDING else starts[position.source] + index
+        number = PADDING if position.padding else starts[position.source] + index
         return DecodedPair(sample, number, f"{file}: pair {name}")
 
     pending: collections.deque[concurrent.futures.Future[DecodedPair]] = collections.deque()

@@ -45,7 +45,7 @@ def read(kind: typing.Any, value: typing.Any, path: str = "") -> typing.Any:
         kind: Annotated[int, IntRange], Annotated[str, Pattern], bool, X | None, list[X], tuple[X, Y, ...], dict[X, Y],
             a dataclass or TypedDict (an object with exactly these fields, where those with a default may be missing),
             or plain dict (an object with any content).
-        path: of the value in its file, such as "shards[2].bytes".
+        path: the path of the value in its file, such as "shards[2].bytes".
 
     Raises:
         ValueError: a value is of another type; the message has its path, the value and the expected type.

@@ -5,8 +5,6 @@ manifest.json, which lists every shard with its size, hashes and pairs. A record
 with the payloads (prep/codec.py) of FIELDS. prep/README.md describes the format with an example.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -22,10 +20,11 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 
 from launch.errors import UserError, one_line
-from launch.files import sync, write_json
+from launch.files import partial_of, sync, write_json
 from prep import codec, schema
 from prep.datasets import PairFiles, Sample, read_pair
 from prep.formats import StrPath
+from prep.prefetch import prefetch
 
 SCHEMA_VERSION = 2
 """The newest version that this toolkit reads. It writes 2 for a dataset with pairs without ground truth, else 1."""
@@ -78,7 +77,7 @@ class Record(NamedTuple):
     """A record as stored."""
 
     offset: int
-    """In the shard's file, in bytes."""
+    """Offset in the shard's file, in bytes."""
     data: bytes
 
 
@@ -98,7 +97,7 @@ class Shard:
     index_bytes: Count
     index_sha256: Sha256
     names: list[Text]
-    """In the order of the records."""
+    """Names of the pairs, in the order of the records."""
     sizes: list[tuple[Count, Count, Count]]
     """Runs of equal size, in the same order: (number of pairs, height, width)."""
     labelled: bool = True
@@ -116,7 +115,7 @@ class Shard:
                 raise ValueError(f"a pair of {width}x{height} does not fit in its {self.bytes} bytes")
 
     def to_json(self) -> dict[str, Any]:
-        """As manifest.json stores it: as in version 1, unless its pairs have no ground truth."""
+        """The content of manifest.json for it: as in version 1, unless its pairs have no ground truth."""
         fields = dataclasses.asdict(self)
         if self.labelled:
             del fields["labelled"]
@@ -239,7 +238,7 @@ class Manifest:
     splits: dict[Text, list[ShardFile]]
     """Shard files of each split, in order. A shard may be in several: Sintel's val-clean is part of val."""
     shards: dict[ShardFile, Shard]
-    """By file name."""
+    """All shards by their file names."""
     validation: Validation
     made: Provenance
 
@@ -262,7 +261,7 @@ class Manifest:
         """Read a dataset's manifest; UserError if it is missing, damaged or of a newer version."""
         path = folder / MANIFEST
         if not path.is_file():
-            unfinished = Path(f"{os.path.normpath(folder)}.partial").is_dir()
+            unfinished = partial_of(folder).is_dir()
             raise UserError(
                 f"{path}: not found; expected a folder written by prep/convert.py"
                 + (", whose last run was interrupted: run the same command again to resume" if unfinished else "")
@@ -363,35 +362,15 @@ def write_shard(
         BadPair: a file of a pair is damaged.
         UserError: a record is too long, or MindRecord cannot write the shard.
     """
-    from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
-
-    folder, file = path.parent, path.name
-    work = folder / f"{file}.partial-{os.getpid()}"  # MindRecord stores the file's name, so it must not change
+    work = path.with_name(f"{path.name}.partial-{os.getpid()}")
     work.mkdir()
-    unfinished, index = work / file, work / f"{file}.db"
-    free = free_bytes(folder)
     try:
-        writer = FileWriter(str(unfinished), 1, overwrite=True)
-        writer.set_page_size(layout.page)
-        writer.set_header_size(layout.header)
-        writer.add_schema(SCHEMA, "optical flow pair")
-        runs: list[tuple[int, int, int]] = []
-        for pair, sample in zip(pairs, read_ahead(pairs), strict=True):
-            height, width = sample["valid"].shape
-            if runs and runs[-1][1:] == (height, width):
-                runs[-1] = (runs[-1][0] + 1, height, width)
-            else:
-                runs.append((1, height, width))
-            payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
-            record = codec.pack(payloads)
-            check_record(pair, (height, width), len(record), codec_name)
-            writer.write_raw_data([{"name": pair.name, "pair": record}])
-            free = min(free, free_bytes(folder))
-            progress()
-        writer.commit()
+        sizes = write_records(work, path, pairs, codec_name, layout, progress)
+        # MindRecord stores the file's name, so it is the same in `work`.
+        unfinished, index = work / path.name, work / f"{path.name}.db"
         length, index_length = sync(unfinished), sync(index)
         shard = Shard(
-            file=file,
+            file=path.name,
             bytes=length,
             sha256=hash_file(unfinished, length),
             header_bytes=layout.header,
@@ -399,22 +378,57 @@ def write_shard(
             index_bytes=index_length,
             index_sha256=hash_file(index, index_length),
             names=[pair.name for pair in pairs],
-            sizes=runs,
+            sizes=sizes,
             labelled=pairs[0].flow is not None,
         )
         for written in (index, unfinished):
             written.chmod(work.stat().st_mode & 0o666)  # MindRecord's own mode is 0600
-            written.replace(folder / written.name)
+            written.replace(path.with_name(written.name))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return shard
+
+
+def write_records(
+    work: Path,
+    path: Path,
+    pairs: list[PairFiles],
+    codec_name: str,
+    layout: PageLayout,
+    progress: Callable[[], object],
+) -> list[tuple[int, int, int]]:
+    """Write the records of the shard `path` and their index, to the folder `work`; returns `Shard.sizes`."""
+    from mindspore.mindrecord import FileWriter  # takes seconds; reading a dataset does not need it
+
+    free = free_bytes(work)
+    sizes: list[tuple[int, int, int]] = []
+    try:
+        writer = FileWriter(str(work / path.name), 1, overwrite=True)
+        writer.set_page_size(layout.page)
+        writer.set_header_size(layout.header)
+        writer.add_schema(SCHEMA, "optical flow pair")
+        # The files may be far away or compressed; reading them does not need Python's lock.
+        for pair, sample in zip(pairs, prefetch(map(read_pair, pairs), 1), strict=True):
+            height, width = sample["valid"].shape
+            if sizes and sizes[-1][1:] == (height, width):
+                sizes[-1] = (sizes[-1][0] + 1, height, width)
+            else:
+                sizes.append((1, height, width))
+            payloads = [codec.encode(sample[field], codec_name, pair=pair.name, field=field) for field in FIELDS]
+            record = codec.pack(payloads)
+            check_record(pair, (height, width), len(record), codec_name)
+            writer.write_raw_data([{"name": pair.name, "pair": record}])
+            free = min(free, free_bytes(work))
+            progress()
+        writer.commit()
     except RuntimeError as error:  # from MindRecord; reading raises UserError or OSError
         # MindRecord or another process may already have deleted what filled the disk: report the minimum.
-        free = min(free, free_bytes(folder))
+        free = min(free, free_bytes(work))
         raise UserError(
             f"{path}: MindRecord could not write it ({free / 1e6:.1f} MB were free there; {extract_reason(error)}); "
             "free some space, then run the same command again"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return shard
+    return sizes
 
 
 def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name: str) -> None:
@@ -422,24 +436,9 @@ def check_record(pair: PairFiles, size: tuple[int, int], length: int, codec_name
     if length > MAX_RECORD:
         raise UserError(
             f"{pair.row or pair.image1}: the pair {pair.name} of {size[1]}x{size[0]} pixels takes {length / 1e6:.1f} "
-            f"MB with --codec {codec_name}, expected at most {MAX_RECORD / 1e6:.1f} MB, which MindRecord can store; "
+            f"MB with --codec {codec_name}, but MindRecord can store at most {MAX_RECORD / 1e6:.1f} MB; "
             + ("use --codec zstd" if codec_name == "raw" else "use smaller images")
         )
-
-
-def read_ahead(pairs: Iterable[PairFiles]) -> Iterator[Sample]:
-    """Read pairs in order, in a thread: each while the one before it is used.
-
-    The files may be far away or compressed; neither needs Python's lock.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead: collections.deque[concurrent.futures.Future[Sample]] = collections.deque()
-        for pair in pairs:
-            ahead.append(pool.submit(read_pair, pair))
-            if len(ahead) == 2:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def free_bytes(folder: Path) -> int:

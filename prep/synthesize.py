@@ -47,14 +47,15 @@ from prep.synthesis.version2 import Ingredients, PairMaker
 MIN_SIDE, MAX_SIDE = 32, 2048
 MAX_PAIRS = 99999  # names have five digits, and name order must be number order
 LOCK = "synthesize.lock"
-"""In the work folder: held by the run that writes it. It also tells that this command has made the folder."""
+"""The file in the work folder that the run that writes it has locked. It also tells that this command made the
+folder."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SyntheticSpec:
     """What a dataset of synthetic pairs depends on. Its bytes are a pure function of this."""
 
     pairs: int
@@ -91,23 +92,23 @@ class Recipe:
         yield from lists
 
 
-def write_some(folder: Path, numbers: range, recipe: Recipe) -> None:
+def write_some(folder: Path, numbers: range, spec: SyntheticSpec) -> None:
     """Write pairs, numbered from 1, in the layout of FlyingChairs; profile 2 as FlyingChairsOcc, with its masks."""
     cv2.setNumThreads(1)
-    if recipe.profile == 1:
+    if spec.profile == 1:
         for number in numbers:
             # Each pair has its own random numbers: its bytes depend neither on the worker nor on the number of pairs.
-            pair = make_pair(np.random.SeedSequence([recipe.seed, number]), recipe.height, recipe.width)
+            pair = make_pair(np.random.SeedSequence([spec.seed, number]), spec.height, spec.width)
             image_format.write_ppm(folder / f"{number:05d}_img1.ppm", pair.image1)
             image_format.write_ppm(folder / f"{number:05d}_img2.ppm", pair.image2)
             flow_format.write_flo(folder / f"{number:05d}_flow.flo", pair.flow)
         return
-    maker = recipe.maker()
-    write_image = image_format.write_ppm if recipe.format == "ppm" else write_png
+    maker = spec.maker()
+    write_image = image_format.write_ppm if spec.format == "ppm" else write_png
     for number in numbers:
         stem, pair = f"{folder}/{number:05d}", maker.make(number)
-        write_image(f"{stem}_img1.{recipe.format}", pair.image1)
-        write_image(f"{stem}_img2.{recipe.format}", pair.image2)
+        write_image(f"{stem}_img1.{spec.format}", pair.image1)
+        write_image(f"{stem}_img2.{spec.format}", pair.image2)
         flow_format.write_flo(f"{stem}_flow.flo", pair.flow)
         flow_format.write_flo(f"{stem}_flow_b.flo", pair.flow_back)
         write_png(f"{stem}_occ1.png", 255 * pair.occluded.view(np.uint8))
@@ -124,18 +125,18 @@ def write_png(path: str, image: np.ndarray) -> None:
     files.write_bytes(path, data.tobytes())
 
 
-def pair_list(recipe: Recipe) -> str:
+def pair_list(spec: SyntheticSpec) -> str:
     """The content of pairs.csv, which names all files of each pair."""
-    validation = validation_indices(recipe.pairs)
+    validation = validation_indices(spec.pairs)
     lines = ["name,image1,image2,flow,occluded,split"]
-    for index in range(recipe.pairs):
+    for index in range(spec.pairs):
         stem, split = f"{index + 1:05d}", "val" if index in validation else "train"
-        images = f"{stem}_img1.{recipe.format},{stem}_img2.{recipe.format}"
+        images = f"{stem}_img1.{spec.format},{stem}_img2.{spec.format}"
         lines.append(f"{stem},{images},{stem}_flow.flo,{stem}_occ1.png,{split}")
     return "\n".join(lines) + "\n"
 
 
-def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
+def write_dataset(folder: Path, spec: SyntheticSpec, workers: int) -> bool:
     """Write a dataset into a new folder, which appears when it is complete or not at all.
 
     Returns:
@@ -144,28 +145,28 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
     Raises:
         UserError: the folder contains anything else, another process is writing it, or a photograph is damaged.
     """
-    if is_complete(folder, recipe):
+    if is_complete(folder, spec):
         return False
-    check_replaceable(folder)
-    if recipe.profile != 1:
-        recipe.maker().textures.check(workers)
-    partial = Path(f"{folder}.partial")
-    lock = open_partial(partial)
+    files.check_replaceable(folder)
+    if spec.profile != 1:
+        spec.maker().textures.check(workers)
+    partial = files.partial_of(folder)
+    lock = empty_partial(partial)
     try:
-        if is_complete(folder, recipe):  # another run has completed it meanwhile
+        if is_complete(folder, spec):  # another run has completed it meanwhile
             return False
-        write_pairs(partial, recipe, workers)
+        write_pairs(partial, spec, workers)
         lines = [
-            f"# 0-based index of the validation pairs among the {recipe.pairs} pairs of this set in name "
+            f"# 0-based index of the validation pairs among the {spec.pairs} pairs of this set in name "
             "order (pair 00001 is index 0); every tenth",
-            *map(str, validation_indices(recipe.pairs)),
+            *map(str, validation_indices(spec.pairs)),
             "",
         ]
         files.write_bytes(partial / "validation.txt", "\n".join(lines).encode())
-        if recipe.profile != 1:
-            files.write_bytes(partial / "pairs.csv", pair_list(recipe).encode())
-        files.write_bytes(partial / "synthesize.json", json.dumps(recipe.fields(), indent=2).encode() + b"\n")
-        if missing := find_missing(partial, recipe):
+        if spec.profile != 1:
+            files.write_bytes(partial / "pairs.csv", pair_list(spec).encode())
+        files.write_bytes(partial / "synthesize.json", json.dumps(spec.fields(), indent=2).encode() + b"\n")
+        if missing := find_missing(partial, spec):
             raise UserError(
                 f"{partial / missing}: is missing, although it was written; find out which other process removed it, "
                 "then run the same command again"
@@ -178,16 +179,7 @@ def write_dataset(folder: Path, recipe: Recipe, workers: int) -> bool:
     return True
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise UserError if a finished dataset could not take the place of a folder, which is empty if it exists."""
-    if folder.exists() and (reason := files.why_not_replaceable(folder)):
-        raise UserError(
-            f"{folder}: the finished dataset cannot take the place of this folder (it is {reason}); name a new folder "
-            f"in it, such as {folder / 'synthetic'}"
-        )
-
-
-def open_partial(partial: Path) -> Lock:
+def empty_partial(partial: Path) -> Lock:
     """Create the work folder, or empty that of a killed run; return its lock. UserError if it is anything else."""
     found = ""
     if partial.is_symlink() or not partial.is_dir():
@@ -196,14 +188,16 @@ def open_partial(partial: Path) -> Lock:
         found = f"a folder with {names[0]}"
     if found:
         raise UserError(
-            f"{partial}: already exists ({found}), expected nothing there but what a killed run of this command left; "
+            f"{partial}: already exists and is not left over from an interrupted run of this command (it is {found}); "
             "move it away or choose another --out"
         )
     partial.mkdir(parents=True, exist_ok=True)
     try:
         lock = Lock(partial / LOCK, "synthesis")
     except FileNotFoundError:  # its holder took the folder away when it ended
-        raise UserError(f"{partial}: another synthesis wrote to it until now; run the same command again") from None
+        raise UserError(
+            f"{partial}: another run of this command has just finished writing to it; run the same command again"
+        ) from None
     except OSError as error:
         error.filename = error.filename or str(partial / LOCK)
         raise
@@ -213,13 +207,13 @@ def open_partial(partial: Path) -> Lock:
     return lock
 
 
-def find_missing(folder: Path, recipe: Recipe) -> str | None:
+def find_missing(folder: Path, spec: SyntheticSpec) -> str | None:
     """The name of the first file of a dataset that a folder lacks."""
     present = set(os.listdir(folder))
-    return next((name for name in recipe.file_names() if name not in present), None)
+    return next((name for name in spec.file_names() if name not in present), None)
 
 
-def is_complete(folder: Path, recipe: Recipe) -> bool:
+def is_complete(folder: Path, spec: SyntheticSpec) -> bool:
     """Whether a folder contains exactly this dataset; UserError if it contains anything else."""
     if not os.path.lexists(folder) or (folder.is_dir() and not os.listdir(folder)):
         return False
@@ -230,14 +224,14 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
             f"{folder}: already exists and was not made by this command; expected a new or empty folder, choose "
             "another --out"
         ) from None
-    expected = recipe.fields()
+    expected = spec.fields()
     if found != expected:
         differences = [name for name in expected if found.get(name) != expected[name]]
         seen = ", ".join(f"{name} {found.get(name)} instead of {expected[name]}" for name in differences)
         raise UserError(f"{folder}: contains another dataset ({seen}); choose another --out or remove it")
-    if missing := find_missing(folder, recipe):
+    if missing := find_missing(folder, spec):
         raise UserError(
-            f"{folder / missing}: is missing, expected all files of {counted(recipe.pairs, 'pair')}; remove the folder "
+            f"{folder / missing}: is missing, expected all files of {counted(spec.pairs, 'pair')}; remove the folder "
             "and run the same command again"
         )
     return True
@@ -248,12 +242,12 @@ def validation_indices(pairs: int) -> range:
     return range(min(9, pairs - 1), pairs, 10)
 
 
-def jobs(recipe: Recipe) -> list[range]:
+def jobs(spec: SyntheticSpec) -> list[range]:
     """The numbers of the pairs that a worker makes at a time: those that share textures, from profile 2 on."""
-    size = 4 if recipe.profile == 1 else BLOCK
+    size = 4 if spec.profile == 1 else BLOCK
     # Block n of textures is for the pairs from n * BLOCK on, and numbers begin at 1.
-    starts = [1, *range(size, recipe.pairs + 1, size)]
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], recipe.pairs + 1], strict=True)]
+    starts = [1, *range(size, spec.pairs + 1, size)]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], spec.pairs + 1], strict=True)]
 
 
 def start_worker(parent: int) -> None:
@@ -262,22 +256,22 @@ def start_worker(parent: int) -> None:
     memory.keep_freed_blocks()
 
 
-def write_pairs(folder: Path, recipe: Recipe, workers: int) -> None:
+def write_pairs(folder: Path, spec: SyntheticSpec, workers: int) -> None:
     """Write all pairs in worker processes, with a progress bar."""
-    parts = jobs(recipe)
+    parts = jobs(spec)
     # A new interpreter for each worker, because forking a process with threads can deadlock.
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), multiprocessing.get_context("spawn"), start_worker, (os.getpid(),)
     )
     processes = []
     try:
-        # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers, which start with the
+        # A terminal sends Ctrl-C to all processes, but only this one should handle it: workers, which start with the
         # first job, inherit the blocked signal.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        written = {pool.submit(write_some, folder, numbers, recipe): len(numbers) for numbers in parts}
+        written = {pool.submit(write_some, folder, numbers, spec): len(numbers) for numbers in parts}
         processes = multiprocessing.active_children()
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        with progress.bar(total=recipe.pairs, unit="pair", desc="synthesizing") as bar:
+        with progress.bar(total=spec.pairs, unit="pair", desc="synthesizing") as bar:
             for future in as_completed(written):
                 future.result()
                 bar.update(written[future])
@@ -313,11 +307,9 @@ def parse_options() -> argparse.Namespace:
         "layout of FlyingChairs. The same options always give the same bytes.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
-    parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs (default: %(default)s)")
-    parser.add_argument(
-        "--size", default="128x192", metavar="HxW", help="height and width in pixels (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=1200, metavar="N", help="number of pairs")
+    parser.add_argument("--size", default="128x192", metavar="HxW", help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers")
     parser.add_argument(
         "--workers",
         type=int,
@@ -330,11 +322,11 @@ def parse_options() -> argparse.Namespace:
         type=int,
         choices=(1, 2),
         default=2,
-        help="2, or 1 for the pairs of release 0.9: sharp shapes in affine motion (default: %(default)s)",
+        help="2, or 1 for the pairs of release 0.9: sharp shapes in affine motion",
     )
     group = parser.add_argument_group("profile 2")
     group.add_argument("--textures", type=Path, metavar="DIR", help="photographs to use as textures")
-    group.add_argument("--format", choices=("ppm", "png"), help="of the frames (default: ppm)")
+    group.add_argument("--format", choices=("ppm", "png"), help="image format of the frames (default: ppm)")
     for ingredient in fields(Ingredients):
         group.add_argument(
             f"--{ingredient.name.replace('_', '-')}",
@@ -345,8 +337,8 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that the options ask for; UserError if one is out of range."""
+def make_spec(options: argparse.Namespace) -> SyntheticSpec:
+    """The spec that the options ask for; UserError if one is out of range."""
     height, width = parse_size(options.size)
     if not 1 <= options.pairs <= MAX_PAIRS:
         raise UserError(f"--pairs {options.pairs}: expected 1 to {MAX_PAIRS}")
@@ -366,7 +358,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
     textures = Photographs.load(options.textures) if options.textures else None
     if "photographs" in given and not textures:
         raise UserError("--photographs: needs --textures, the folder with photographs")
-    return Recipe(
+    return SyntheticSpec(
         options.pairs,
         height,
         width,
@@ -380,16 +372,16 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 def main() -> None:
     options = parse_options()
-    folder, recipe = Path(os.path.realpath(options.out)), make_recipe(options)  # a link cannot be replaced by a folder
-    written = write_dataset(folder, recipe, options.workers)
-    validation = len(validation_indices(recipe.pairs))
+    folder, spec = Path(os.path.realpath(options.out)), make_spec(options)  # a link cannot be replaced by a folder
+    written = write_dataset(folder, spec, options.workers)
+    validation = len(validation_indices(spec.pairs))
     out = shlex.quote(str(options.out))
     print(
-        f"{options.out}: {counted(recipe.pairs, 'pair')} of {recipe.height}x{recipe.width}, seed {recipe.seed}, "
+        f"{options.out}: {counted(spec.pairs, 'pair')} of {spec.height}x{spec.width}, seed {spec.seed}, "
         f"{validation} for validation" + ("" if written else "; already complete, nothing to do")
     )
     what = f"pairs --list {out}/pairs.csv"
-    if recipe.profile == 1:  # without masks, so without a list
+    if spec.profile == 1:  # without masks, so without a list
         what = f"flyingchairs --root {out} --split-file {out}/validation.txt"
     print(f"next: python prep/convert.py {what} --out {out}-mindrecord")
 

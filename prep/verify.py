@@ -39,7 +39,9 @@ def main() -> None:
         raise UserError(f"{title}, {counted(len(problems), 'problem')} (above)")
     folder = shlex.quote(str(options.folder))
     if options.deep:
-        print(f"{title}, every byte and pair is correct; next: launch/train.sh --data {folder}")
+        print(
+            f"{title}, every byte and pair is correct; next: launch/train.sh --config RECIPE --data {folder} --out RUN"
+        )
     else:
         print(f"{title}, all present; next: python prep/verify.py {folder} --deep, which reads everything")
 

@@ -13,7 +13,7 @@ from prep import memory
 Task = Callable[[int], None]
 
 _task: Task
-"""In a worker: what it calls. Inherited by fork, so that neither it nor its data need to be pickled."""
+"""What a worker calls. Workers inherit it by fork, so that neither it nor its data need to be pickled."""
 
 
 class WorkersKilled(Exception):
@@ -35,7 +35,7 @@ def run_in_workers(task: Task, number: int, workers: int, poll: Callable[[], obj
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), _start_worker, (os.getpid(), task)
     )
-    # A terminal sends Ctrl-C to all processes, but only this one shall handle it: workers inherit the blocked signal.
+    # A terminal sends Ctrl-C to all processes, but only this one should handle it: workers inherit the blocked signal.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pending = {pool.submit(_run_task, index) for index in range(number)}
     processes = multiprocessing.active_children()

@@ -13,9 +13,10 @@ import tiny
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from prep.datasets import Sample
 from prep.reader import sample_rng
 from train import augment
-from train.augment import NO_MAP, Augment, Sample
+from train.augment import NO_MAP, Augment
 from train.recipe import Recipe
 
 HEIGHT, WIDTH, CROP = 100, 140, (64, 64)
@@ -435,7 +436,7 @@ def test_the_original_pair_stays_unchanged() -> None:
     sample = noisy(known=0.8)
     before = {key: array.tobytes() for key, array in sample.items()}
     for options in ({}, GEOMETRY, COLOURS, GEOMETRY | COLOURS):
-        result = Augment(CROP, **options)(sample | {"name": "x"}, np.random.default_rng(0))
+        result = Augment(CROP, **options)(sample | {"name": np.array("x")}, np.random.default_rng(0))
         check_form(result)
         assert result["name"] == "x"
         assert not any(np.shares_memory(result[key], sample[key]) for key in FIELDS)

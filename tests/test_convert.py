@@ -21,7 +21,10 @@ from PIL import Image
 
 from launch.errors import UserError
 from prep import codec, convert, datasets, reader, shards
-from prep.datasets import flyingchairs, kitti2015, sintel, splits
+from prep.datasets import flyingchairs, sintel, splits
+from prep.datasets.flyingchairs import FLYINGCHAIRS
+from prep.datasets.kitti import KITTI2015
+from prep.datasets.sintel import SINTEL
 from prep.shards import FIELDS, Manifest, decode_record
 
 
@@ -92,9 +95,10 @@ def test_the_release_folder_may_be_given_instead_of_its_data_folder(root: Path, 
 
 
 def test_fixed_splits_have_their_published_sizes() -> None:
-    for dataset, val in ((flyingchairs, 640), (sintel, 133)):
-        indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
-        assert len(set(indices)) == val and max(indices) < dataset.PAIRS
+    for dataset, val in ((FLYINGCHAIRS, 640), (SINTEL, 133)):
+        assert dataset.validation and dataset.pairs
+        indices, _ = splits.read_split_file(splits.FOLDER / dataset.validation)
+        assert len(set(indices)) == val and max(indices) < dataset.pairs
 
 
 def test_the_fixed_split_knows_each_pair_by_its_name(tmp_path: Path) -> None:
@@ -114,8 +118,9 @@ def test_the_fixed_split_knows_each_pair_by_its_name(tmp_path: Path) -> None:
 
 def test_the_fixed_splits_of_scenes_and_numbers(tmp_path: Path) -> None:
     """Of a part of the releases: where a scene of Sintel begins, and KITTI's numbers."""
-    assert sum(sintel.SCENES.values()) == sintel.PAIRS and list(sintel.SCENES) == sorted(sintel.SCENES)
-    indices = splits.read_split_file(splits.FOLDER / sintel.VALIDATION).indices
+    assert sum(sintel.SCENES.values()) == SINTEL.pairs and list(sintel.SCENES) == sorted(sintel.SCENES)
+    assert SINTEL.validation and KITTI2015.validation
+    indices = splits.read_split_file(splits.FOLDER / SINTEL.validation).indices
     root = tiny.sintel(tmp_path / "sintel", {"ambush_6": 3, "bamboo_2": 27, "market_5": 3, "market_6": 3, "mine": 3})
     pairs = sintel.list_pairs(root, "final")
     with pytest.raises(UserError, match=r"pair final/mine/frame_0001 is not in the original release"):
@@ -128,8 +133,8 @@ def test_the_fixed_splits_of_scenes_and_numbers(tmp_path: Path) -> None:
     ]
     root = tiny.kitti(tmp_path / "kitti", 11)
     (root / "training/flow_occ/000003_10.png").unlink()
-    pairs = kitti2015.list_pairs(root, "")
-    indices = splits.read_split_file(splits.FOLDER / kitti2015.VALIDATION).indices
+    pairs = KITTI2015.list_pairs(root, "")
+    indices = splits.read_split_file(splits.FOLDER / KITTI2015.validation).indices
     assert [pairs[index].name for index in splits.fixed_indices(pairs, indices)] == ["000009"]
 
 
@@ -361,7 +366,7 @@ def test_a_conversion_that_another_one_has_finished_is_complete(
 ) -> None:
     """The first conversion has renamed the folder since the second one looked whether there is anything to do."""
     whole, out = tiny.convert("flyingchairs", root, tmp_path / "whole"), tmp_path / "out"
-    name = "open_partial" if when.startswith("before") else "Lock"
+    name = "resume_partial" if when.startswith("before") else "Lock"
     original = getattr(convert, name)
 
     def finish_first(path: Path, *arguments: Any) -> Any:
@@ -393,11 +398,11 @@ def test_an_output_folder_that_cannot_be_replaced_is_refused_at_once(
 ) -> None:
     """Renaming would fail, or lose the current folder, after all the work."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"{small_disk}: a mount point, .*; name a new folder in it, .*disk/data"):
+    with pytest.raises(UserError, match=f"{small_disk}: is a mount point, .*; name a new folder in it, .*disk/data"):
         convert.find_out(small_disk)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match=r"\.: the current folder, .* --out data"):
+    with pytest.raises(UserError, match=r"\.: is the current folder, .* such as data"):
         convert.find_out(Path("."))
     assert convert.find_out(Path("data/")) == Path("data")
 
@@ -490,7 +495,7 @@ def test_a_pair_too_large_for_a_record_is_named_with_a_remedy(
     """Of uncompressed pairs before anything is written, of compressed ones as they are."""
     pairs = flyingchairs.list_pairs(root, "")
     monkeypatch.setattr(shards, "MAX_RECORD", 13000)
-    limit = r"takes 0.0 MB with --codec {}, expected at most 0.0 MB, which MindRecord can store; use {}"
+    limit = r"takes 0.0 MB with --codec {}, but MindRecord can store at most 0.0 MB; use {}"
     with pytest.raises(UserError, match="img1.ppm: the pair 00001 of 40x24 pixels " + limit.format("raw", "--codec")):
         convert.largest_image(pairs, "raw")
     assert convert.largest_image(pairs, "zstd") == 24 * 40

@@ -11,27 +11,24 @@ from PIL import Image
 
 from launch.errors import UserError
 from prep import datasets, reader
-from prep.convert import DATASETS
 from prep.datasets import (
     autoflow,
     chairssdhom,
-    driving,
     flyingchairs2,
     flyingchairsocc,
     flyingthings3d,
     flyingthings3d_subset,
     hd1k,
-    kitti2012,
-    kitti2015,
-    kubric,
-    kubric_swapped,
     middlebury,
-    monkaa,
     splits,
     spring,
     tartanair,
     viper,
 )
+from prep.datasets.kitti import KITTI2012, KITTI2015
+from prep.datasets.kubric import KUBRIC, KUBRIC_SWAPPED
+from prep.datasets.registry import DATASETS
+from prep.datasets.sceneflow import DRIVING, MONKAA
 from prep.formats.flow import read_flow
 
 
@@ -41,11 +38,11 @@ def names(pairs: list[datasets.PairFiles]) -> list[str]:
 
 def test_every_dataset_has_the_interface_and_a_list_that_fits() -> None:
     for dataset in DATASETS.values():
-        assert dataset.TITLE and dataset.PASSES and callable(dataset.list_pairs)
-        if dataset.VALIDATION:
-            indices, _ = splits.read_split_file(splits.FOLDER / dataset.VALIDATION)
-            assert len(indices) > 0 and dataset.PAIRS
-            assert max(indices) < dataset.PAIRS and 0.02 < len(indices) / dataset.PAIRS < 0.15
+        assert dataset.title and dataset.passes and callable(dataset.list_pairs)
+        if dataset.validation:
+            indices, _ = splits.read_split_file(splits.FOLDER / dataset.validation)
+            assert len(indices) > 0 and dataset.pairs
+            assert max(indices) < dataset.pairs and 0.02 < len(indices) / dataset.pairs < 0.15
 
 
 def test_a_pair_too_large_for_a_shard_is_named_before_the_work(tmp_path: Path) -> None:
@@ -79,33 +76,33 @@ def test_kitti_through_conversion_and_reader(tmp_path: Path) -> None:
 def test_kitti_occlusions_are_what_only_the_one_flow_has(tmp_path: Path) -> None:
     release = tiny.kitti(tmp_path, 2)
     for root in (release, release / "training"):
-        pair = kitti2015.list_pairs(root, "")[1]
+        pair = KITTI2015.list_pairs(root, "")[1]
         sample = datasets.read_pair(pair)
         _, valid = read_flow(release / "training/flow_occ/000001_10.png")
         _, seen = read_flow(release / "training/flow_noc/000001_10.png")
         assert np.array_equal(sample["occluded"], valid & ~seen & 1) and sample["occluded"].any()
         assert datasets.pair_size(pair) == (24, 48)
     shutil.rmtree(release / "training/flow_noc")
-    assert not datasets.read_pair(kitti2015.list_pairs(release, "")[1])["occluded"].any()
+    assert not datasets.read_pair(KITTI2015.list_pairs(release, "")[1])["occluded"].any()
 
 
 def test_kitti_2012_in_colour_or_grey(tmp_path: Path) -> None:
     tiny.kitti(tmp_path, 1, frames="image_0")
-    assert kitti2012.list_pairs(tmp_path, "")[0].image1.parent.name == "image_0"
+    assert Path(KITTI2012.list_pairs(tmp_path, "")[0].image1).parent.name == "image_0"
     tiny.kitti(tmp_path, 1, frames="colored_0")
-    assert kitti2012.list_pairs(tmp_path, "")[0].image2.parent.name == "colored_0"
+    assert Path(KITTI2012.list_pairs(tmp_path, "")[0].image2).parent.name == "colored_0"
 
 
 def test_what_is_missing_from_kitti_is_named(tmp_path: Path) -> None:
     tiny.kitti(tmp_path, 2)
     with pytest.raises(UserError, match="colored_0: does not exist; expected the frames"):
-        kitti2012.list_pairs(tmp_path, "")
+        KITTI2012.list_pairs(tmp_path, "")
     (tmp_path / "training/image_2/000001_11.png").unlink()
     with pytest.raises(UserError, match=r"000001_11.png: missing; restore the missing file"):
-        kitti2015.list_pairs(tmp_path, "")
+        KITTI2015.list_pairs(tmp_path, "")
     shutil.rmtree(tmp_path / "training/flow_occ")
     with pytest.raises(UserError, match="flow_occ: does not exist"):
-        kitti2015.list_pairs(tmp_path, "")
+        KITTI2015.list_pairs(tmp_path, "")
 
 
 # --- HD1K -----------------------------------------------------------------------------------------
@@ -231,24 +228,24 @@ def test_a_frame_that_the_flyingthings3d_subset_excludes_takes_two_pairs_with_it
 
 def test_monkaa_lists_both_cameras_and_directions(tmp_path: Path) -> None:
     root = tiny.flyingthings3d(tmp_path, ["a_rain_of_stones_x2", "eating_x2"])
-    pairs = monkaa.list_pairs(root, "clean")
+    pairs = MONKAA.list_pairs(root, "clean")
     assert len(pairs) == 16 and not splits.held_out_indices(pairs)
     assert names(pairs)[:3] == [
         f"clean/a_rain_of_stones_x2/left/{name}" for name in ("into_future/0006", "into_future/0007", "into_past/0007")
     ]
     assert str(pairs[2].image2).endswith("frames_cleanpass/a_rain_of_stones_x2/left/0006.png")
     assert datasets.read_pair(pairs[0])["flow"].shape == (24, 40, 2)
-    assert monkaa.list_pairs(root, "final") == []
+    assert MONKAA.list_pairs(root, "final") == []
     with pytest.raises(UserError, match=r"optical_flow: contains no pairs; expected a_rain_of_stones_x2/into_future"):
         shutil.rmtree(root / "frames_cleanpass")
         (root / "frames_cleanpass").mkdir()
-        monkaa.list_pairs(root, "clean")
+        MONKAA.list_pairs(root, "clean")
 
 
 def test_driving_has_more_folders_and_may_have_webp_frames(tmp_path: Path) -> None:
     scenes = ["15mm_focallength/scene_forwards/fast", "35mm_focallength/scene_backwards/slow"]
     root = tiny.flyingthings3d(tmp_path, scenes, frames="frames_cleanpass_webp/*.webp")
-    pairs = driving.list_pairs(root, "clean")
+    pairs = DRIVING.list_pairs(root, "clean")
     assert len(pairs) == 16 and names(pairs)[-1] == f"clean/{scenes[1]}/right/into_past/0008"
     assert str(pairs[-1].image2).endswith(f"frames_cleanpass_webp/{scenes[1]}/right/0007.webp")
     assert datasets.read_pair(pairs[-1])["image1"].shape == (24, 40, 3)
@@ -372,14 +369,14 @@ def test_middlebury_is_all_for_validation(tmp_path: Path) -> None:
 
 def test_kubric_flow_in_both_directions_has_its_scenes_scale(tmp_path: Path) -> None:
     root = tiny.kubric(tmp_path, {"0": 3, "1": 2})
-    pairs = kubric.list_pairs(root, "")
+    pairs = KUBRIC.list_pairs(root, "")
     assert names(pairs) == [
         "0/forward/00000", "0/forward/00001", "0/backward/00001", "0/backward/00002", "1/forward/00000",
         "1/backward/00001",
     ]  # fmt: skip
     assert (pairs[2].image1.name, pairs[2].image2.name) == ("rgba_00001.png", "rgba_00000.png")
-    for module, expected in ((kubric, (2, -1)), (kubric_swapped, (-1, 2))):
-        for pair in module.list_pairs(root, ""):
+    for dataset, expected in ((KUBRIC, (2, -1)), (KUBRIC_SWAPPED, (-1, 2))):
+        for pair in dataset.list_pairs(root, ""):
             sample = datasets.read_pair(pair)
             sign = -1 if "backward" in pair.name else 1
             assert np.allclose(sample["flow"], sign * np.array(expected), atol=1e-6) and sample["valid"].all()
@@ -396,7 +393,7 @@ def test_a_kubric_scene_without_its_scale(tmp_path: Path, text: str) -> None:
     root = tiny.kubric(tmp_path, {"0": 2})
     (root / "0/data_ranges.json").write_text(text)
     with pytest.raises(UserError, match=r"0/data_ranges.json: expected the numbers min and max of forward_flow"):
-        kubric.list_pairs(root, "")
+        KUBRIC.list_pairs(root, "")
     (root / "0/data_ranges.json").unlink()
     with pytest.raises(UserError, match=r"0/data_ranges.json: missing; it has the scale of the flow"):
-        kubric.list_pairs(root, "")
+        KUBRIC.list_pairs(root, "")

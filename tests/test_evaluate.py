@@ -381,7 +381,7 @@ def test_a_submission_is_complete_or_absent(predictor: FlowPredictor, tmp_path: 
     image.write_bytes(whole[:200])
     with pytest.raises(UserError, match=str(image)):
         submission.write_submission(benchmark, out, predictor, 1, ALONE)
-    assert not out.exists() and partial.is_dir()
+    assert files_in(out) == [] and partial.is_dir()
     (partial / "flow").mkdir(exist_ok=True)
     (partial / "flow" / "000000_10.partial-1.png").write_bytes(b"half")
     (partial / "flow" / "000001_10.png").write_bytes(b"of the run before")
@@ -396,6 +396,17 @@ def test_a_submission_is_complete_or_absent(predictor: FlowPredictor, tmp_path: 
     assert files_in(out) == [f"flow/00000{number}_10.png" for number in range(3)] and not partial.exists()
     with pytest.raises(UserError, match="not empty"):
         submission.check_out(out, sintel)
+
+
+def test_a_submission_cannot_replace_the_current_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = submission.list_test_pairs(kitti_test(tmp_path / "kitti", 2))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"here: is the current folder, .*; name a new folder in it"):
+        submission.check_out(tmp_path / "here", benchmark)
+    assert (tmp_path / "here").is_dir()
 
 
 def test_a_test_set_is_found_by_its_layout(tmp_path: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ import model
 from model.inference import FlowPredictor, PredictionGraph
 from model.pwcnet import VARIANTS, PWCNet
 from model.weights import save_network
-from prep.synthesize import make_pair
+from prep.synthesis.version1 import make_pair
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 

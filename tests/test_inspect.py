@@ -159,7 +159,8 @@ def test_datasets_are_compared_side_by_side(converted: Path, frames: Path, tmp_p
     ):
         assert cells[name] == expected
     assert cells["texture"][1] == "mean 0.80 levels/px"
-    assert f"launch/train.sh --data '{converted}'" in done.stdout, "the other one has nothing to train on"
+    # The other dataset has nothing to train on.
+    assert f"to train: launch/train.sh --config RECIPE --data '{converted}' --out RUN" in done.stdout
     text = page.read_text(encoding="utf-8")
     assert text.count("<section>") == 2 and len(re.findall("data:image/png", text)) == 3 + 8 + 3
     datasets = [inspect_set.measure(folder, 10) for folder in (converted, frames)]

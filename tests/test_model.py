@@ -15,7 +15,7 @@ from model.precision import set_precision
 from model.pwcnet import DIV_FLOW, PWCNet, start_from_coarser_flow
 from model.resizing import resize, upsample
 from prep.reader import Batch
-from prep.synthesize import make_pair
+from prep.synthesis.version1 import make_pair
 from train.metrics import end_point_error
 from train.recipe import Recipe
 from train.step import TrainStep
@@ -29,7 +29,7 @@ def pair() -> Batch:
     """One synthetic pair as a batch: two images uint8, flow float32, valid uint8."""
     image1, image2, flow, _ = make_pair(3, 64, 64)
     valid = np.ones((64, 64), np.uint8)
-    return Batch(*(array[None] for array in (image1, image2, flow, valid)))
+    return Batch(*(array[None] for array in (image1, image2, flow, valid)), index=np.array([0], np.int32))
 
 
 def test_parameters_are_those_of_the_published_network() -> None:
@@ -291,7 +291,8 @@ def small_batch(images: list[float], flows: list[float]) -> Batch:
 
     image = fill(np.array(images, np.uint8), 4, 4, 3)
     valid = np.ones((len(images), 4, 4), np.uint8)
-    return Batch(image, image, fill(np.array(flows, np.float32), 4, 4, 2), valid)
+    index = np.arange(len(images), dtype=np.int32)
+    return Batch(image, image, fill(np.array(flows, np.float32), 4, 4, 2), valid, index)
 
 
 @pytest.fixture(params=["native", "mindspore"])

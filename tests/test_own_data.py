@@ -282,9 +282,9 @@ def test_a_mistake_in_a_list_is_named_with_its_line(files: Path, text: str, mess
 
 def test_a_list_with_a_split_needs_no_share(files: Path) -> None:
     path = write_list(files / "pairs.csv", {**ROWS[1], "split": "val"})
-    with pytest.raises(UserError, match="has a column split; leave out --val-share"):
+    with pytest.raises(UserError, match="has a 'split' column; remove --val-share or the column"):
         pairs.PairList(path, val_share=0.1).list_pairs(files, "")
-    with pytest.raises(UserError, match="has a column split; leave out --split-file"):
+    with pytest.raises(UserError, match="has a 'split' column; remove --split-file or the column"):
         pairs.PairList(path, split_file=True).list_pairs(files, "")
 
 
@@ -295,7 +295,7 @@ def test_a_share_and_a_split_file_contradict_each_other(files: Path, tmp_path: P
     line = refusal(*words, "--val-share", 0.5, out=tmp_path / "out")
     assert "--split-file and --val-share both choose the validation pairs; leave one out" in line
     write_list(path, {**ROWS[1], "split": "val"})
-    assert "has a column split; leave out --split-file" in refusal(*words, out=tmp_path / "out")
+    assert "has a 'split' column; remove --split-file or the column" in refusal(*words, out=tmp_path / "out")
 
 
 def test_a_name_that_is_not_text_is_named_with_its_line(files: Path, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def resize(folder: Path, name: str) -> None:
     (lambda folder: write_flo(folder / "2.flo", np.zeros((8, 8, 2), np.float32)),
      "2.png: 40x24 pixels, expected 8x8 as in 2.flo"),
     (lambda folder: spoil_flow(folder, np.nan, 3), "2.flo: NaN at 3 of 960 pixels, the first at row 0, column 0"),
-    (lambda folder: spoil_flow(folder, 1e10, 960), "2.flo: no flow in it is known; leave the column flow empty"),
+    (lambda folder: spoil_flow(folder, 1e10, 960), "2.flo: contains no known flow; leave the 'flow' column empty"),
     (lambda folder: (folder / "2.flo").write_bytes(b"x"), "2.flo: 1 bytes, expected a .flo file"),
     (lambda folder: (folder / "3.png").write_bytes(b"x"), "3.png: not a readable image"),
 ])  # fmt: skip
@@ -508,7 +508,7 @@ def test_a_mistake_in_frames_is_named(shots: Path, tmp_path: Path, spoil: Callab
 
 
 def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -> None:
-    """Data sets are often made of links. What is left out is said."""
+    """Data sets are often made of links. What is skipped is said."""
     (shots / "again").symlink_to("walk")
     (shots / "walk" / "up").symlink_to("..")
     (shots / "lost").symlink_to("nowhere")
@@ -520,10 +520,10 @@ def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -
     assert len(names) == 16
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
-        f"note: {shots}/again/up: a link to a folder around it; left out",
-        f"note: {shots}/lost: a broken link; left out",
-        f"note: {shots}/walk/up: a link to a folder around it; left out",
-        f"note: {shots}: 2 files of no known image or video format left out, the first {shots}/again/notes.txt",
+        f"note: {shots}/again/up: skipped: a link to one of its parent folders",
+        f"note: {shots}/lost: skipped: a broken link",
+        f"note: {shots}/walk/up: skipped: a link to one of its parent folders",
+        f"note: {shots}: skipped 2 files in unknown formats; the first is {shots}/again/notes.txt",
     ]
 
 
@@ -559,8 +559,9 @@ def test_files_of_a_list_are_found_in_archives_beside_it_and_in_folders(files: P
     (tmp_path / "folder").mkdir()
     (tmp_path / "files.zip").rename(tmp_path / "folder" / "files.zip")
     for root in (tmp_path / "folder", tmp_path / "around.zip"):
-        found = datasets.find_release(pairs.PairList(list_file), root)
-        listed = pairs.PairList(list_file).list_pairs(found, "")
+        dataset = datasets.Dataset("Custom pairs", pairs.PairList(list_file).list_pairs)
+        found = datasets.find_release(dataset, root)
+        listed = dataset.list_pairs(found, "")
         assert np.array_equal(datasets.read_pair(listed[1])["flow"], read_flow(files / "2.flo")[0])
     write_list(list_file, *rows_of(*rows, flow="9.flo"))
     with pytest.raises(UserError, match=r"line 3: flow .*/around.zip/my data é/9.flo: no such file"):
@@ -571,10 +572,10 @@ def test_what_frames_leave_out_is_said_once(shots: Path, capsys: pytest.CaptureF
     """Also if the folder is listed again, because it may contain archives of frames."""
     shutil.rmtree(shots / "walk")
     (shots / "more.zip").write_bytes(b"not read")
-    sequences = frames.FrameSequences()
+    sequences = datasets.Dataset("Frames", frames.FrameSequences().list_pairs)
     assert len(sequences.list_pairs(datasets.find_release(sequences, shots), "")) == 9
     assert capsys.readouterr().err == (
-        f"note: {shots}: 1 file of no known image or video format left out, the first {shots}/more.zip\n"
+        f"note: {shots}: skipped 1 file in unknown formats; the first is {shots}/more.zip\n"
     )
 
 

@@ -15,10 +15,11 @@ from PIL import Image
 
 from launch.errors import UserError
 from model.inference import FlowPredictor
-from model.predict import Outputs, PairCounts, make_pairs, open_frames, predict, prefetch
+from model.predict import Outputs, PairCounts, make_pairs, open_frames, predict
 from prep import flow_viz
 from prep.formats.flow import read_flo
-from prep.synthesize import make_pair
+from prep.prefetch import prefetch
+from prep.synthesis.version1 import make_pair
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 

@@ -200,7 +200,7 @@ def test_evaluation_has_what_is_occluded(tmp_path: Path) -> None:
     everything = tiny.split_file(tmp_path / "val.txt", range(3))
     out = tiny.convert("sintel", root, tmp_path / "out", "--split-file", everything)
     names = reader.DatasetSplit.open(out, "val").names
-    pairs = {p.name: p for render_pass in sintel.PASSES for p in sintel.list_pairs(root, render_pass)}
+    pairs = {p.name: p for render_pass in sintel.SINTEL.passes for p in sintel.list_pairs(root, render_pass)}
     for batch in tiny.evaluation(out, "val", batch=2):
         for i, position in enumerate(tiny.indices(batch)):
             expected = datasets.read_pair(pairs[names[position]])["occluded"]

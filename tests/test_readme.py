@@ -44,7 +44,7 @@ def run_example(number: int, folder: pathlib.Path, before: str = "", after: str 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with the data that the examples name."""
     folder = tmp_path_factory.mktemp("readme")
-    synthesize.write_dataset(folder / "raw", synthesize.Recipe(12, 64, 96, seed=1), workers=2)
+    synthesize.write_dataset(folder / "raw", synthesize.SyntheticSpec(12, 64, 96, seed=1), workers=2)
     split = tiny.split_file(folder / "val.txt", [3])
     converted = tiny.convert(
         "flyingchairs", folder / "raw", folder / "data" / "example-mindrecord", "--split-file", split

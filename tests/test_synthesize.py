@@ -52,22 +52,22 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
 @pytest.mark.parametrize("profile", [1, 2])
 def test_same_seed_same_bytes_whatever_the_workers_and_the_number_of_pairs(tmp_path: Path, profile: int) -> None:
     pairs = BLOCK + 1 if profile == 2 else 5  # in two jobs
-    recipe = synthesize.Recipe(pairs, height=48, width=64, seed=7, profile=profile)
-    synthesize.write_dataset(tmp_path / "one", recipe, workers=1)
-    synthesize.write_dataset(tmp_path / "two", recipe, workers=2)
+    spec = synthesize.SyntheticSpec(pairs, height=48, width=64, seed=7, profile=profile)
+    synthesize.write_dataset(tmp_path / "one", spec, workers=1)
+    synthesize.write_dataset(tmp_path / "two", spec, workers=2)
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two")
     name = f"{pairs:05d}_img2.ppm"
-    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(recipe, pairs=99))
+    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(spec, pairs=99))
     alone = (tmp_path / name).read_bytes()
     assert alone == (tmp_path / "two" / name).read_bytes()
-    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(recipe, seed=8))
+    synthesize.write_some(tmp_path, range(pairs, pairs + 1), replace(spec, seed=8))
     assert alone != (tmp_path / name).read_bytes()
 
 
 def test_profile_1_still_makes_the_bytes_of_release_0_9(tmp_path: Path) -> None:
     """The hash is of that release's files; synthesize.json is the same too, so its datasets count as complete."""
-    recipe = synthesize.Recipe(pairs=6, height=48, width=64, seed=7, profile=1)
-    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+    spec = synthesize.SyntheticSpec(pairs=6, height=48, width=64, seed=7, profile=1)
+    synthesize.write_dataset(tmp_path / "set", spec, workers=1)
     written = all_bytes(tmp_path / "set")
     names = ["00005_img1.ppm", "00005_img2.ppm", "00005_flow.flo", "synthesize.json", "validation.txt"]
     digest = hashlib.sha256(b"".join(written[name] for name in names))
@@ -79,7 +79,7 @@ def test_profile_1_still_makes_the_bytes_of_release_0_9(tmp_path: Path) -> None:
 def test_it_has_the_flyingchairs_layout_and_a_validation_list(
     tmp_path: Path, profile: int, parts: tuple[str, ...]
 ) -> None:
-    synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(12, 32, 48, 0, profile), workers=2)
+    synthesize.write_dataset(tmp_path / "set", synthesize.SyntheticSpec(12, 32, 48, 0, profile), workers=2)
     parts = ("img1.ppm", "img2.ppm", "flow.flo", *parts)
     expected = {f"{number:05d}_{part}" for number in range(1, 13) for part in parts}
     lists = {"validation.txt", "synthesize.json"} | ({"pairs.csv"} if profile == 2 else set())
@@ -93,9 +93,9 @@ def test_it_has_the_flyingchairs_layout_and_a_validation_list(
 
 
 def test_png_frames_have_the_same_pixels_and_the_list_names_all_files(tmp_path: Path) -> None:
-    recipe = synthesize.Recipe(11, 32, 48, 3)
-    synthesize.write_dataset(tmp_path / "ppm", recipe, workers=1)
-    synthesize.write_dataset(tmp_path / "png", replace(recipe, format="png"), workers=1)
+    spec = synthesize.SyntheticSpec(11, 32, 48, 3)
+    synthesize.write_dataset(tmp_path / "ppm", spec, workers=1)
+    synthesize.write_dataset(tmp_path / "png", replace(spec, format="png"), workers=1)
     with open(tmp_path / "png/pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["split"] for row in rows] == 9 * ["train"] + ["val", "train"]
@@ -257,13 +257,13 @@ def test_a_complete_dataset_is_recognised_and_another_is_not_overwritten(
 
 
 def test_a_dataset_that_lacks_a_file_is_not_complete(tmp_path: Path) -> None:
-    recipe = synthesize.Recipe(2, 32, 32, seed=1)
-    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
-    assert sorted(recipe.file_names()) == sorted(all_bytes(tmp_path / "set"))
+    spec = synthesize.SyntheticSpec(2, 32, 32, seed=1)
+    synthesize.write_dataset(tmp_path / "set", spec, workers=1)
+    assert sorted(spec.file_names()) == sorted(all_bytes(tmp_path / "set"))
     for name in ("00002_img1.ppm", "00001_occ2.png"):
         (tmp_path / "set" / name).unlink()
         with pytest.raises(UserError, match=f"/set/{name}: is missing, expected .*; remove the folder and run"):
-            synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+            synthesize.write_dataset(tmp_path / "set", spec, workers=1)
 
 
 def test_files_that_vanish_while_others_are_written_are_noticed(
@@ -271,7 +271,7 @@ def test_files_that_vanish_while_others_are_written_are_noticed(
 ) -> None:
     monkeypatch.setattr(synthesize, "write_pairs", lambda *_: None)
     with pytest.raises(UserError, match=r"/set\.partial/00001_img1\.ppm: is missing"):
-        synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(2, 32, 32, seed=1), workers=1)
+        synthesize.write_dataset(tmp_path / "set", synthesize.SyntheticSpec(2, 32, 32, seed=1), workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,12 +294,12 @@ def writing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
     writing.send_signal(signal.SIGSTOP)
-    recipe = synthesize.Recipe(200, 64, 96, seed=1)
+    spec = synthesize.SyntheticSpec(200, 64, 96, seed=1)
     with pytest.raises(UserError, match=rf"/set\.partial: another synthesis is writing to it, process {writing.pid} "):
-        synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
+        synthesize.write_dataset(tmp_path / "set", spec, workers=1)
     writing.send_signal(signal.SIGCONT)
     assert writing.wait(60) == 0
-    assert sorted(recipe.file_names()) == sorted(os.listdir(tmp_path / "set"))
+    assert sorted(spec.file_names()) == sorted(os.listdir(tmp_path / "set"))
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path, writing: subprocess.Popen[str]) -> None:
@@ -307,9 +307,9 @@ def test_what_a_killed_run_left_is_replaced(tmp_path: Path, writing: subprocess.
     workers = psutil.Process(writing.pid).children()
     writing.kill()
     assert not psutil.wait_procs(workers, timeout=20)[1]
-    recipe = synthesize.Recipe(2, 32, 32, seed=1)
-    synthesize.write_dataset(tmp_path / "set", recipe, workers=1)
-    assert sorted(recipe.file_names()) == sorted(os.listdir(tmp_path / "set"))
+    spec = synthesize.SyntheticSpec(2, 32, 32, seed=1)
+    synthesize.write_dataset(tmp_path / "set", spec, workers=1)
+    assert sorted(spec.file_names()) == sorted(os.listdir(tmp_path / "set"))
     assert os.listdir(tmp_path) == ["set"]
 
 
@@ -325,8 +325,8 @@ def test_what_another_command_left_in_the_place_of_the_work_folder_is_kept(tmp_p
         (tmp_path / "elsewhere").mkdir()
         partial.symlink_to("elsewhere")
     found = "a folder with plan.json" if kind == "conversion" else "a file or link"
-    with pytest.raises(UserError, match=rf"/set\.partial: already exists \({found}\), expected .*; move it away or"):
-        synthesize.write_dataset(tmp_path / "set", synthesize.Recipe(1, 32, 32, seed=1), workers=1)
+    with pytest.raises(UserError, match=rf"/set\.partial: already exists .* \(it is {found}\); move it away or"):
+        synthesize.write_dataset(tmp_path / "set", synthesize.SyntheticSpec(1, 32, 32, seed=1), workers=1)
     assert os.path.lexists(partial) and not (tmp_path / "set").exists()
     assert kind != "conversion" or os.listdir(partial) == ["plan.json"]
 
@@ -342,7 +342,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path, monkeypatch: pyte
 def test_the_current_folder_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthesize, "write_pairs", lambda *_: pytest.fail("it has begun to write"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"\(it is the current folder\); name a new folder in it, such as .*/synthetic"):
+    with pytest.raises(UserError, match=r": is the current folder, .*; name a new folder in it, such as .*/data"):
         run_main(monkeypatch, "--out", ".")
     assert os.listdir(tmp_path) == []
 
@@ -359,8 +359,8 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
     if result.returncode == 77 or "unshare" in result.stderr:
         pytest.skip("nothing can be mounted here")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {mounted}: the finished dataset cannot take the place")
-    assert "(it is a mount point); name a new folder in it" in result.stderr
+    assert result.stderr.startswith(f"error: {mounted}: is a mount point, so the finished folder cannot take its place")
+    assert f"; name a new folder in it, such as {mounted}/data" in result.stderr
     assert os.listdir(tmp_path) == ["mounted"]
 
 

@@ -279,6 +279,9 @@ def test_photographs_are_found_as_frames_are(tmp_path: Path) -> None:
     found = Photographs.load(folder)
     assert {path.relative_to(folder).as_posix() for path in found.paths} == names | {f"linked/{name}" for name in names}
     Textures(1, 64, found).check(workers=1)
+    (folder / "lost.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"lost.png: a broken link; restore the file that it leads to"):
+        Photographs.load(folder)
 
 
 def test_large_photographs_are_reduced_when_they_are_read(tmp_path: Path) -> None:

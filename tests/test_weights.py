@@ -21,7 +21,7 @@ from model.export_torch import export_weights
 from model.import_torch import import_weights
 from model.inference import load_predictor
 from model.pwcnet import PWCNet
-from prep.synthesize import make_pair
+from prep.synthesis.version1 import make_pair
 
 torch = pytest.importorskip("torch", reason="the exchange with PyTorch needs it: install .[torch]")
 

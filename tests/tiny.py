@@ -366,7 +366,7 @@ def launch(launcher: str, *program: Any, **environment: str) -> subprocess.Popen
 
 def training(folder: Path, **options: Any) -> Iterator[reader.Batch]:
     """The reader's training batches of a converted dataset."""
-    return reader.training_batches(reader.DatasetSplit.open(folder, "train"), **options)
+    return reader.training_batches([(reader.DatasetSplit.open(folder, "train"), 1.0)], **options)
 
 
 def evaluation(folder: Path, split: str, **options: Any) -> Iterator[reader.Batch]:
@@ -382,5 +382,4 @@ def occluded(batch: reader.Batch) -> np.ndarray:
 
 def indices(batch: reader.Batch) -> list[int]:
     """The positions of a batch's pairs in their split."""
-    assert batch.index is not None
     return batch.index.tolist()

@@ -45,7 +45,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def make_set(folder: pathlib.Path, height: int, width: int, validation: list[int]) -> pathlib.Path:
     """Synthetic pairs, converted to a dataset with the name of its folder."""
-    synthesize.write_dataset(folder / "raw", synthesize.Recipe(14, height, width, seed=1), workers=2)
+    synthesize.write_dataset(folder / "raw", synthesize.SyntheticSpec(14, height, width, seed=1), workers=2)
     return tiny.convert(
         "flyingchairs",
         folder / "raw",

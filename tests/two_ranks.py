@@ -37,7 +37,7 @@ def main(data: str, out: str, steps: str) -> None:
         path = f"{out}/rank-{comm.rank}-of-{comm.size}"
         for name in (f"{path}.npz", f"{path}-copied.npz")[: comm.size]:
             batches = reader.training_batches(
-                reader.DatasetSplit.open(data, "train"),
+                [(reader.DatasetSplit.open(data, "train"), 1.0)],
                 batch=GLOBAL_BATCH // comm.size,
                 rank=comm.rank,
                 ranks=comm.size,

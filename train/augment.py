@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
 if TYPE_CHECKING:
+    from prep.datasets import Sample
     from train.recipe import Recipe
-
-Sample: TypeAlias = dict[str, Any]
-"""A pair: image1 and image2 (H, W, 3) uint8 RGB, flow (H, W, 2) float32 in pixels, 0 where unknown, valid (H, W)
-uint8; other entries pass through."""
 
 # mmflow's ranges, those at a strength of 1.
 ROTATION = np.deg2rad(10)
@@ -99,11 +96,11 @@ class Augment:
         """Make a view of a pair.
 
         Args:
-            sample: the pair, which stays as it is.
+            sample: the pair, which stays as it is; its flow is 0 where unknown.
             rng: the only source of randomness.
 
         Returns:
-            The view, of the crop's size, in new arrays; flow is 0 where unknown.
+            The view, of the crop's size, in new arrays; flow is 0 where unknown. Other entries pass through.
 
         Raises:
             ValueError: the pair is smaller than the crop, and there is no affine option or scale.

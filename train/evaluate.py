@@ -82,7 +82,7 @@ def evaluate(
     samples: dict[int, Sample] = {}
     for batch in reader.evaluation_batches(split, batch=options.batch, rank=comm.rank, ranks=comm.size):
         comm.progress(Phase.VALIDATING)
-        assert batch.index is not None and batch.occluded is not None  # only training batches lack them
+        assert batch.occluded is not None  # only training batches lack it
         predicted = predictor.flow_batch(batch.image1, batch.image2)
         # Where pairs are in the batch, by their position in the split; without those that fill the last batch.
         rows = {position: row for row, position in enumerate(batch.index.tolist()) if position >= 0}
@@ -106,7 +106,7 @@ def evaluate(
 def count_share(split: reader.DatasetSplit, batch: int, comm: Communicator) -> int:
     """The number of pairs that this rank evaluates."""
     order = reader.evaluation_order(split.sizes, batch * comm.size)
-    return sum(real for pairs in order for _, real in pairs[comm.rank :: comm.size])
+    return sum(not position.padding for positions in order for position in positions[comm.rank :: comm.size])
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import numpy as np
 from launch.communicator import Communicator
 from launch.errors import counted
 from launch.files import write_bytes, write_json
+from prep.datasets import RENDER_PASSES
 from prep.reader import DatasetSplit
 from train.metrics import SUMS, Evaluation, Metrics
-from train.submission import PASSES
 
 
 class Column(NamedTuple):
@@ -110,7 +110,7 @@ class Report:
 def make_report(split: DatasetSplit, evaluation: Evaluation) -> Report:
     """Compute the metrics of a split, of its passes and of its scenes."""
     parts = [name.split("/") for name in split.names]
-    passes = [name for name in PASSES if any(part[0] == name for part in parts)]
+    passes = [name for name in RENDER_PASSES if any(part[0] == name for part in parts)]
     scenes = sorted({part[1] for part in parts}) if split.dataset == "sintel" else []
 
     def metrics_of(*prefix: str) -> Metrics:

@@ -12,14 +12,13 @@ import numpy as np
 from launch import progress
 from launch.communicator import Communicator
 from launch.errors import UserError, counted
+from launch.files import check_replaceable, partial_of
 from launch.logs import print_note
+from prep.datasets import RENDER_PASSES
 
 if TYPE_CHECKING:
     from model.inference import FlowPredictor
     from model.predict import FramePair
-
-PASSES = ("clean", "final")
-"""Rendering passes: the first part of a pair's name in a dataset that is rendered twice."""
 
 
 class BenchmarkPair(NamedTuple):
@@ -36,7 +35,7 @@ class Benchmark:
     """A benchmark with its test set, which has no public ground truth."""
 
     name: str
-    """For messages, such as "KITTI 2015"."""
+    """Name for messages, such as "KITTI 2015"."""
     pairs: list[BenchmarkPair]
 
     @functools.cached_property
@@ -62,7 +61,7 @@ class Layout(NamedTuple):
 
     benchmark: str
     folder: str
-    """Of the test set, in the release."""
+    """Folder of the test set in the release."""
     images: tuple[str, ...]
     """Folders of images in it, all of which a submission needs."""
     list_pairs: Callable[[pathlib.Path], list[BenchmarkPair]]
@@ -134,7 +133,7 @@ def list_sintel(folder: pathlib.Path) -> list[BenchmarkPair]:
 def check_passes(test: pathlib.Path, pairs: Iterable[BenchmarkPair]) -> None:
     """Raise UserError unless both passes of Sintel's test set have the same pairs."""
     files = [pair.file.split("/", 1) for pair in pairs]
-    clean, final = ({file for name, file in files if name == wanted} for wanted in PASSES)
+    clean, final = ({file for name, file in files if name == wanted} for wanted in RENDER_PASSES)
     if clean != final:
         file = min(clean ^ final)
         incomplete = "final" if file in clean else "clean"
@@ -155,12 +154,12 @@ def list_kitti2012(folder: pathlib.Path) -> list[BenchmarkPair]:
 
 
 def list_kitti2015(folder: pathlib.Path) -> list[BenchmarkPair]:
-    """The same for KITTI 2015, whose submissions have a folder for each of several tasks."""
+    """The pairs of KITTI 2015's test set, whose submissions have a folder for each of several tasks."""
     return [pair._replace(file=f"flow/{pair.file}") for pair in list_kitti2012(folder)]
 
 
 LAYOUTS = (
-    Layout("Sintel", "test", PASSES, list_sintel, 1104),
+    Layout("Sintel", "test", RENDER_PASSES, list_sintel, 1104),
     Layout("KITTI 2015", "testing", ("image_2",), list_kitti2015, 200),
     Layout("KITTI 2012", "testing", ("colored_0",), list_kitti2012, 195),
     Layout("KITTI 2012", "testing", ("image_0",), list_kitti2012, 195),
@@ -197,23 +196,16 @@ class SubmissionWriter:
         (write_flo if path.suffix == ".flo" else write_kitti_png)(path, flow)
 
 
-def partial_folder(out: pathlib.Path) -> pathlib.Path:
-    """The folder of a submission that is not complete yet."""
-    return pathlib.Path(f"{out.resolve()}.partial")
-
-
 def check_out(out: pathlib.Path, benchmark: Benchmark) -> None:
-    """Make sure that `out` can become the folder of a submission; an empty folder there is removed.
+    """Check that `out` can become the folder of a submission, and remove what a killed process half wrote beside it.
 
     Raises:
-        UserError: it has other files, or an interrupted submission beside it has.
-        OSError: it is a mount point, or may not be removed.
+        UserError: it cannot, or an interrupted submission to it has files that are not part of this one.
     """
-    if out.exists():
-        if any(out.iterdir()):
-            raise UserError(f"{out}: is not empty, and other files must not get into a submission; name a new folder")
-        out.resolve().rmdir()  # finds a mount point before the work
-    partial, expected = partial_folder(out), {pair.file for pair in benchmark.pairs}
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty, and other files must not get into a submission; name a new folder")
+    check_replaceable(out)
+    partial, expected = partial_of(out.resolve()), {pair.file for pair in benchmark.pairs}
     for path in partial.rglob("*"):
         if path.is_file() and ".partial-" in path.name:  # half written by a process that was killed
             path.unlink()
@@ -227,7 +219,7 @@ def write_submission(
     """Predict the flow of a test set and write it, to OUT.partial until it is complete.
 
     Args:
-        benchmark: whose test set to predict; the ranks share its pairs.
+        benchmark: the benchmark whose test set to predict; the ranks share its pairs.
         out: folder of the submission, from `check_out`.
         predictor: computes the flow.
         batch: pairs per batch and rank.
@@ -240,7 +232,7 @@ def write_submission(
     from model.predict import FramePair, predict
     from prep.formats.image import read_image
 
-    partial = partial_folder(out)
+    partial = partial_of(out.resolve())
     shares = [pairs[comm.rank :: comm.size] for pairs in benchmark.by_size.values()]
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # one graph for each size

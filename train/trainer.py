@@ -298,8 +298,7 @@ class Trainer:
     def fail_diverged(self, batch: reader.Batch) -> NoReturn:
         """End the run on all ranks with the names of the pairs in the batch."""
         names = [name for split in self.plan.training for name in split.names]
-        positions = [] if batch.index is None else batch.index
-        by_rank = self.comm.gather([names[position] for position in positions])
+        by_rank = self.comm.gather([names[position] for position in batch.index])
         pairs = ", ".join(itertools.chain(*by_rank))
         raise session.JobError(
             f"step {self.steps_done}: the loss or its gradient is not finite; pairs: {pairs}. "

@@ -1,7 +1,7 @@
 """What every dataset module has in common: how its pairs are described, read and checked.
 
-One module per dataset, with the attributes of `DatasetModule`. prep/README.md has the table of datasets, and says
-how to add one.
+Each module defines one or several instances of `Dataset`, which `registry.py` lists by name. prep/README.md has the
+table of datasets, and says how to add one.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +24,8 @@ Sample = dict[str, np.ndarray]
 occluded uint8 (H, W), 1 where the flow is known and where the second frame hides what the first shows. Without ground
 truth, flow, valid and occluded are 0."""
 
+RENDER_PASSES = ("clean", "final")
+"""The passes of datasets that are rendered twice: the first part of their pairs' names."""
 MARKS_UNKNOWN = (".png", ".flo5")
 """Suffixes of flow formats that themselves tell unknown flow from known."""
 
@@ -55,17 +56,17 @@ class PairFiles:
     flow_limit: float = UNKNOWN_FLOW
     """Flow of this magnitude or more is unknown."""
     flow_scale: KubricScale | None = None
-    """Of Kubric's flow files."""
+    """Scale of the values in Kubric's flow files."""
     held_out: bool = False
     """Whether the dataset itself reserves this pair for validation."""
     place: int | None = None
-    """Its index in the complete release, which a fixed split lists; None if that is not known."""
+    """Index of the pair in the complete release, which a fixed split lists; None if that is not known."""
     frames: VideoFrames | None = None
-    """Set if image1 and image2 are one video: which of its frames these are."""
+    """Which frames of a video the pair is, if image1 and image2 are that video."""
     nan_is_unknown: bool = True
     """Whether NaN in a format that does not provide for it means unknown flow, or is an error."""
     row: str = ""
-    """Of a pair from a list: its file and line, with which errors begin."""
+    """File and line of a pair from a list, with which errors begin; "" for others."""
 
     def files(self) -> list[ReleasePath]:
         """All files that exist for this pair."""
@@ -99,35 +100,25 @@ class NoRelease(UserError):
     """A folder does not contain the release that it should."""
 
 
-class DatasetModule(Protocol):
-    """The interface of a dataset module."""
+@dataclass(frozen=True)
+class Dataset:
+    """How a dataset's release is read and split."""
 
-    @property
-    def TITLE(self) -> str:
-        """Name for messages."""
-        ...
-
-    @property
-    def PAIRS(self) -> int | None:
-        """Number of pairs in the release (per pass); None if that is not certain."""
-        ...
-
-    @property
-    def VALIDATION(self) -> str | None:
-        """File in prep/splits that lists the validation pairs by `place`; None if `PairFiles.held_out` decides."""
-        ...
-
-    @property
-    def PASSES(self) -> tuple[str, ...]:
-        """Rendering passes, all of the same scenes and with the same split; ("",) if there is only one."""
-        ...
-
-    def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
-        """All pairs of one pass under `root`, in the order that the indices of a user's split file refer to."""
-        ...
+    title: str
+    """Name for messages."""
+    list_pairs: Callable[[ReleasePath, str], list[PairFiles]]
+    """Called with the root of a release and a pass: returns all pairs of that pass, in the order that the indices of a
+    user's split file refer to. Raises NoRelease if the root does not contain the release, UserError if files are
+    missing."""
+    pairs: int | None = None
+    """Number of pairs in the release (per pass); None if that is not certain."""
+    validation: str | None = None
+    """File in prep/splits that lists the validation pairs by `place`; None if `PairFiles.held_out` decides."""
+    passes: tuple[str, ...] = ("",)
+    """Rendering passes, all of the same scenes and with the same split; ("",) if there is only one."""
 
 
-def find_release(dataset: DatasetModule, root: Path) -> ReleasePath:
+def find_release(dataset: Dataset, root: Path) -> ReleasePath:
     """The folder that contains a release: `root`, if that is an archive its only folder, or the archives in `root`.
 
     Raises:
@@ -136,7 +127,7 @@ def find_release(dataset: DatasetModule, root: Path) -> ReleasePath:
 
     def fits(folder: ReleasePath) -> bool:
         try:
-            dataset.list_pairs(folder, dataset.PASSES[0])
+            dataset.list_pairs(folder, dataset.passes[0])
         except NoRelease:
             return False
         return True
@@ -196,7 +187,9 @@ def _read_pair(pair: PairFiles) -> Sample:
     elif not pair.nan_is_unknown and pair.flow.suffix.lower() not in MARKS_UNKNOWN:
         check_nan(pair.flow, flow)
     if pair.row and not valid.any():
-        raise UserError(f"{pair.flow}: no flow in it is known; leave the column flow empty if there is no ground truth")
+        raise UserError(
+            f"{pair.flow}: contains no known flow; leave the 'flow' column empty if there is no ground truth"
+        )
     return {**sample, "valid": valid, "occluded": occluded}
 
 
@@ -240,7 +233,8 @@ def check_nan(path: ReleasePath, flow: np.ndarray) -> None:
     if wrong := np.argwhere(np.isnan(flow).any(axis=2)).tolist():
         raise UserError(
             f"{path}: NaN at {len(wrong)} of {flow.shape[0] * flow.shape[1]} pixels, the first at row {wrong[0][0]}, "
-            f"column {wrong[0][1]}; correct it, add a mask in the column valid that is 0 there, or use --nan-is-unknown"
+            f"column {wrong[0][1]}; correct it, add a mask in the 'valid' column that is 0 there, or use "
+            "--nan-is-unknown"
         )
 
 

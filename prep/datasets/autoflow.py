@@ -7,12 +7,8 @@ prep/splits/autoflow_val.txt are held out. Source: https://autoflow-google.githu
 import re
 
 from prep.archive import ReleasePath, list_folders
-from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, splits
+from prep.datasets import Dataset, NoRelease, PairFiles, check_complete, check_folder, splits
 
-TITLE = "AutoFlow"
-PAIRS = 40000
-VALIDATION = None
-PASSES = ("",)
 SPLIT = "autoflow_val.txt"
 PART = re.compile(r"static_40k_png_\d_of_4")
 
@@ -39,3 +35,6 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         raise NoRelease(f"{root}: contains no pairs; expected files such as static_40k_png_1_of_4/NAME/forward.flo")
     check_complete(pairs)
     return pairs
+
+
+AUTOFLOW = Dataset("AutoFlow", list_pairs, pairs=40000)

@@ -8,12 +8,8 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.e
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_complete, find_folder
+from prep.datasets import Dataset, NoRelease, PairFiles, check_complete, find_folder
 
-TITLE = "ChairsSDHom"
-PAIRS = None
-VALIDATION = None
-PASSES = ("",)
 FLOW = re.compile(r"(\d+)\.pfm")
 
 
@@ -37,3 +33,6 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         raise NoRelease(f"{data}: contains no pairs; expected files such as train/flow/00001.pfm")
     check_complete(pairs)
     return pairs
+
+
+CHAIRSSDHOM = Dataset("ChairsSDHom", list_pairs)

@@ -6,12 +6,8 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.e
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_present, find_folder
+from prep.datasets import Dataset, NoRelease, PairFiles, check_present, find_folder
 
-TITLE = "FlyingChairs"
-PAIRS = 22872
-VALIDATION = "flyingchairs_val.txt"
-PASSES = ("",)
 SUFFIXES = ("_img1.ppm", "_img2.ppm", "_flow.flo")
 NUMBER = re.compile(r"\d{5}")
 
@@ -38,3 +34,6 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         )
         for name in names
     ]
+
+
+FLYINGCHAIRS = Dataset("FlyingChairs", list_pairs, pairs=22872, validation="flyingchairs_val.txt")

@@ -8,12 +8,8 @@ Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.e
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_present
+from prep.datasets import Dataset, NoRelease, PairFiles, check_present
 
-TITLE = "FlyingChairs2"
-PAIRS = None  # both directions or one
-VALIDATION = None
-PASSES = ("",)
 FLOW = re.compile(r"(\d{7})-flow_(01|10)\.flo")
 DIRECTIONS = {"01": "forward", "10": "backward"}
 
@@ -47,3 +43,7 @@ def _list_split(folder: ReleasePath) -> list[PairFiles]:
         "every flow file needs two images; restore the missing file",
     )
     return pairs
+
+
+# Without `pairs`: one direction of the flow is optional.
+FLYINGCHAIRS2 = Dataset("FlyingChairs2", list_pairs)

@@ -8,12 +8,8 @@ Source: https://github.com/visinf/irr
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_present, find_folder, splits
+from prep.datasets import Dataset, NoRelease, PairFiles, check_present, find_folder, splits
 
-TITLE = "FlyingChairsOcc"
-PAIRS = None  # both directions or one
-VALIDATION = None
-PASSES = ("",)
 SPLIT = "flyingchairs_val.txt"
 FLOW = re.compile(r"(\d{5})_flow(_b)?\.flo")
 
@@ -47,3 +43,7 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         "every flow file needs two images; restore the missing file",
     )
     return pairs
+
+
+# Without `pairs`: one direction of the flow is optional.
+FLYINGCHAIRSOCC = Dataset("FlyingChairsOcc", list_pairs)

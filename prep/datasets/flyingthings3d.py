@@ -8,18 +8,14 @@ import dataclasses
 
 from launch.logs import print_note
 from prep.archive import ReleasePath
-from prep.datasets import PairFiles, sceneflow
+from prep.datasets import RENDER_PASSES, Dataset, PairFiles, sceneflow
 
-TITLE = "FlyingThings3D"
-PAIRS = None  # depends on the list of excluded frames
-VALIDATION = None
-PASSES = sceneflow.PASSES
 EXCLUDED_FRAMES = "all_unused_files.txt"
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
-    """The pairs of one pass as described in `list_sceneflow`, TRAIN before TEST."""
-    pairs = sceneflow.list_sceneflow(root, render_pass, "TRAIN/A/0000")
+    """The pairs of one pass as described in `sceneflow.list_pairs`, TRAIN before TEST."""
+    pairs = sceneflow.list_pairs(root, render_pass, example="TRAIN/A/0000")
     excluded = read_excluded_frames(root / EXCLUDED_FRAMES) if pairs else set()
     kept = []
     for pair in pairs:
@@ -36,3 +32,7 @@ def read_excluded_frames(path: ReleasePath) -> set[str]:
         print_note(f"{path}: not found, so no hard frames are excluded")
         return set()
     return {line.strip() for line in path.read_text("utf-8", "replace").splitlines()}
+
+
+# Without `pairs`: their number depends on the list of excluded frames.
+FLYINGTHINGS3D = Dataset("FlyingThings3D", list_pairs, passes=RENDER_PASSES)

@@ -8,15 +8,11 @@ Unknown flow is NaN. Source: https://lmb.informatik.uni-freiburg.de/resources/da
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder
+from prep.datasets import RENDER_PASSES, Dataset, NoRelease, PairFiles, check_folder
 
-TITLE = "FlyingThings3D subset"
-PAIRS = None
-VALIDATION = None
-PASSES = ("clean", "final")
 FLOW = re.compile(r"(\d{7})\.flo")
 DIRECTIONS = {"into_future": 1, "into_past": -1}
-"""By folder: the step from the first frame's number to the second's."""
+"""The step from the first frame's number to the second's, by folder."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
@@ -63,3 +59,6 @@ def _list_flows(root: ReleasePath, render_pass: str, split: str, camera: str, di
                 )
             )
     return pairs
+
+
+FLYINGTHINGS3D_SUBSET = Dataset("FlyingThings3D subset", list_pairs, passes=RENDER_PASSES)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ IMAGE_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg", ".webp", ".tif", ".ti
 
 @dataclass(frozen=True)
 class FrameSequences:
-    """Pairs of the frames of each folder and video, as a dataset module (`prep.datasets.DatasetModule`)."""
+    """How the frames of each folder and video are paired."""
 
     step: int = 1
     """The second frame of a pair is this many frames after the first."""
@@ -24,11 +25,6 @@ class FrameSequences:
     """The first frame of a pair is this many frames after that of the pair before."""
     noted: set[str] = field(default_factory=set, compare=False)
     """What was already said: folders with archives are listed twice."""
-
-    TITLE = "Frames"
-    PAIRS = None
-    VALIDATION = None
-    PASSES = ("",)
 
     def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs of a video, or of the folder `root` and all folders and videos in it, by path, then by frame.
@@ -40,7 +36,10 @@ class FrameSequences:
         if not root.exists():
             raise UserError(f"{root}: does not exist; expected a folder of frames or a video")
         others: list[ReleasePath] = []
-        pairs = self._pair_folder(root, "", (), others) if root.is_dir() else self._pair_video(root, root.name)
+        if root.is_dir():
+            pairs = [pair for files in find_files(root, self._note) for pair in self._pair_files(files, others)]
+        else:
+            pairs = self._pair_video(root, root.name)
         if not pairs:
             raise NoRelease(
                 f"{root}: contains no pairs of frames; expected folders with more than {self.step} images "
@@ -48,7 +47,7 @@ class FrameSequences:
             )
         if others:
             number = counted(len(others), "file")
-            self._note(f"{root}: {number} of no known image or video format left out, the first {others[0]}")
+            self._note(f"{root}: skipped {number} in unknown formats; the first is {others[0]}")
         return pairs
 
     def _note(self, message: str) -> None:
@@ -56,46 +55,22 @@ class FrameSequences:
             print_note(message)
             self.noted.add(message)
 
-    def _pair_folder(
-        self, folder: ReleasePath, prefix: str, above: tuple[str, ...], others: list[ReleasePath]
-    ) -> list[PairFiles]:
-        """The pairs of a folder's images, then those of its videos and folders by name.
-
-        Args:
-            folder: need not contain any.
-            prefix: begins the names of the pairs.
-            above: the folders around it, without links.
-            others: is extended by the files that are neither images nor videos.
-        """
-        here = os.path.realpath(folder)
-        if here in above:
-            self._note(f"{folder}: a link to a folder around it; left out")
-            return []
-        names, folders = list_names(folder), set(list_folders(folder))
-        images = select_images(names, folders)
-        check_unique(folder, images)
-        for path in (folder / name for name in images):
-            if not path.exists():
-                raise UserError(f"{path}: a broken link; restore the file that it leads to, or remove the link")
-        pairs = [
-            PairFiles(
-                prefix + os.path.splitext(images[first])[0], folder / images[first], folder / images[second], flow=None
-            )
-            for first, second in self._choose(len(images))
-        ]
-        for name in sorted({*names} - {*images}):
-            path = folder / name
-            if name.startswith("."):
-                continue
-            if name in folders:
-                pairs += self._pair_folder(path, f"{prefix}{name}/", (*above, here), others)
-            elif name.lower().endswith(video.SUFFIXES):
-                pairs += self._pair_video(path, f"{prefix}{name}")
-            elif not path.exists():
-                self._note(f"{path}: a broken link; left out")
-            else:
-                others.append(path)
-        return pairs
+    def _pair_files(self, files: dict[str, ReleasePath], others: list[ReleasePath]) -> list[PairFiles]:
+        """The pairs of one result of `find_files`; `others` is extended by a file that is neither image nor video."""
+        names, paths = list(files), list(files.values())
+        if is_image(names[0]):
+            check_unique(files)
+            return [
+                PairFiles(os.path.splitext(names[first])[0], paths[first], paths[second], flow=None)
+                for first, second in self._choose(len(files))
+            ]
+        if names[0].lower().endswith(video.SUFFIXES):
+            return self._pair_video(paths[0], names[0])
+        if paths[0].exists():
+            others.append(paths[0])
+        else:
+            self._note(f"{paths[0]}: skipped: a broken link")
+        return []
 
     def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:
         if not isinstance(path, Path):
@@ -111,14 +86,57 @@ class FrameSequences:
         return [(first, first + self.step) for first in range(0, frames - self.step, self.stride)]
 
 
-def check_unique(folder: ReleasePath, names: list[str]) -> None:
+def find_files(
+    folder: ReleasePath, note: Callable[[str], None], prefix: str = "", above: tuple[str, ...] = ()
+) -> Iterator[dict[str, ReleasePath]]:
+    """Find the files in a folder and all folders in it, without hidden ones.
+
+    Args:
+        folder: where to look.
+        note: called with a message about a folder that is skipped.
+        prefix: begins the names.
+        above: the folders around it, without links.
+
+    Yields:
+        Paths by their names relative to the first folder: the images of a folder together and in order, then each of
+        its other files alone.
+
+    Raises:
+        UserError: an image is a broken link.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        note(f"{folder}: skipped: a link to one of its parent folders")
+        return
+    names, folders = list_names(folder), set(list_folders(folder))
+    images = select_images(names, folders)
+    for path in (folder / name for name in images):
+        if not path.exists():
+            raise UserError(f"{path}: a broken link; restore the file that it leads to, or remove the link")
+    if images:
+        yield {prefix + name: folder / name for name in images}
+    for name in sorted({*names} - {*images}):
+        if name.startswith("."):
+            continue
+        if name in folders:
+            yield from find_files(folder / name, note, f"{prefix}{name}/", (*above, here))
+        else:
+            yield {prefix + name: folder / name}
+
+
+def check_unique(images: dict[str, ReleasePath]) -> None:
     """Raise UserError if two images of a folder differ only in their suffix: they are hardly two frames."""
-    found: dict[str, str] = {}
-    for name in names:
+    found: dict[str, ReleasePath] = {}
+    for name, path in images.items():
         stem = os.path.splitext(name)[0]
         if stem in found:
-            raise UserError(f"{folder / name}: {found[stem]} has the same name; remove or rename one of them")
-        found[stem] = name
+            raise UserError(f"{path}: {found[stem].name} has the same name; remove or rename one of them")
+        found[stem] = path
+
+
+def is_image(name: str) -> bool:
+    """Whether the name of a file is that of an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def image_names(folder: ReleasePath) -> list[str]:
@@ -134,4 +152,4 @@ def select_images(names: list[str], folders: set[str]) -> list[str]:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
 
     visible = [name for name in names if not name.startswith(".") and name not in folders]
-    return sorted((name for name in visible if name.lower().endswith(IMAGE_SUFFIXES)), key=order)
+    return sorted(filter(is_image, visible), key=order)

@@ -9,12 +9,8 @@ import itertools
 import re
 
 from prep.archive import ReleasePath, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present
+from prep.datasets import Dataset, NoRelease, PairFiles, check_folder, check_present
 
-TITLE = "HD1K"
-PAIRS = None
-VALIDATION = None
-PASSES = ("",)
 FRAME = re.compile(r"(\d{6})_\d+\.png")
 
 
@@ -42,3 +38,6 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
     if not pairs:
         raise NoRelease(f"{frames}: contains no pairs; expected files such as 000000_0010.png")
     return pairs
+
+
+HD1K = Dataset("HD1K", list_pairs)

@@ -1,7 +1,7 @@
 """Kubric: rendered scenes such as MOVi-F, written as PNG, with flow forward and backward in time.
 
 SCENE/rgba_00000.png, forward_flow_00000.png, backward_flow_00001.png and data_ranges.json. In early renderings x and y
-of the flow are swapped: `kubric_swapped.py`. Source: https://github.com/google-research/kubric
+of the flow are swapped. Source: https://github.com/google-research/kubric
 
 backward_flow is the motion since the previous frame and has the same sign as forward_flow (Kubric's issue 152 and its
 test/test_postprocessing.py); the flow to the previous frame is its negative.
@@ -9,29 +9,25 @@ test/test_postprocessing.py); the flow to the previous frame is its negative.
 
 import json
 import re
+from functools import partial
 
 from launch.errors import UserError, one_line
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_complete, check_folder, check_present
+from prep.datasets import Dataset, NoRelease, PairFiles, check_complete, check_folder, check_present
 from prep.formats.flow import KubricScale
 
-TITLE = "Kubric"
-PAIRS = None
-VALIDATION = None
-PASSES = ("",)
 FLOW = re.compile(r"(forward|backward)_flow_(\d{5})\.png")
 DIRECTIONS = {"forward": 1, "backward": -1}
 """Step from the first frame's number to the second's, and sign of the flow."""
 RANGES = "data_ranges.json"
 
 
-def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
-    """The pairs by scene, direction and frame, named SCENE/forward/NNNNN."""
-    return list_scenes(root, swapped=False)
+def list_pairs(root: ReleasePath, render_pass: str, *, swapped: bool) -> list[PairFiles]:
+    """The pairs by scene, direction and frame, named SCENE/forward/NNNNN. A flow without a second frame makes no pair.
 
-
-def list_scenes(root: ReleasePath, swapped: bool) -> list[PairFiles]:
-    """The pairs of all scenes. A flow without a second frame makes no pair."""
+    Args:
+        swapped: whether x and y of the flow are swapped.
+    """
     check_folder(root, "scenes rendered by Kubric, SCENE/rgba_00000.png and SCENE/forward_flow_00000.png")
     pairs = [pair for scene in list_folders(root) for pair in _list_scene(root / scene, swapped)]
     if not pairs:
@@ -79,3 +75,7 @@ def _read_scales(path: ReleasePath, directions: set[str], swapped: bool) -> dict
         direction: KubricScale(DIRECTIONS[direction] * smallest, DIRECTIONS[direction] * largest, swapped)
         for direction, (smallest, largest) in extremes.items()
     }
+
+
+KUBRIC = Dataset("Kubric", partial(list_pairs, swapped=False))
+KUBRIC_SWAPPED = Dataset("Kubric (x and y of the flow swapped)", partial(list_pairs, swapped=True))

@@ -4,12 +4,7 @@ other-data/SCENE/frame10.png, frame11.png and other-gt-flow/SCENE/flow10.flo. So
 """
 
 from prep.archive import ReleasePath, list_folders
-from prep.datasets import NoRelease, PairFiles, check_complete, check_folder
-
-TITLE = "Middlebury"
-PAIRS = 8
-VALIDATION = None
-PASSES = ("",)
+from prep.datasets import Dataset, NoRelease, PairFiles, check_complete, check_folder
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
@@ -31,3 +26,6 @@ def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
         raise NoRelease(f"{flows}: contains no pairs; expected files such as RubberWhale/flow10.flo")
     check_complete(pairs)
     return pairs
+
+
+MIDDLEBURY = Dataset("Middlebury", list_pairs, pairs=8)

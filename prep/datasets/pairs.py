@@ -24,7 +24,7 @@ FILES = ("image1", "image2", "flow", "valid", "occluded")
 COLUMNS = (*FILES, "split", "name")
 SPLITS = ("train", "val")
 VALIDATION_BLOCK = 100
-"""Of each of these many pairs, `--val-share` holds out the last."""
+"""Number of pairs in a block, of which `--val-share` holds out the last ones."""
 
 EXAMPLE = """\
 image1,image2,flow,valid,occluded,split,name
@@ -41,25 +41,20 @@ class Row:
     """A row of a list: its values by column, without empty ones."""
 
     line: int
-    """In the file, from 1."""
+    """Number of the line in the file, from 1."""
     values: dict[str, str]
 
 
 @dataclass(frozen=True)
 class PairList:
-    """The pairs of a list, as a dataset module (`prep.datasets.DatasetModule`)."""
+    """A list of pairs, and which of them are held out."""
 
     file: Path
     val_share: float | None = None
-    """Share of the pairs to hold out, for a list without the column split."""
+    """Share of the pairs to hold out, for a list without a 'split' column."""
     nan_is_unknown: bool = False
     split_file: bool = False
     """Whether a file chooses the pairs to hold out."""
-
-    TITLE = "Custom pairs"
-    PAIRS = None
-    VALIDATION = None
-    PASSES = ("",)
 
     def list_pairs(self, root: ReleasePath, render_pass: str) -> list[PairFiles]:
         """The pairs in the order of the list, whose paths are relative to `root`.
@@ -72,7 +67,7 @@ class PairList:
         rows = read_rows(self.file)
         option = "--split-file" if self.split_file else "--val-share" if self.val_share is not None else None
         if option and any("split" in row.values for row in rows):
-            raise UserError(f"{self.file}: has a column split; leave out {option}, or the column")
+            raise UserError(f"{self.file}: has a 'split' column; remove {option} or the column")
         pairs, lines = [], {}
         for row in rows:
             pair = self._make_pair(row, root, first=not pairs)

@@ -2,21 +2,22 @@
 
 frames_cleanpass (or frames_finalpass)/SCENE/left/0006.png and
 optical_flow/SCENE/into_future/left/OpticalFlowIntoFuture_0006_L.pfm; likewise with right and into_past. A scene is one
-or more folders deep. The frames are also offered as WebP, in frames_cleanpass_webp.
+or more folders deep. The frames are also offered as WebP, in frames_cleanpass_webp. Monkaa and Driving have no
+validation split; `flyingthings3d.py` adds that of FlyingThings3D.
 Source: https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html
 """
 
 import re
+from functools import partial
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder
+from prep.datasets import RENDER_PASSES, Dataset, NoRelease, PairFiles, check_folder
 
-PASSES = ("clean", "final")
 DIRECTIONS = {"into_future": ("IntoFuture", 1), "into_past": ("IntoPast", -1)}
-"""By folder: the word in its files' names, and the step from the first frame's number to the second's."""
+"""The word in the files' names, and the step from the first frame's number to the second's, by folder."""
 
 
-def list_sceneflow(root: ReleasePath, render_pass: str, example: str) -> list[PairFiles]:
+def list_pairs(root: ReleasePath, render_pass: str, *, example: str) -> list[PairFiles]:
     """The pairs of one pass by scene, camera, direction and frame, named PASS/SCENE/left/into_future/0006.
 
     A flow without a second frame makes no pair. The final pass may be absent. `example` is a scene for errors.
@@ -76,3 +77,7 @@ def _list_flows(
                 )
             )
     return pairs
+
+
+MONKAA = Dataset("Monkaa", partial(list_pairs, example="a_rain_of_stones_x2"), passes=RENDER_PASSES)
+DRIVING = Dataset("Driving", partial(list_pairs, example="35mm_focallength/scene_forwards/fast"), passes=RENDER_PASSES)

@@ -10,6 +10,8 @@ import re
 from launch.errors import UserError
 from prep.archive import ReleasePath, list_folders, list_names
 from prep.datasets import (
+    RENDER_PASSES,
+    Dataset,
     NoRelease,
     PairFiles,
     check_consecutive,
@@ -19,10 +21,6 @@ from prep.datasets import (
     missing_files,
 )
 
-TITLE = "MPI-Sintel"
-PAIRS = 1041
-VALIDATION = "sintel_val.txt"
-PASSES = ("clean", "final")
 FRAME = re.compile(r"frame_(\d{4})\.png")
 SCENES = {
     "alley_1": 49, "alley_2": 49, "ambush_2": 20, "ambush_4": 32, "ambush_5": 49, "ambush_6": 19, "ambush_7": 49,
@@ -82,3 +80,6 @@ def _list_scene(training: ReleasePath, render_pass: str, scene: str) -> list[Pai
             )
         )
     return pairs
+
+
+SINTEL = Dataset("MPI-Sintel", list_pairs, pairs=1041, validation="sintel_val.txt", passes=RENDER_PASSES)

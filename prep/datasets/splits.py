@@ -17,7 +17,7 @@ class SplitFile(NamedTuple):
     indices: list[int]
     """0-based positions of the validation pairs in `list_pairs`, or, in prep/splits, in the complete release."""
     sha256: str
-    """Of the file's bytes, in hexadecimal."""
+    """SHA-256 of the file's bytes, in hexadecimal."""
 
 
 class Split(NamedTuple):

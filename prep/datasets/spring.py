@@ -10,12 +10,8 @@ in the benchmark's own loader. Source: https://spring-benchmark.org
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_consecutive, check_present, find_folder
+from prep.datasets import Dataset, NoRelease, PairFiles, check_consecutive, check_present, find_folder
 
-TITLE = "Spring"
-PAIRS = 19852
-VALIDATION = None
-PASSES = ("",)
 # The scenes that the benchmark's authors hold out when they train on the rest.
 HELD_OUT = ("0012", "0015", "0017", "0024", "0032", "0039", "0044")
 DIRECTIONS = {"FW": 1, "BW": -1}
@@ -64,3 +60,6 @@ def _list_scene(scene: ReleasePath, camera: str, direction: str) -> list[PairFil
         for number in numbers
         if number + step in numbers
     ]
+
+
+SPRING = Dataset("Spring", list_pairs, pairs=19852)

@@ -8,12 +8,8 @@ Source: https://github.com/castacks/tartanair_tools
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles, check_folder, check_present
+from prep.datasets import Dataset, NoRelease, PairFiles, check_folder, check_present
 
-TITLE = "TartanAir"
-PAIRS = None
-VALIDATION = None
-PASSES = ("",)
 FLOW = re.compile(r"((\d{6})_(\d{6}))_flow\.npy")
 
 
@@ -54,3 +50,6 @@ def _list_flows(folder: ReleasePath, name: str) -> list[PairFiles]:
         for match in map(FLOW.fullmatch, list_names(flows) if flows.is_dir() else [])
         if match
     ]
+
+
+TARTANAIR = Dataset("TartanAir", list_pairs)

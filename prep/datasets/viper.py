@@ -7,15 +7,11 @@ or more is unknown. A flow whose second frame is missing makes no pair. Source: 
 import re
 
 from prep.archive import ReleasePath, list_folders, list_names
-from prep.datasets import NoRelease, PairFiles
+from prep.datasets import Dataset, NoRelease, PairFiles
 
-TITLE = "VIPER"
-PAIRS = None
-VALIDATION = None
-PASSES = ("",)
 FLOW = re.compile(r"(\d+)_(\d{5})\.npz")
 UNKNOWN = 512.0
-"""Pixels."""
+"""Pixels: flow of this magnitude or more is unknown."""
 
 
 def list_pairs(root: ReleasePath, render_pass: str) -> list[PairFiles]:
@@ -54,3 +50,6 @@ def _list_sequence(folder: ReleasePath, sequence: str) -> list[PairFiles]:
                 )
             )
     return pairs
+
+
+VIPER = Dataset("VIPER", list_pairs)

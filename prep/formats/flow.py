@@ -1,7 +1,7 @@
 """Flow files: read .flo, .pfm, KITTI's and Kubric's .png, Spring's .flo5, .npy and .npz; write .flo and .png.
 
 Flow is a float32 array (H, W, 2): the displacement in pixels, right and down, from each pixel of the first image to
-its position in the second. It is read bit for bit, unless an .npy or .npz file has another type than float32.
+its position in the second. It is read bit for bit, unless an .npy or .npz file has a different type from float32.
 """
 
 import io
@@ -175,7 +175,7 @@ class PfmHeader(NamedTuple):
     order: str
     """Byte order, "<" or ">"."""
     length: int
-    """Of the header, in bytes."""
+    """Length of the header in bytes."""
 
 
 def parse_pfm_header(start: bytes, length: int, name: StrPath) -> PfmHeader:
@@ -217,7 +217,7 @@ class KubricScale(NamedTuple):
     at_0: float
     """The flow in pixels that 0 stands for."""
     at_65535: float
-    """The same for 65535."""
+    """The flow in pixels that 65535 stands for."""
     swapped: bool = False
     """Whether red is the flow to the right and green downwards, as in early renderings, and not the reverse."""
 

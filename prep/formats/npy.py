@@ -23,7 +23,7 @@ SHAPE = re.compile(rb"['\"]shape['\"]\s*:\s*\(([\d\s,]{0,100})\)")
 KINDS = {b"f": (2, 4, 8), b"u": (1,), b"b": (1,)}
 """The supported types, with their sizes in bytes: floats, uint8 and bool."""
 HEADER_START = 12
-"""At most this many bytes precede the header's text."""
+"""Bytes that precede the header's text, at most."""
 MAX_HEADER = 1 << 12
 """Bytes of the longest header; NumPy writes 118 for such arrays."""
 
@@ -35,7 +35,7 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     fortran_order: bool
     length: int
-    """Of the header, in bytes."""
+    """Length of the header in bytes."""
 
 
 def parse_header(start: bytes, name: StrPath) -> Header:

@@ -13,7 +13,7 @@ from launch.errors import UserError
 from prep.formats import StrPath
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-"""Of the videos that are looked for in folders."""
+"""Suffixes of the videos that are looked for in folders."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class VideoProperties:
 class Decoder:
     """Decodes frames in order and keeps the last `window` before the latest.
 
-    It never seeks: FFmpeg may land on another frame than the one asked for, depending on the container.
+    It never seeks: FFmpeg may land on a different frame from the one asked for, depending on the container.
     """
 
     def __init__(self, path: StrPath, window: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from prep.synthesis.version1 import draw_contours, to_fixed_point
+from prep.synthesis.common import FIXED_POINT, draw_contours, to_fixed_point
 
 COARSE = 8  # pixels per point of the fields of shadow and fog, which are smooth
 
@@ -19,7 +19,7 @@ class Air:
     light: np.ndarray
     """float32 (h, w, 3)."""
     shift: tuple[float, float]
-    """In coarse pixels, of the fields in frame 2."""
+    """How far the fields have moved in frame 2, in coarse pixels."""
 
     def apply(self, image: np.ndarray, frame: int) -> np.ndarray:
         """Frame 1 or 2, uint8 (H, W, 3), seen through the air."""
@@ -47,7 +47,8 @@ def draw_air(rng: np.random.Generator, height: int, width: int, shadow: float, f
         for _ in range(rng.integers(1, 4)):
             mask = np.zeros((rows, columns), np.uint8)
             centre, radius = rng.uniform(0, 1, 2) * (columns, rows), columns * rng.uniform(0.1, 0.5)
-            cv2.fillPoly(mask, [to_fixed_point(centre + radius * draw_contours(rng)[0])], (255,), cv2.LINE_AA, 4)
+            contour = to_fixed_point(centre + radius * draw_contours(rng)[0])
+            cv2.fillPoly(mask, [contour], (255,), cv2.LINE_AA, FIXED_POINT)
             soft = cv2.GaussianBlur(mask, (0, 0), rng.uniform(0.4, 2.5)).astype(np.float32)
             gain *= 1 - soft * np.float32(rng.uniform(0.2, 0.6) / 255)
     if with_fog:

@@ -44,7 +44,7 @@ class Deformation:
 
 @dataclass(frozen=True)
 class Motion:
-    """From frame 1 to frame 2: x -> matrix (x + d(x))."""
+    """A motion from frame 1 to frame 2: x -> matrix (x + d(x))."""
 
     matrix: np.ndarray
     """3x3, for homogeneous coordinates (x, y, 1)."""

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from prep.synthesis.version1 import FIXED_POINT, draw_contours, to_fixed_point
+from prep.synthesis.common import FIXED_POINT, draw_contours, to_fixed_point
 
 
 def draw_solid(rng: np.random.Generator, side: int, margin: float) -> np.ndarray:
@@ -19,7 +19,7 @@ def draw_thin(rng: np.random.Generator, side: int, margin: float, thickness: flo
     """Branches, a fence, a wire or an outline, in the circle that leaves a margin: uint8 (side, side), anti-aliased.
 
     Args:
-        margin, thickness: in pixels.
+        margin, thickness: widths in pixels.
     """
     mask = np.zeros((side, side), np.uint8)
     lines = [line_branches, line_fence, line_wire, line_outline][rng.integers(4)](rng)

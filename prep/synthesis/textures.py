@@ -4,7 +4,6 @@ A texture is drawn once for a block of pairs, which use it in many places, colou
 """
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ import numpy as np
 from launch import progress
 from launch.errors import UserError
 from launch.logs import print_note
-from prep.archive import list_folders
-from prep.datasets.frames import IMAGE_SUFFIXES, image_names
+from prep.datasets.frames import IMAGE_SUFFIXES, find_files, is_image
 from prep.formats.image import parse_image
-from prep.synthesis.version1 import draw_palette, to_fixed_point
+from prep.synthesis.common import FIXED_POINT, draw_palette, to_fixed_point
 
 BLOCK = 64  # consecutive pairs that share textures: drawing one takes as long as rendering a pair
 PER_BLOCK = 12
 MAX_SIDE = 1024
 DETAIL = 2  # texture pixels per pixel of a frame: with one, interpolation would blur frames more than cameras do
-FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,17 @@ class Photographs:
     """A folder of photographs."""
 
     paths: tuple[Path, ...]
-    """In the order of their names relative to the folder."""
+    """Their paths, in the order of their names relative to the folder."""
     sha256: str
-    """Of all names and contents: what pairs made from them depend on."""
+    """SHA-256 of all names and contents, which pairs made from them depend on."""
 
     @classmethod
     def load(cls, folder: Path) -> "Photographs":
-        """Find the photographs in a folder and its subfolders; UserError if there are none."""
+        """Find the photographs in a folder and its subfolders.
+
+        Raises:
+            UserError: there are none, or one is a broken link.
+        """
         if not folder.is_dir():
             raise UserError(f"--textures {folder}: is not a folder; expected a folder of photographs")
         found = find_photographs(folder)
@@ -65,23 +66,10 @@ class Photographs:
         return cv2.flip(texture, 1) if rng.random() < 0.5 else texture
 
 
-def find_photographs(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The images that `prep/convert.py frames` would find: in a folder and all folders in it, without hidden ones.
-
-    Args:
-        folder: where to look.
-        prefix: begins the names.
-        above: the folders around it, without links.
-    """
-    here = os.path.realpath(folder)
-    if here in above:
-        print_note(f"{folder}: a link to a folder around it; left out")
-        return {}
-    found = {prefix + name: folder / name for name in image_names(folder) if (folder / name).is_file()}
-    for name in list_folders(folder):
-        if not name.startswith("."):
-            found |= find_photographs(folder / name, f"{prefix}{name}/", (*above, here))
-    return found
+def find_photographs(folder: Path) -> dict[str, Path]:
+    """The images that `prep/convert.py frames` finds, by their names relative to the folder."""
+    found = find_files(folder, print_note)
+    return {name: Path(path) for files in found for name, path in files.items() if is_image(name)}
 
 
 def read_photograph(path: Path, side: int) -> np.ndarray:
@@ -100,10 +88,10 @@ class Textures:
     """The textures of a dataset, each a pure function of the seed, its block and its number in the block.
 
     Args:
-        seed: of the dataset.
-        side: of a procedural texture, in pixels. Photographs are larger by DETAIL, so that they cover a frame.
-        photographs: what to make textures of; procedural without.
-        share: of photographs among the textures.
+        seed: the seed of the dataset.
+        side: side of a procedural texture, in pixels. Photographs are larger by DETAIL, so that they cover a frame.
+        photographs: what to make textures of; without them, textures are procedural.
+        share: share of photographs among the textures.
     """
 
     def __init__(self, seed: int, side: int, photographs: Photographs | None = None, share: float = 1.0) -> None:
@@ -112,7 +100,7 @@ class Textures:
         self.drawn: dict[int, np.ndarray] = {}
 
     def check(self, workers: int) -> None:
-        """Read all photographs as `draw` would, in threads; UserError for the first that is of no use."""
+        """Read all photographs as `draw` would, in threads; UserError for the first that cannot be used."""
         if not self.photographs:
             return
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-CHAIRS_WIDTH = 512  # the lengths below are in pixels of a FlyingChairs frame, 384x512
+from prep.synthesis.common import CHAIRS_WIDTH, FIXED_POINT, draw_contours, draw_palette, to_fixed_point
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class MotionParameters:
     """The distribution of affine motions."""
 
     shift: MotionParameter
-    """In pixels of CHAIRS_WIDTH, horizontally and vertically."""
+    """Shift in pixels of a frame of CHAIRS_WIDTH, horizontally and vertically."""
     turn: MotionParameter
-    """In degrees."""
+    """Rotation in degrees."""
     zoom: MotionParameter
     """Relative change of size."""
     squeeze: MotionParameter
@@ -61,8 +61,6 @@ SHAPE_MOTION = MotionParameters(
     zoom=MotionParameter(2, 0.18, -0.2, 0.2, 0.7),
     squeeze=MotionParameter(2, 0.18, -0.2, 0.2, 0.5),
 )
-
-FIXED_POINT = 4  # OpenCV draws at 1/16 pixel
 
 
 class SyntheticPair(NamedTuple):
@@ -86,9 +84,9 @@ class Layer:
     border: int
     """OpenCV's border mode: how the patch continues outside."""
     pose: np.ndarray
-    """From the patch to frame 1."""
+    """Matrix from the patch to frame 1."""
     motion: np.ndarray
-    """From frame 1 to frame 2."""
+    """Matrix from frame 1 to frame 2."""
 
 
 def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
@@ -96,7 +94,7 @@ def make_pair(rng_or_seed: Any, height: int, width: int) -> SyntheticPair:
 
     Args:
         rng_or_seed: a numpy Generator, or what numpy.random.default_rng accepts as a seed.
-        height, width: of the frames in pixels; displacements scale with the width.
+        height, width: size of the frames in pixels; displacements scale with the width.
     """
     rng = np.random.default_rng(rng_or_seed)
     background = draw_background(rng, height, width)
@@ -166,34 +164,6 @@ def rotation(angle: float) -> np.ndarray:
     return np.array([[cos, -sin], [sin, cos]])
 
 
-def draw_contours(rng: np.random.Generator) -> list[np.ndarray]:
-    """Closed contours of a random shape, (N, 2) inside the unit circle; a second one is a hole."""
-    kind = rng.choice(["ellipse", "polygon", "star", "blob"])
-    angle = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-    radius = np.ones_like(angle)
-    if kind == "polygon":
-        angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
-        radius = np.ones_like(angle)
-    elif kind == "star":
-        angle = np.linspace(0, 2 * np.pi, 2 * rng.integers(4, 9), endpoint=False)
-        radius = np.ones_like(angle)
-        radius[1::2] = rng.uniform(0.3, 0.75)
-    elif kind == "blob":
-        order = np.arange(2, 8)[:, None]
-        waves = rng.normal(0, 1, (6, 1)) * np.cos(order * angle + rng.uniform(0, 6.3, (6, 1)))
-        radius = np.exp(0.6 * (waves / order).sum(0))
-        radius /= radius.max()
-    contour = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-    contour[:, 1] *= rng.uniform(0.3, 1.0)
-    # Holes show what is behind, as between the legs of FlyingChairs' chairs.
-    return [contour, contour * rng.uniform(0.4, 0.75)] if rng.random() < 0.2 else [contour]
-
-
-def to_fixed_point(points: np.ndarray) -> np.ndarray:
-    """Pixel coordinates as int32 in units of 1/16 pixel, for OpenCV's drawing functions."""
-    return np.round(points * 2**FIXED_POINT).astype(np.int32)
-
-
 def draw_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A texture with the statistics of natural images: dead leaves with 1/f noise; uint8 (H, W, 3)."""
     palette = draw_palette(rng)
@@ -205,16 +175,6 @@ def draw_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     # Blur detail that resampling would lose: warped frames must agree to a few grey levels.
     texture = cv2.GaussianBlur(texture, (0, 0), rng.uniform(0.6, 0.8))
     return np.clip(np.rint(texture), 0, 255).astype(np.uint8)
-
-
-def draw_palette(rng: np.random.Generator) -> np.ndarray:
-    """Matching colours, near one hue or all around the wheel: float32 (P, 3) RGB."""
-    count = rng.integers(3, 8)
-    hue = rng.uniform(0, 360) + rng.normal(0, rng.choice([15, 40, 120]), count)
-    saturation = rng.beta(1.5, 2.5, count) * rng.uniform(0.3, 1)
-    value = np.clip(rng.normal(rng.uniform(0.25, 0.75), 0.25, count), 0.03, 1)
-    hsv = np.stack([hue % 360, saturation, value], 1).astype(np.float32)
-    return 255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
 
 
 def draw_dead_leaves(rng: np.random.Generator, image: np.ndarray, palette: np.ndarray) -> None:

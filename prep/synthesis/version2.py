@@ -11,11 +11,10 @@ import cv2
 import numpy as np
 
 from prep.synthesis import effects, shapes
+from prep.synthesis.common import CHAIRS_WIDTH
 from prep.synthesis.layers import Frame, Layer, find_occluded
 from prep.synthesis.motion import Box, Deformation, Motion, about, limit_strain, similarity, smooth_field
 from prep.synthesis.textures import BLOCK, DETAIL, MAX_SIDE, Photographs, Textures, recolour
-
-CHAIRS_WIDTH = 512  # lengths below are in pixels of a FlyingChairs frame, 384x512
 
 
 def ingredient(default: float, help: str) -> Any:
@@ -36,7 +35,7 @@ class Ingredients:
     motion_blur: float = ingredient(0.15, "of a pair to be blurred by its motion")
     shadow: float = ingredient(0.1, "of a pair to have shadows, which move on their own")
     fog: float = ingredient(0.05, "of a pair to have fog")
-    exposure: float = ingredient(0.2, "of the second frame to have another exposure than the first")
+    exposure: float = ingredient(0.2, "of the second frame to have a different exposure from the first")
     noise: float = ingredient(0.25, "of a pair to have noise, independent in each frame")
     photographs: float = ingredient(0.8, "of a texture to be a photograph, if there are any")
 
@@ -52,9 +51,9 @@ class SyntheticPair(NamedTuple):
     occluded: np.ndarray
     """bool (H, W): whether a pixel of image 1 is hidden in image 2 by another layer or has left the frame."""
     flow_back: np.ndarray
-    """As flow, from image 2 to image 1."""
+    """The flow from image 2 to image 1, like `flow`."""
     occluded_back: np.ndarray
-    """As occluded, for image 2."""
+    """The occluded pixels of image 2, like `occluded`."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ class Camera:
 
     centre: tuple[float, float]
     shift: np.ndarray
-    """(2,) in pixels, at the background."""
+    """Shift of the background in pixels, (2,)."""
     zoom: float
     """Relative change of size, at the background."""
     turn: float
-    """In radians."""
+    """Rotation in radians."""
     pace: float
     """Scale of all motions of the pair."""
 
@@ -81,10 +80,10 @@ class PairMaker:
     """Makes the pairs of a dataset.
 
     Args:
-        seed: of the dataset.
-        height, width: of the frames in pixels; displacements scale with the width.
+        seed: the seed of the dataset.
+        height, width: size of the frames in pixels; displacements scale with the width.
         ingredients: how often each appears.
-        photographs: for textures.
+        photographs: what textures are made of; without them, textures are procedural.
     """
 
     def __init__(

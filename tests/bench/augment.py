@@ -17,7 +17,8 @@ import material
 import numpy as np
 
 from prep import memory
-from train.augment import Augment, Sample
+from prep.datasets import Sample
+from train.augment import Augment
 from train.recipe import Recipe
 
 CROP = (320, 448)

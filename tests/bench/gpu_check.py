@@ -492,9 +492,11 @@ def random_arrays(options: Namespace) -> dict[str, np.ndarray]:
 
 def make_batch(options: Namespace) -> Batch:
     """Make a random batch, as the reader would return it."""
+    import numpy as np
+
     from prep.reader import Batch
 
-    return Batch(**random_arrays(options))
+    return Batch(**random_arrays(options), index=np.arange(options.batch, dtype=np.int32))
 
 
 def make_train_step(float16: bool = False, backend: Backend = "native") -> TrainStep:
@@ -693,7 +695,7 @@ def open_batches(options: Namespace, split: DatasetSplit, steps: int) -> Iterato
 
     chairs = Recipe.load("chairs", [f"crop=[{options.size[0]},{options.size[1]}]"])
     return reader.training_batches(
-        split, batch=options.batch, seed=1, steps=steps, transform=Augment.from_recipe(chairs)
+        [(split, 1.0)], batch=options.batch, seed=1, steps=steps, transform=Augment.from_recipe(chairs)
     )
 
 

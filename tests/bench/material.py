@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[0] = ROOT  # `prep`, and not this folder's neighbours
 
-from prep import synthesize
 from prep.datasets import Sample, flyingchairs, read_pair
 from prep.formats import flow as flow_format
 from prep.formats import image as image_format
 from prep.shards import Manifest, stored_bytes
+from prep.synthesis.version1 import make_pair
 
 SAMPLES = os.path.join(os.path.dirname(ROOT), "shared", "samples", "FlyingChairs_release")
 
@@ -33,7 +33,7 @@ def samples(kind: str, number: int) -> list[Sample]:
     """At most `number` different pairs; of the real kind there is only one."""
     if kind == "real":
         return [read_pair(pair) for pair in flyingchairs.list_pairs(Path(SAMPLES), "")][:number]
-    made = (synthesize.make_pair(seed, 384, 512) for seed in range(number))
+    made = (make_pair(seed, 384, 512) for seed in range(number))
     return [{"image1": pair.image1, "image2": pair.image2, "flow": pair.flow} for pair in made]
 
 

@@ -69,7 +69,7 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actio
     if "floor" in ways:
         network.cost_volume, network.warp = NoCostVolume(), NoWarp()
     step = TrainStep(network, MultiScaleLoss(), StepOptions(clip_norm=1.0))
-    valid = np.ones(flow.shape[:3], np.uint8)
+    valid, index = np.ones(flow.shape[:3], np.uint8), np.arange(len(flow), dtype=np.int32)
     predictor = FlowPredictor(network)
 
     def infer() -> None:
@@ -78,7 +78,7 @@ def in_mindspore(images: np.ndarray, flow: np.ndarray, ways: list[str]) -> Actio
 
     def train() -> None:
         network.set_train()
-        step(Batch(images[0], images[1], flow, valid), RATE).losses.asnumpy()
+        step(Batch(images[0], images[1], flow, valid, index), RATE).losses.asnumpy()
 
     pairs, height, width, _ = flow.shape
     return Actions(

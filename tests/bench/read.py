@@ -35,7 +35,7 @@ def read(folder: str, pairs: int, workers: int | None) -> float:
     """Pairs per second of the toolkit's reader over as many batches as the others read."""
     steps, start = pairs // BATCH, 0
     batches = reader.training_batches(
-        reader.DatasetSplit.open(folder, "train"), batch=BATCH, steps=steps, transform=crop, workers=workers
+        [(reader.DatasetSplit.open(folder, "train"), 1.0)], batch=BATCH, steps=steps, transform=crop, workers=workers
     )
     for number, _ in enumerate(batches, 1):
         if number == SKIP:

@@ -60,7 +60,7 @@ def main() -> None:
         rng = np.random.default_rng(comm.rank)
         images = rng.integers(0, 255, (2, pairs, height, width, 3)).astype(np.uint8)
         flow = rng.normal(0, 5, (pairs, height, width, 2)).astype(np.float32)
-        batch = Batch(images[0], images[1], flow, np.ones(flow.shape[:3], np.uint8))
+        batch = Batch(images[0], images[1], flow, np.ones(flow.shape[:3], np.uint8), np.arange(pairs, dtype=np.int32))
         step.compile(batch)
         comm.barrier()
         times, sums = [], []
