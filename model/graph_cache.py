@@ -8,7 +8,6 @@ read, and holds only that graph.
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import pathlib
@@ -28,7 +27,6 @@ from model.native import build
 
 KEPT = 100
 """Number of graphs that are kept: those used last."""
-ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = pathlib.Path(launch.__file__)
 """A source file that imports nothing and hardly ever changes."""
 VARIABLE = "PWCNET_GRAPH_CACHE"
@@ -69,17 +67,8 @@ def find_file(*key: object) -> pathlib.Path | None:
     library = build.load_library("CPU")
     # The library's name stands for the processor; oneDNN's variable makes it another one.
     machine = library and library._name, os.environ.get("ONEDNN_MAX_CPU_ISA"), ranks.current().threads
-    known = (*key, *machine, versions.software(), sys.version, hash_sources())
+    known = (*key, *machine, versions.software(), sys.version)
     return cache / "graphs" / hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def hash_sources() -> str:
-    """A hash of the code that graphs are made from."""
-    digest = hashlib.sha256()
-    for file in sorted(path for folder in ("model", "train") for path in (ROOT / folder).rglob("*.py")):
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Path) -> None:
