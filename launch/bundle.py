@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
         nargs="*",
         default=EXTRAS,
         metavar="EXTRA",
-        help=f"extras of setup.cfg to include (default: {' '.join(EXTRAS)})",
+        help="extras of setup.cfg to include",
     )
     parser.add_argument(
         "--strip",

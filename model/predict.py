@@ -344,7 +344,7 @@ def main() -> None:
         metavar="DIR",
         help="folder for flow and pictures; pairs whose outputs exist are skipped (required)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time")
     parser.add_argument(
         "--overlay",
         action="store_true",
@@ -363,7 +363,7 @@ def main() -> None:
         "--overwrite", action="store_true", help="also compute pairs whose outputs exist (default: off)"
     )
     parser.add_argument(
-        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
+        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs"
     )
     add_backend_option(parser)
     add_precision_option(parser)

@@ -128,7 +128,7 @@ def main() -> None:
         "--split",
         default="val",
         metavar="NAME",
-        help="split of --data: train, val or, for Sintel, one pass such as val-clean (default: val)",
+        help="split of --data: train, val or, for Sintel, one pass such as val-clean",
     )
     parser.add_argument(
         "--out",
@@ -141,7 +141,7 @@ def main() -> None:
         type=int,
         default=8,
         metavar="N",
-        help="number of pairs to draw, spread over the split, and number of the worst pairs to draw (default: 8)",
+        help="number of pairs to draw, spread over the split, and number of the worst pairs to draw",
     )
     parser.add_argument(
         "--submission",
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI, for --submission"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs per batch and rank (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs per batch and rank")
     session.add_options(parser)
     add_backend_option(parser)
     add_precision_option(parser)
