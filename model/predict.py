@@ -27,7 +27,7 @@ import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -176,13 +176,6 @@ def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
 # --- Output ---------------------------------------------------------------------------------------
 
 
-class FlowWriter(Protocol):
-    """Where `predict` puts the flow of each pair."""
-
-    def write(self, pair: FramePair, flow: np.ndarray) -> None:
-        """Write the flow of a pair, float32 (H, W, 2) in pixels."""
-
-
 class Outputs:
     """The files of each pair in a folder: the flow, and pictures of it.
 
@@ -262,7 +255,7 @@ class PairCounts(NamedTuple):
 def predict(
     predictor: "FlowPredictor",
     pairs: Iterable[FramePair],
-    outputs: FlowWriter,
+    write: Callable[[FramePair, np.ndarray], None],
     *,
     batch: int = 1,
     is_done: Callable[[FramePair], bool] = lambda pair: False,
@@ -273,7 +266,7 @@ def predict(
     Args:
         predictor: computes the flow; its graph is compiled once, as the last batch is filled up.
         pairs: all of one size; read in another thread.
-        outputs: where the flow goes.
+        write: writes the flow of a pair, float32 (H, W, 2) in pixels; called in threads.
         batch: pairs at a time.
         is_done: whether to skip a pair, as its outputs exist.
         on_pairs: called with the number of pairs after each step.
@@ -287,7 +280,7 @@ def predict(
         flows = predictor.flow_batch(
             np.stack([pair.image1 for pair in filled]), np.stack([pair.image2 for pair in filled])
         )
-        writing.extend(writers.submit(outputs.write, pair, flow) for pair, flow in zip(waiting, flows, strict=False))
+        writing.extend(writers.submit(write, pair, flow) for pair, flow in zip(waiting, flows, strict=False))
         waiting.clear()
 
     def finish(limit: int) -> None:
@@ -414,7 +407,7 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
             counts = predict(
                 predictor,
                 make_pairs(frames.frames, salt),
-                outputs,
+                outputs.write,
                 batch=args.batch,
                 is_done=lambda pair: not args.overwrite and outputs.exist(pair),
                 on_pairs=bar.update,

@@ -56,7 +56,9 @@ def run(
     out.mkdir(exist_ok=True)
     outputs = Outputs(out, overlay=pictures, warp=pictures)
     pairs = make_pairs(open_frames(inputs).frames, salt)
-    return predict(predictor, pairs, outputs, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair))
+    return predict(
+        predictor, pairs, outputs.write, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair)
+    )
 
 
 def check_flow(predictor: FlowPredictor, path: Path, image1: np.ndarray, image2: np.ndarray) -> None:
