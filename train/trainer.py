@@ -25,7 +25,7 @@ from train import goodput
 from train import recipe as recipes
 from train.augment import Augment
 from train.checkpoint import Checkpoints, load_initial_weights
-from train.evaluate import EvaluationOptions, count_share, evaluate
+from train.evaluation import EvaluationOptions, count_share, evaluate
 from train.metrics import Evaluation, Metrics
 from train.monitor import Monitor, Stopwatch, resident_memory, survived
 from train.recipe import Recipe
