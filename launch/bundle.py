@@ -40,10 +40,10 @@ from launch import errors, fatbin
 from launch.arguments import Parser
 from launch.errors import UserError
 from launch.files import naming, replacing, write_bytes, write_json
+from launch.paths import OPERATORS, ROOT
 from launch.processes import end_with_parent
 from launch.requirements import required
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1
 PYTHONS = ("3.10", "3.11", "3.12")
 EXTRAS = ("test", "tensorboard")
@@ -78,8 +78,6 @@ ASSEMBLER = ("nvidia-cuda-nvcc-cu11==11.8.*", "lz4")
 MANIFEST = "bundle.json"
 WORK = "downloading"
 """Folder in a bundle that is not complete."""
-OPERATORS = "share/pwcnet-mindspore"
-"""Folder of the environment for the CUDA operators; model/native/build.py looks there."""
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from launch import gpus, requirements
 from launch.arguments import Parser
 from launch.files import cache_folder
+from launch.paths import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 CUDA_HOME = ROOT / "launch" / "cuda"
 """CUDA_HOME for MindSpore to load its GPU plugin; the nvcc there says why."""

@@ -7,7 +7,6 @@ read, and holds only that graph.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -23,6 +22,7 @@ from mindspore.common import api
 import launch
 from launch import ranks, versions
 from launch.files import cache_folder
+from launch.lock import wait_for_lock
 from model.native import build
 
 KEPT = 100
@@ -76,8 +76,7 @@ def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Pa
     global _missed
     file.parent.mkdir(exist_ok=True)
     with open(file, "ab+") as stream:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(stream, fcntl.LOCK_EX)  # one rank compiles it, and those that wait here read it
+        wait_for_lock(stream)  # one rank compiles it, and those that wait here read it
         stream.seek(0)
         digest, graph = stream.read(32), stream.read()
         if hashlib.sha256(graph).digest() != digest:  # it is new, or was not written completely

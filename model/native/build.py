@@ -8,7 +8,6 @@ installs one, and the environment variable PWCNET_GPU_OPERATORS names another.
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -23,14 +22,14 @@ from collections.abc import Callable
 from launch.errors import print_line
 from launch.files import cache_folder
 from launch.gpus import driver_version
+from launch.lock import wait_for_lock
 from launch.logs import print_note
+from launch.paths import OPERATORS
 
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
 """Environment variable with the path of a GPU library that was built on another machine."""
 GPU_SOURCES = [HERE / "cuda" / name for name in ("activation.cu", "cost_volume.cu", "warp.cu")]
-BUNDLED = "share/pwcnet-mindspore"
-"""Folder of an environment where launch/bundle.sh puts a GPU library."""
 GPU_ARCHITECTURES = (70, 75, 80, 86, 89, 90)
 
 
@@ -105,7 +104,7 @@ def find_installed(package: str, name: str) -> pathlib.Path | None:
 
 def find_bundled() -> str | None:
     """The path of the GPU library that launch/bundle.sh installed for these sources, if it did."""
-    path = pathlib.Path(sys.prefix) / BUNDLED / bundled_name()
+    path = pathlib.Path(sys.prefix) / OPERATORS / bundled_name()
     return str(path) if path.is_file() else None
 
 
@@ -182,8 +181,7 @@ def build_library(target: Target) -> pathlib.Path:
     if path.is_file():
         return path
     with open(path.with_suffix(".lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         if not path.is_file():
             # Not by `print_note`: it may be any rank that builds.
             print_line(f"note: building the {target.name} operators for this machine, once")
