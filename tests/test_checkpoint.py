@@ -61,7 +61,8 @@ def test_the_newest_checkpoints_are_kept(tmp_path: pathlib.Path, monkeypatch: py
     cell = Weights()
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
+    monkeypatch.setattr(checkpoint, "KEPT", 2)
+    with checkpoint.Checkpoints(tmp_path, {}, every=10) as checkpoints:
 
         def steps_after(*saved: int) -> list[int]:
             for step in saved:

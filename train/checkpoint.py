@@ -22,6 +22,8 @@ from launch.logs import print_note
 from model import weights
 from train.run_folder import BEST, checkpoint_name, list_checkpoints
 
+KEPT = 3
+"""Number of regular checkpoints that are kept."""
 MAX_AGE = 60
 """Seconds of training, and a step, that a run loses at most if it is killed. mpirun kills its ranks a third of a
 second after SIGTERM or Ctrl-C, which is less than many a step takes."""
@@ -38,14 +40,13 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run: regular ones, one in between whenever the last is old, and the best weights.
 
-    The newest `keep` regular ones stay, and the newest two of all. A save costs the training a copy of the state,
+    The newest `KEPT` regular ones stay, and the newest two of all. A save costs the training a copy of the state,
     which a thread writes. As a context manager, it has written everything when it ends.
 
     Args:
         folder: of the files.
         model_options: keyword arguments that build the network, stored in the files.
         every: steps between regular checkpoints.
-        keep: number of these to keep.
         enabled: False on all ranks but one, where nothing is written.
         validation: name of the dataset whose EPE decides which weights are the best.
 
@@ -60,14 +61,12 @@ class Checkpoints:
         folder: pathlib.Path,
         model_options: dict[str, Any],
         every: int,
-        keep: int = 3,
         enabled: bool = True,
         validation: str = "",
     ) -> None:
         self.folder = folder
         self.model_options = json.dumps(model_options)
         self.every = every
-        self.keep = keep
         self.enabled = enabled
         self.best = math.inf
         self.on_disk = 0
@@ -162,7 +161,7 @@ class Checkpoints:
         intact = sorted(step for step in saved if step <= newest)
         self.on_disk = max(intact, default=0)
         regular = [step for step in intact if step % self.every == 0]
-        for step in saved.keys() - {*intact[-2:], *regular[-self.keep :]}:
+        for step in saved.keys() - {*intact[-2:], *regular[-KEPT:]}:
             saved[step].unlink()
 
     def restore(self, state: nn.Cell, comm: Communicator = ALONE) -> int:
