@@ -361,6 +361,19 @@ def main() -> None:
     add_backend_option(parser)
     add_precision_option(parser)
     args = parser.parse_args()
+    frames = check_options(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    with session.start(lambda: ({}, None), args.device):
+        predict_frames(args, frames)
+
+
+def check_options(args: argparse.Namespace) -> Frames:
+    """Check all that can be checked before MindSpore starts; returns the frames of the input.
+
+    Raises:
+        UserError: an option is invalid, a file is missing or damaged, or the output folder cannot be used.
+    """
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
     if args.batch < 1:
@@ -385,10 +398,7 @@ def main() -> None:
                 f"{args.out}: holds the input images, which pictures of their flow could replace or be taken for; "
                 "choose another --out"
             )
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    with session.start(lambda: ({}, None), args.device):
-        predict_frames(args, frames)
+    return frames
 
 
 def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
