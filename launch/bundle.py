@@ -271,18 +271,17 @@ def strip_all(
 ) -> list[pathlib.Path]:
     """Strip wheels, several at a time; returns the paths of the smaller ones."""
     with concurrent.futures.ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        # The largest first: they take the longest.
-        running = [
-            pool.submit(strip, wheel, architectures, ptxas) for wheel in sorted(wheels, key=size_of, reverse=True)
-        ]
-        workers = multiprocessing.active_children()
         stripped = []
         try:
+            # The largest first: they take the longest.
+            running = [
+                pool.submit(strip, wheel, architectures, ptxas) for wheel in sorted(wheels, key=size_of, reverse=True)
+            ]
             for done in concurrent.futures.as_completed(running):
                 stripped.append(done.result())
                 print(f"stripped {len(stripped)} of {len(wheels)}: {stripped[-1].name}", flush=True)
-        except BaseException:
-            for worker in workers:
+        except BaseException:  # or leaving the context would wait for all wheels
+            for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     return sorted(stripped)
