@@ -40,7 +40,7 @@ TYPES = {
 }
 CRC_MARK, CRC_BYTES = b"crc_num", 10
 MAX_VALUES = 10_000
-"""The trainer's checkpoints have a few hundred."""
+"""Values in a file at most; the trainer's checkpoints have a few hundred."""
 MAX_DIMENSIONS, MAX_SIDE = 8, 2**31
 CHUNK = 2**24
 VARINT, BYTES = 0, 2

@@ -104,7 +104,7 @@ def mindspore_cache(parent: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         files.mkdir(parents=True)
         # To see whether something has changed, MindSpore hashes the program that runs and all that it imports. It fails
-        # if the program is no file, and to look for a module it makes a new one, with which sys loses its redirected
+        # if the program is not a file, and to look for a module it makes a new one, with which sys loses its redirected
         # streams. The name of a graph's file covers all changes, so give it another program, and the hash of that.
         api.entry_script_path = str(SOURCE)
         source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()

@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
     path: str
     values: dict[str, Any]
-    """By name: NumPy arrays for parameters, numbers and texts for the rest."""
+    """Values by name: NumPy arrays for parameters, numbers and texts for the rest."""
 
 
 class Checkpoints:

@@ -326,7 +326,7 @@ PWCNET_OPERATOR(Convolution3x3) {
              });
 }
 
-// Of an image, whose gradient is seldom needed.
+// The convolution of an image, whose gradient is seldom needed.
 PWCNET_OPERATOR_ALIAS(ImageConvolution3x3, Convolution3x3)
 
 // x, weight, y, gradient of y, settings -> gradients of weight, bias and, if there is a tensor for it, x

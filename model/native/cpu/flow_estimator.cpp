@@ -316,7 +316,7 @@ PWCNET_OPERATOR(FlowEstimator) {
   });
 }
 
-// With features that another operator reads.
+// The estimator with features that another operator reads.
 PWCNET_OPERATOR_ALIAS(FeatureEstimator, FlowEstimator)
 
 // Six weights, features, gradient of the features if anything else reads them, gradient of the flow, settings
