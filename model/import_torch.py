@@ -38,7 +38,7 @@ UNUSED = ("deconv2.weight", "deconv2.bias")
 LIGHTNING = "pytorch-lightning_version"
 """PyTorch Lightning, and so ptlflow, writes this key into its checkpoints."""
 MAX_ENTRIES = 100_000
-"""In a PyTorch file of the zip format, one for each tensor."""
+"""Entries in a PyTorch file of the zip format at most; there is one for each tensor."""
 
 
 def load_torch() -> Any:
@@ -63,7 +63,7 @@ def read_torch(path: pathlib.Path) -> Any:
         The object in it.
 
     Raises:
-        UserError: the file does not exist, is damaged or not from PyTorch, or holds other objects than tensors, numbers
+        UserError: the file does not exist, is damaged or not from PyTorch, or holds objects other than tensors, numbers
             and text.
     """
     if not path.is_file():
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument(
         "--variant",
         choices=("irr", "nvlabs"),
-        help="of the network: visinf/irr's or NVlabs' (default: detected by the names in the file)",
+        help="network variant: irr (visinf/irr) or nvlabs (NVlabs) (default: detected from the names in the file)",
     )
     parser.add_argument(
         "--channels",

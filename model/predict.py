@@ -62,9 +62,9 @@ class Frames:
     """The frames of an input."""
 
     count: int
-    """As the input says; 0 if unknown."""
+    """Number of frames that the input says it has; 0 if unknown."""
     size: tuple[int, int]
-    """(H, W)."""
+    """(H, W) in pixels."""
     frames: Iterator[Frame]
 
 
@@ -164,7 +164,7 @@ def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
             if (height, width) != (expected_height, expected_width):
                 raise UserError(
                     f"{frame.name}: has {height}x{width} pixels (height x width), expected {expected_height}x"
-                    f"{expected_width} as the frame before; use a video of one size"
+                    f"{expected_width}, the size of the previous frame; use a video with a constant frame size"
                 )
             key = hashlib.blake2b(salt, digest_size=16)
             key.update(np.ascontiguousarray(previous.image).data)
@@ -199,7 +199,7 @@ class Outputs:
         """Whether all outputs of a pair exist.
 
         Raises:
-            UserError: a file has the name of an output, but is not from this command.
+            UserError: a file has the name of an output, but was not written by this command.
         """
         from prep.flow_viz import png_note
 
@@ -210,7 +210,8 @@ class Outputs:
         for path, note in [(flow, notes[0]), *zip(paths, notes, strict=True)]:
             if note is None and path.is_file():
                 raise UserError(
-                    f"{path}: exists, and is not from this command; choose another --out, or replace it by --overwrite"
+                    f"{path}: already exists and was not written by this command; choose another --out, or replace it "
+                    "with --overwrite"
                 )
         return flow.is_file() and all(note == pair.key for note in notes)
 
@@ -249,7 +250,7 @@ class PairCounts(NamedTuple):
 
     written: int
     skipped: int
-    """Their outputs existed."""
+    """Pairs whose outputs existed."""
 
 
 def predict(

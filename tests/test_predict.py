@@ -163,7 +163,7 @@ def test_files_of_others_are_not_replaced(predictor: FlowPredictor, tmp_path: Pa
     else:
         (out / name).write_bytes(b"ground truth")
     before = (out / name).read_bytes()
-    with pytest.raises(UserError, match=rf"{name}: exists, and is not from this command.*--overwrite"):
+    with pytest.raises(UserError, match=rf"{name}: already exists and was not written by this command.*--overwrite"):
         run(predictor, images, out, pictures=True)
     assert [path.read_bytes() for path in out.iterdir()] == [before]
     assert run(predictor, images, out, pictures=True, overwrite=True) == (1, 0)

@@ -107,8 +107,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
     Raises:
         UserError: an option is invalid, or a file is missing or damaged.
     """
-    if args.batch < 1 or args.pictures < 0:
-        raise UserError(f"--batch is {args.batch} and --pictures {args.pictures}; expected at least 1 and at least 0")
+    for option, value, least in (("--batch", args.batch, 1), ("--pictures", args.pictures, 0)):
+        if value < least:
+            raise UserError(f"{option} is {value}, expected at least {least}")
     if bool(args.submission) != bool(args.root) or bool(args.submission) == bool(args.data):
         raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():

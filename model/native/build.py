@@ -65,8 +65,8 @@ def load_library(device: str) -> ctypes.CDLL | None:
         path = os.path.abspath(path or build_library(TARGETS[device]()))
         if ":" in path:  # which MindSpore takes for the end of it
             raise BuildError(
-                f"{path}: MindSpore loads no operators from a path with a colon; keep them elsewhere, by XDG_CACHE_HOME"
-                f"{f' or {GPU_LIBRARY}' if device == 'GPU' else ''}"
+                f"{path}: MindSpore cannot load operators from a path with a colon; set XDG_CACHE_HOME to a different "
+                f"folder{f', or {GPU_LIBRARY} to a library in one' if device == 'GPU' else ''}"
             )
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
@@ -123,7 +123,7 @@ def gpu_target() -> Target:
     listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     architectures = [number for number in GPU_ARCHITECTURES if f"compute_{number}" in listed]
     if not architectures:
-        raise BuildError(f"{compiler} knows none of the GPUs from sm_70 to sm_90; name a newer nvcc in NVCC")
+        raise BuildError(f"{compiler} supports no GPU architecture from sm_70 to sm_90; set NVCC to a newer nvcc")
     command = [compiler, "-std=c++14", "-O3", "--shared", "-Xcompiler", "-fPIC"]
     for number in architectures:
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
@@ -133,7 +133,7 @@ def gpu_target() -> Target:
 
 
 TARGETS: dict[str, Callable[[], Target]] = {"CPU": cpu_target, "GPU": gpu_target}
-"""By MindSpore's device target."""
+"""Functions that describe the library to compile, by MindSpore's device target."""
 
 
 def check_driver(compiler: str) -> None:
@@ -147,7 +147,7 @@ def check_driver(compiler: str) -> None:
     if release and driver and driver < (int(release[1]), 0):
         raise BuildError(
             f"{compiler} is from CUDA {release[1].decode()}, but the NVIDIA driver supports only up to "
-            f"CUDA {driver[0]}.{driver[1]}: name an older nvcc in NVCC, or update the driver"
+            f"CUDA {driver[0]}.{driver[1]}: set NVCC to an older nvcc, or update the driver"
         )
 
 
