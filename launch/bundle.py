@@ -40,10 +40,10 @@ from launch import errors, fatbin
 from launch.arguments import Parser
 from launch.errors import UserError
 from launch.files import naming, replacing, write_bytes, write_json
+from launch.paths import OPERATORS, ROOT
 from launch.processes import end_with_parent
 from launch.requirements import required
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1
 PYTHONS = ("3.10", "3.11", "3.12")
 EXTRAS = ("test", "tensorboard")
@@ -78,8 +78,6 @@ ASSEMBLER = ("nvidia-cuda-nvcc-cu11==11.8.*", "lz4")
 MANIFEST = "bundle.json"
 WORK = "downloading"
 """Folder in a bundle that is not complete."""
-OPERATORS = "share/pwcnet-mindspore"
-"""Folder of the environment for the CUDA operators; model/native/build.py looks there."""
 
 
 def main() -> None:
@@ -116,7 +114,7 @@ def parse() -> argparse.Namespace:
         nargs="*",
         default=EXTRAS,
         metavar="EXTRA",
-        help=f"extras of setup.cfg to include (default: {' '.join(EXTRAS)})",
+        help="extras of setup.cfg to include",
     )
     parser.add_argument(
         "--strip",
@@ -273,18 +271,17 @@ def strip_all(
 ) -> list[pathlib.Path]:
     """Strip wheels, several at a time; returns the paths of the smaller ones."""
     with concurrent.futures.ProcessPoolExecutor(initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        # The largest first: they take the longest.
-        running = [
-            pool.submit(strip, wheel, architectures, ptxas) for wheel in sorted(wheels, key=size_of, reverse=True)
-        ]
-        workers = multiprocessing.active_children()
         stripped = []
         try:
+            # The largest first: they take the longest.
+            running = [
+                pool.submit(strip, wheel, architectures, ptxas) for wheel in sorted(wheels, key=size_of, reverse=True)
+            ]
             for done in concurrent.futures.as_completed(running):
                 stripped.append(done.result())
                 print(f"stripped {len(stripped)} of {len(wheels)}: {stripped[-1].name}", flush=True)
-        except BaseException:
-            for worker in workers:
+        except BaseException:  # or leaving the context would wait for all wheels
+            for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     return sorted(stripped)

@@ -73,7 +73,7 @@ class Communicator:
 
 
 ALONE = Communicator(Rank())
-"""For code that takes a communicator but runs as a single process."""
+"""The communicator of a single process, for code that takes one."""
 
 
 class MPICommunicator(Communicator):

@@ -31,15 +31,15 @@ from collections.abc import Sequence
 from launch import gpus, processes, requirements
 from launch.arguments import Parser
 from launch.files import cache_folder
+from launch.paths import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 CUDA_HOME = ROOT / "launch" / "cuda"
 """CUDA_HOME for MindSpore to load its GPU plugin; the nvcc there says why."""
 MIN_MEMORY = 4
 """GB for training on the CPU at batch 4, 384x448: a step takes 2.8."""
 MIN_DISK = 15
-"""GB: FlyingChairs converted takes 11, a run's checkpoints less than 1."""
+"""GB: FlyingChairs takes about 12 when converted, a run's checkpoints less than 1."""
 
 CPU_PROGRAM = """
 import mindspore, numpy
@@ -440,7 +440,7 @@ def check_disk() -> Check:
         free = shutil.disk_usage(folder).free / 1e9
         lines.append(f"{name} {free:.0f} GB free")
         if free < (MIN_DISK if name == "here" else 0.1):
-            status, advice = WARN, "FlyingChairs converted takes 11 GB; put --out on another disk"
+            status, advice = WARN, "FlyingChairs takes about 12 GB when converted; put --out on another disk"
     if not os.access(ROOT, os.W_OK):
         lines.append(f"{ROOT} is not writable")
         advice = advice or "put data and runs elsewhere with --out"

@@ -26,13 +26,13 @@ ENTRY = struct.Struct("<HHIQIIHHI")
 MAGIC = 0xBA55ED50
 PTX, CUBIN = 1, 2
 DETAILS = struct.Struct("<QQQQ")
-"""After `ENTRY` in an entry's header: name, flags, ..., bytes when decompressed."""
+"""Fields after `ENTRY` in an entry's header: name, flags, ..., bytes when decompressed."""
 LZ4 = 0x2000
 """Flag of compressed code."""
 CUBIN_VERSION = (7, 1)
-"""In `ENTRY`, of machine code by CUDA 11."""
+"""Version in the `ENTRY` of machine code that CUDA 11 compiled."""
 CUBIN_FLAGS = 0x11
-"""64 bits, Linux."""
+"""Flags in that entry: 64 bits, Linux."""
 ALIGNMENT = 8
 
 
@@ -43,7 +43,7 @@ class Entry:
     kind: int
     """PTX or CUBIN."""
     architecture: int
-    """For example 90 for compute capability 9.0."""
+    """Ten times the compute capability: 90 for 9.0."""
     header: int
     """Offset of the entry in the file."""
     start: int
@@ -126,7 +126,7 @@ def compile_ptx(data: bytearray, architectures: Iterable[int], ptxas: pathlib.Pa
     """Replace PTX that GPUs of these architectures would compile by machine code, in place.
 
     Code for other architectures gives way to it. PTX stays if it is to be linked with other PTX, if it is compressed by
-    another method than LZ4, if `ptxas` does not know the architecture, or if there is no room.
+    a method other than LZ4, if `ptxas` does not know the architecture, or if there is no room.
 
     Args:
         ptxas: NVIDIA's assembler.

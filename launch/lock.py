@@ -14,7 +14,7 @@ import pathlib
 import socket
 import threading
 import time
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -117,3 +117,12 @@ class Lock:
         with contextlib.suppress(OSError):
             self.write_holder("")
         self.file.close()
+
+
+def wait_for_lock(file: IO[Any]) -> None:
+    """Wait until no other process has this file locked, and lock it until it is closed.
+
+    It does nothing on the network file systems that have no locks.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)

@@ -71,7 +71,8 @@ def log_to(path: pathlib.Path | None) -> Iterator[None]:
         log, out, err = (stack.enter_context(open_lines(file)) for file in (path, *kept))
         command = shlex.join([sys.executable, *sys.argv])
         begin = f"== {time.strftime('%F %T')}, {rank}: {command}\n"
-        with naming(path):  # unbuffered, lest closing the file raise the error again, without its name
+        # Unbuffered, so that closing the file does not raise the error again without its name.
+        with naming(path):
             os.write(log.fileno(), begin.encode(errors="backslashreplace"))
         for number, before in zip((1, 2), kept, strict=True):
             os.dup2(log.fileno(), number)

@@ -26,7 +26,7 @@ while [[ ${1:-} == -* ]]; do
     --delay)
         delay=${2:-}
         [[ $delay =~ ^[0-9]+$ ]] || fail "--delay is '$delay', expected whole seconds, such as 10"
-        delay=$((10#$delay)) # 08 is no octal number
+        delay=$((10#$delay)) # in base 10: bash would read 08 as an invalid octal number
         shift 2
         ;;
     *) fail "$1: unknown option; see launch/retry.sh --help" ;;

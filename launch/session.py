@@ -75,17 +75,32 @@ def start(
     rank = ranks.current()
     rank.claim_cores()
     log = log_folder and log_folder / f"rank-{rank.rank}.log"
-    if rank.size == 1:
-        ranks.check_variables()
-        _, plan = prepare()
-        gpus.check_device(rank, device)
-        with logs.log_to(log):
-            start_mindspore(rank, device)
-            comm = Communicator(rank)
-            if device == "gpu" and collective == "nccl":  # no sum needs it; this shows that NCCL works
-                use_nccl(comm, collective)
-            yield comm, plan
-        return
+    started = start_alone if rank.size == 1 else start_together
+    with started(rank, prepare, device, collective, log) as (comm, plan):
+        yield comm, plan
+
+
+@contextlib.contextmanager
+def start_alone(
+    rank: ranks.Rank, prepare: Prepare[Plan], device: str, collective: str, log: pathlib.Path | None
+) -> Iterator[tuple[Communicator, Plan]]:
+    """The part of `start` for a job of one rank, without MPI and watchdog."""
+    ranks.check_variables()
+    _, plan = prepare()
+    gpus.check_device(rank, device)
+    with logs.log_to(log):
+        start_mindspore(rank, device)
+        comm = Communicator(rank)
+        if device == "gpu" and collective == "nccl":  # no sum needs it; this shows that NCCL works
+            use_nccl(comm, collective)
+        yield comm, plan
+
+
+@contextlib.contextmanager
+def start_together(
+    rank: ranks.Rank, prepare: Prepare[Plan], device: str, collective: str, log: pathlib.Path | None
+) -> Iterator[tuple[Communicator, Plan]]:
+    """The part of `start` for one of several ranks; an error in the body ends this process."""
     reporter = watchdog.watch(rank)
     comm = Communicator(rank)  # until MPI has started
     with contextlib.ExitStack() as stack:

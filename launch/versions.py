@@ -4,11 +4,11 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from launch.paths import ROOT
+
 PACKAGES = ("mindspore", "numpy", "mpi4py", "opencv-python-headless", "zstandard")
 """Packages whose versions must be the same on all ranks, and are recorded with each run."""
 

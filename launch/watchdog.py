@@ -176,9 +176,9 @@ class Watchdog:
         self.last_running = time.monotonic()
         self.has_exited = False
         self.peers: dict[Connection, Peer] = {}
-        """The leader's are all other watchdogs, the others' is the leader; none until they are connected."""
+        """On the leader all other watchdogs, on the others the leader; empty until they are connected."""
         self.failure: tuple[int, str] | None = None
-        """The first one known here: exit status, and what to tell the user, if anything."""
+        """The first failure known here: exit status, and what to tell the user, if anything."""
         self.deadline = math.inf
         """When to exit after a failure."""
         self.terminated = math.inf

@@ -40,12 +40,13 @@ TYPES = {
 }
 CRC_MARK, CRC_BYTES = b"crc_num", 10
 MAX_VALUES = 10_000
-"""The trainer's checkpoints have a few hundred."""
+"""Values in a file at most; the trainer's checkpoints have a few hundred."""
 MAX_DIMENSIONS, MAX_SIDE = 8, 2**31
 CHUNK = 2**24
 VARINT, BYTES = 0, 2
 """Protobuf wire types."""
-TORCH_MAGIC = (b"PK\3\4", b"\x80\2\x8a\x0a")
+ZIP_MAGIC = b"PK\3\4"
+TORCH_MAGIC = (ZIP_MAGIC, b"\x80\2\x8a\x0a")
 """First bytes of a PyTorch file, in the zip format and in the older one."""
 
 

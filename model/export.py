@@ -187,7 +187,7 @@ def main() -> None:
         help="mindir, MindSpore's own, or onnx, which needs the extra of that name (required)",
     )
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="file to write (required)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time")
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,

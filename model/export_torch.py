@@ -40,6 +40,7 @@ def export_weights(source: pathlib.Path, target: pathlib.Path) -> str:
     """
     from model import weights
     from model.import_torch import UNUSED, load_torch
+    from model.published import published_names, swap_red_and_blue
 
     torch = load_torch()
     network = weights.load_network(source)
@@ -55,12 +56,12 @@ def export_weights(source: pathlib.Path, target: pathlib.Path) -> str:
             f"{source}: its network has {found}, unlike the published one, whose code would compute another flow; "
             "export a network trained without these options"
         )
-    names = weights.published_names(variant)
+    names = published_names(variant)
     tensors = {}
     for parameter in network.get_parameters():
         tensor = torch.from_numpy(parameter.asnumpy().copy())
         if variant == "nvlabs":  # its publishers' code feeds it BGR
-            tensor = weights.swap_red_and_blue(parameter.name, tensor)
+            tensor = swap_red_and_blue(parameter.name, tensor)
         tensors[names[parameter.name]] = tensor.contiguous()
     if variant == "irr":
         tensors = {"_model." + name: tensor for name, tensor in tensors.items()}

@@ -7,8 +7,6 @@ read, and holds only that graph.
 """
 
 import contextlib
-import fcntl
-import functools
 import hashlib
 import os
 import pathlib
@@ -24,11 +22,11 @@ from mindspore.common import api
 import launch
 from launch import ranks, versions
 from launch.files import cache_folder
+from launch.lock import wait_for_lock
 from model.native import build
 
 KEPT = 100
 """Number of graphs that are kept: those used last."""
-ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = pathlib.Path(launch.__file__)
 """A source file that imports nothing and hardly ever changes."""
 VARIABLE = "PWCNET_GRAPH_CACHE"
@@ -69,17 +67,8 @@ def find_file(*key: object) -> pathlib.Path | None:
     library = build.load_library("CPU")
     # The library's name stands for the processor; oneDNN's variable makes it another one.
     machine = library and library._name, os.environ.get("ONEDNN_MAX_CPU_ISA"), ranks.current().threads
-    known = (*key, *machine, versions.software(), sys.version, hash_sources())
+    known = (*key, *machine, versions.software(), sys.version)
     return cache / "graphs" / hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def hash_sources() -> str:
-    """A hash of the code that graphs are made from."""
-    digest = hashlib.sha256()
-    for file in sorted(path for folder in ("model", "train") for path in (ROOT / folder).rglob("*.py")):
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Path) -> None:
@@ -87,8 +76,7 @@ def compile_with_cache(cell: nn.Cell, inputs: Sequence[Tensor], file: pathlib.Pa
     global _missed
     file.parent.mkdir(exist_ok=True)
     with open(file, "ab+") as stream:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(stream, fcntl.LOCK_EX)  # one rank compiles it, and those that wait here read it
+        wait_for_lock(stream)  # one rank compiles it, and those that wait here read it
         stream.seek(0)
         digest, graph = stream.read(32), stream.read()
         if hashlib.sha256(graph).digest() != digest:  # it is new, or was not written completely
@@ -116,7 +104,7 @@ def mindspore_cache(parent: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         files.mkdir(parents=True)
         # To see whether something has changed, MindSpore hashes the program that runs and all that it imports. It fails
-        # if the program is no file, and to look for a module it makes a new one, with which sys loses its redirected
+        # if the program is not a file, and to look for a module it makes a new one, with which sys loses its redirected
         # streams. The name of a graph's file covers all changes, so give it another program, and the hash of that.
         api.entry_script_path = str(SOURCE)
         source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()

@@ -25,6 +25,7 @@ import numpy as np
 
 from launch.arguments import Parser
 from launch.errors import UserError, run
+from model.checkpoint_file import ZIP_MAGIC
 
 if TYPE_CHECKING:
     from model.backend import Backend
@@ -37,7 +38,7 @@ UNUSED = ("deconv2.weight", "deconv2.bias")
 LIGHTNING = "pytorch-lightning_version"
 """PyTorch Lightning, and so ptlflow, writes this key into its checkpoints."""
 MAX_ENTRIES = 100_000
-"""In a PyTorch file of the zip format, one for each tensor."""
+"""Entries in a PyTorch file of the zip format at most; there is one for each tensor."""
 
 
 def load_torch() -> Any:
@@ -62,7 +63,7 @@ def read_torch(path: pathlib.Path) -> Any:
         The object in it.
 
     Raises:
-        UserError: the file does not exist, is damaged or not from PyTorch, or holds other objects than tensors, numbers
+        UserError: the file does not exist, is damaged or not from PyTorch, or holds objects other than tensors, numbers
             and text.
     """
     if not path.is_file():
@@ -105,7 +106,7 @@ def check_zip(path: pathlib.Path) -> None:
         UserError: entries are compressed or overlap, or the directory of entries is damaged.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # by which torch.load recognises this format
+        if file.read(4) != ZIP_MAGIC:  # by which torch.load recognises this format
             return
         try:
             with zipfile.ZipFile(file) as entries:
@@ -172,8 +173,8 @@ def find_tensors(path: pathlib.Path, content: Any) -> tuple[dict[str, Any], list
 
 def guess_variant(path: pathlib.Path, names: Collection[str]) -> str:
     """The variant that shares most names with a state_dict; raises UserError if none shares any."""
+    from model.published import published_names
     from model.pwcnet import VARIANTS
-    from model.weights import published_names
 
     shared = {variant: len(set(published_names(variant).values()) & set(names)) for variant in VARIANTS}
     variant = max(shared, key=lambda name: shared[name])
@@ -252,6 +253,7 @@ def read_network(
     from mindspore import Parameter
 
     from model import weights
+    from model.published import published_names, swap_red_and_blue
     from model.pwcnet import PWCNet
 
     tensors, left_out = find_tensors(source, read_torch(source))
@@ -259,7 +261,7 @@ def read_network(
     present = set(tensors)
     if variant == "nvlabs":
         left_out += [name for name in UNUSED if tensors.pop(name, None) is not None]
-    names = weights.published_names(variant)
+    names = published_names(variant)
     network = PWCNet(variant, backend=backend)
     shapes = {names[parameter.name]: parameter.shape for parameter in network.get_parameters()}
     weights.compare(
@@ -275,7 +277,7 @@ def read_network(
     for name, published in names.items():
         value = to_array(source, published, tensors[published])
         if channels == "bgr":
-            value = weights.swap_red_and_blue(name, value)
+            value = swap_red_and_blue(name, value)
         values[name] = Parameter(np.ascontiguousarray(value), name=name)
     weights.load_exactly(source, values, network)
     return Imported(variant, channels, reason, left_out, network)
@@ -326,7 +328,7 @@ def main() -> None:
     parser.add_argument(
         "--variant",
         choices=("irr", "nvlabs"),
-        help="of the network: visinf/irr's or NVlabs' (default: detected by the names in the file)",
+        help="network variant: irr (visinf/irr) or nvlabs (NVlabs) (default: detected from the names in the file)",
     )
     parser.add_argument(
         "--channels",

@@ -28,7 +28,7 @@ class MultiScaleLoss(nn.Cell):
     """
 
     length = len(LEVEL_WEIGHTS)
-    """Of the loss vector."""
+    """Length of the loss vector."""
 
     def __init__(self, robust: bool = False) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class UpsampledLoss(nn.Cell):
     """
 
     length = len(LEVEL_WEIGHTS)
-    """Of the loss vector."""
+    """Length of the loss vector."""
 
     def __init__(self, align_corners: bool = True) -> None:
         super().__init__()

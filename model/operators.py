@@ -16,24 +16,23 @@ COST_CHANNELS = (2 * SEARCH_RANGE + 1) ** 2
 """Channels of the cost volume, one per displacement."""
 
 
-def cost_volume(features1: Tensor, features2: Tensor, search_range: int = SEARCH_RANGE) -> Tensor:
+def cost_volume(features1: Tensor, features2: Tensor) -> Tensor:
     """Correlate each feature vector of image 1 with its neighbourhood in image 2.
 
-    Sun et al., "PWC-Net", CVPR 2018, equation (2), over a square of (2 r + 1)^2 displacements; the mean over channels,
-    with zeros outside the image.
+    Sun et al., "PWC-Net", CVPR 2018, equation (2), over a square of (2 r + 1)^2 displacements, where r is
+    `SEARCH_RANGE`; the mean over channels, with zeros outside the image.
 
     Args:
         features1, features2: (N, C, H, W) float32.
-        search_range: r, in pixels of this level.
 
     Returns:
         (N, (2 r + 1)^2, H, W) float32; channel (dy + r) * (2 r + 1) + (dx + r) is
         mean_c features1[n, c, y, x] * features2[n, c, y + dy, x + dx].
     """
     n, c, h, w = features1.shape
-    side = 2 * search_range + 1
-    padded = w + 2 * search_range
-    pad = ops.Pad(((0, 0), (search_range, search_range), (search_range, search_range), (0, 0)))
+    side = 2 * SEARCH_RANGE + 1
+    padded = w + 2 * SEARCH_RANGE
+    pad = ops.Pad(((0, 0), (SEARCH_RANGE, SEARCH_RANGE), (SEARCH_RANGE, SEARCH_RANGE), (0, 0)))
     rows2 = pad(features2.transpose(0, 2, 3, 1))
     # One unused pixel at the end of each row of image 1 makes room for the reshape below.
     rows1 = ops.Pad(((0, 0), (0, 0), (0, 1), (0, 0)))(features1.transpose(0, 2, 3, 1) / c)

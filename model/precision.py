@@ -21,7 +21,7 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=CHOICES,
         default="float32",
-        help="number format of the convolutions; auto: the fastest that is safe here (default: float32)",
+        help="number format of the convolutions; auto: the fastest one known to be correct on this device",
     )
 
 
@@ -48,14 +48,14 @@ def resolve_precision(precision: str, backend: str) -> Precision:
     if device != "CPU":
         if precision == "bfloat16":
             raise UserError(
-                f"precision bfloat16: MindSpore's convolutions on {device} do not have it; use float16 or auto"
+                f"precision bfloat16: MindSpore's convolutions on {device} do not support bfloat16; use float16 or auto"
             )
         return "float32" if precision == "auto" else cast("Precision", precision)
     if precision not in ("auto", "bfloat16"):
         return cast("Precision", precision)
     reason = ""
     if backend != "native" or not native.has_operator("Convolution3x3"):
-        reason = "MindSpore's convolutions on the CPU do not have it"
+        reason = "MindSpore's convolutions on the CPU do not support bfloat16"
     elif not native.has_bfloat16():
         reason = "this processor has neither AVX512-BF16 nor AMX"
     if not reason:
@@ -68,7 +68,7 @@ def resolve_precision(precision: str, backend: str) -> Precision:
 def set_precision(network: "PWCNet", precision: Precision) -> None:
     """Make a network's convolutions compute in a number format, and leave the rest in float32.
 
-    The convolutions take nearly all of the time. Flow, warping, cost volume, loss and weight updates are sums of many
+    The convolutions take nearly all the time. Flow, warping, cost volume, loss and weight updates are sums of many
     numbers or differences of close ones, which 16 bits would spoil. With bfloat16, the convolutions that end in a flow
     compute in float32, too.
 

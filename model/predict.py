@@ -27,7 +27,7 @@ import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -61,9 +61,9 @@ class Frames:
     """The frames of an input."""
 
     count: int
-    """As the input says; 0 if unknown."""
+    """Number of frames that the input says it has; 0 if unknown."""
     size: tuple[int, int]
-    """(H, W)."""
+    """(H, W) in pixels."""
     frames: Iterator[Frame]
 
 
@@ -163,7 +163,7 @@ def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
             if (height, width) != (expected_height, expected_width):
                 raise UserError(
                     f"{frame.name}: has {height}x{width} pixels (height x width), expected {expected_height}x"
-                    f"{expected_width} as the frame before; use a video of one size"
+                    f"{expected_width}, the size of the previous frame; use a video with a constant frame size"
                 )
             key = hashlib.blake2b(salt, digest_size=16)
             key.update(np.ascontiguousarray(previous.image).data)
@@ -173,13 +173,6 @@ def make_pairs(frames: Iterable[Frame], salt: bytes) -> Iterator[FramePair]:
 
 
 # --- Output ---------------------------------------------------------------------------------------
-
-
-class FlowWriter(Protocol):
-    """Where `predict` puts the flow of each pair."""
-
-    def write(self, pair: FramePair, flow: np.ndarray) -> None:
-        """Write the flow of a pair, float32 (H, W, 2) in pixels."""
 
 
 class Outputs:
@@ -205,7 +198,7 @@ class Outputs:
         """Whether all outputs of a pair exist.
 
         Raises:
-            UserError: a file has the name of an output, but is not from this command.
+            UserError: a file has the name of an output, but was not written by this command.
         """
         from prep.flow_viz import png_note
 
@@ -216,7 +209,8 @@ class Outputs:
         for path, note in [(flow, notes[0]), *zip(paths, notes, strict=True)]:
             if note is None and path.is_file():
                 raise UserError(
-                    f"{path}: exists, and is not from this command; choose another --out, or replace it by --overwrite"
+                    f"{path}: already exists and was not written by this command; choose another --out, or replace it "
+                    "with --overwrite"
                 )
         return flow.is_file() and all(note == pair.key for note in notes)
 
@@ -255,13 +249,13 @@ class PairCounts(NamedTuple):
 
     written: int
     skipped: int
-    """Their outputs existed."""
+    """Pairs whose outputs existed."""
 
 
 def predict(
     predictor: "FlowPredictor",
     pairs: Iterable[FramePair],
-    outputs: FlowWriter,
+    write: Callable[[FramePair, np.ndarray], None],
     *,
     batch: int = 1,
     is_done: Callable[[FramePair], bool] = lambda pair: False,
@@ -272,7 +266,7 @@ def predict(
     Args:
         predictor: computes the flow; its graph is compiled once, as the last batch is filled up.
         pairs: all of one size; read in another thread.
-        outputs: where the flow goes.
+        write: writes the flow of a pair, float32 (H, W, 2) in pixels; called in threads.
         batch: pairs at a time.
         is_done: whether to skip a pair, as its outputs exist.
         on_pairs: called with the number of pairs after each step.
@@ -286,7 +280,7 @@ def predict(
         flows = predictor.flow_batch(
             np.stack([pair.image1 for pair in filled]), np.stack([pair.image2 for pair in filled])
         )
-        writing.extend(writers.submit(outputs.write, pair, flow) for pair, flow in zip(waiting, flows, strict=False))
+        writing.extend(writers.submit(write, pair, flow) for pair, flow in zip(waiting, flows, strict=False))
         waiting.clear()
 
     def finish(limit: int) -> None:
@@ -333,7 +327,7 @@ def main() -> None:
         metavar="DIR",
         help="folder for flow and pictures; pairs whose outputs exist are skipped (required)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at a time")
     parser.add_argument(
         "--overlay",
         action="store_true",
@@ -352,11 +346,24 @@ def main() -> None:
         "--overwrite", action="store_true", help="also compute pairs whose outputs exist (default: off)"
     )
     parser.add_argument(
-        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs (default: cpu)"
+        "--device", default="cpu", type=str.lower, choices=("cpu", "gpu"), help="where the network runs"
     )
     add_backend_option(parser)
     add_precision_option(parser)
     args = parser.parse_args()
+    frames = check_options(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    with session.start(lambda: ({}, None), args.device):
+        predict_frames(args, frames)
+
+
+def check_options(args: argparse.Namespace) -> Frames:
+    """Check all that can be checked before MindSpore starts; returns the frames of the input.
+
+    Raises:
+        UserError: an option is invalid, a file is missing or damaged, or the output folder cannot be used.
+    """
     if len(args.input) > 2:
         raise UserError(f"{len(args.input)} inputs; expected two images, one folder or one video")
     if args.batch < 1:
@@ -381,10 +388,7 @@ def main() -> None:
                 f"{args.out}: holds the input images, which pictures of their flow could replace or be taken for; "
                 "choose another --out"
             )
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    with session.start(lambda: ({}, None), args.device):
-        predict_frames(args, frames)
+    return frames
 
 
 def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
@@ -403,7 +407,7 @@ def predict_frames(args: argparse.Namespace, frames: Frames) -> None:
             counts = predict(
                 predictor,
                 make_pairs(frames.frames, salt),
-                outputs,
+                outputs.write,
                 batch=args.batch,
                 is_done=lambda pair: not args.overwrite and outputs.exist(pair),
                 on_pairs=bar.update,

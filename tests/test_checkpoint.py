@@ -15,6 +15,7 @@ from model import weights
 from model.losses import MultiScaleLoss
 from model.pwcnet import PWCNet
 from train import checkpoint
+from train.run_folder import BEST, list_checkpoints
 from train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -60,18 +61,19 @@ def test_the_newest_checkpoints_are_kept(tmp_path: pathlib.Path, monkeypatch: py
     cell = Weights()
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    with checkpoint.Checkpoints(tmp_path, {}, every=10, keep=2) as checkpoints:
+    monkeypatch.setattr(checkpoint, "KEPT", 2)
+    with checkpoint.Checkpoints(tmp_path, {}, every=10) as checkpoints:
 
         def steps_after(*saved: int) -> list[int]:
             for step in saved:
                 checkpoints.save(step, cell)
             checkpoints.wait()
-            return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)]
+            return list(list_checkpoints(tmp_path))
 
         assert checkpoints.is_due(10) and not checkpoints.is_due(11)
         assert steps_after(10, 20, 30) == [20, 30]
         checkpoints.save_if_best(30, cell, 2.0)
-        assert steps_after() == [20, 30] and (tmp_path / checkpoint.BEST).exists()
+        assert steps_after() == [20, 30] and (tmp_path / BEST).exists()
         now = checkpoint.MAX_AGE + 1
         assert checkpoints.is_due(33)
         assert steps_after(33) == [20, 30, 33] and not checkpoints.is_due(34)

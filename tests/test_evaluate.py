@@ -20,7 +20,8 @@ from prep import reader
 from prep.formats.flow import read_flo, read_flow, write_kitti_png
 from prep.formats.image import read_image
 from train import metrics, report, submission
-from train.evaluate import EvaluationOptions, evaluate, prepare
+from train.evaluate import prepare
+from train.evaluation import EvaluationOptions, evaluate
 from train.metrics import Evaluation, compute_metrics
 
 

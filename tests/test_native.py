@@ -137,4 +137,4 @@ def test_a_colon_in_the_path_of_a_library_is_named(
     monkeypatch.setattr(build, "build_library", lambda target: tmp_path / "c:d" / "cpu.so")
     monkeypatch.setitem(build.TARGETS, "CPU", lambda: build.Target("cpu", [], []))
     assert build.load_library.__wrapped__("CPU") is None
-    assert "a path with a colon; keep them elsewhere, by XDG_CACHE_HOME; the network uses" in capfd.readouterr().err
+    assert "a path with a colon; set XDG_CACHE_HOME to a different folder; the network uses" in capfd.readouterr().err

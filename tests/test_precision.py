@@ -46,7 +46,9 @@ def test_without_bfloat16_it_is_float32(backend: str) -> None:
     if not native.available():
         pytest.skip("there is no compiler here")
     reason = (
-        "neither AVX512-BF16 nor AMX" if backend == "native" else "MindSpore's convolutions on the CPU do not have it"
+        "neither AVX512-BF16 nor AMX"
+        if backend == "native"
+        else "MindSpore's convolutions on the CPU do not support bfloat16"
     )
     chosen, notes = choose("bfloat16", "auto", backend=backend, ONEDNN_MAX_CPU_ISA="AVX2")
     assert chosen == "float32 float32 True"

@@ -57,7 +57,9 @@ def run(
     out.mkdir(exist_ok=True)
     outputs = Outputs(out, overlay=pictures, warp=pictures)
     pairs = make_pairs(open_frames(inputs).frames, salt)
-    return predict(predictor, pairs, outputs, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair))
+    return predict(
+        predictor, pairs, outputs.write, batch=batch, is_done=lambda pair: not overwrite and outputs.exist(pair)
+    )
 
 
 def check_flow(predictor: FlowPredictor, path: Path, image1: np.ndarray, image2: np.ndarray) -> None:
@@ -162,7 +164,7 @@ def test_files_of_others_are_not_replaced(predictor: FlowPredictor, tmp_path: Pa
     else:
         (out / name).write_bytes(b"ground truth")
     before = (out / name).read_bytes()
-    with pytest.raises(UserError, match=rf"{name}: exists, and is not from this command.*--overwrite"):
+    with pytest.raises(UserError, match=rf"{name}: already exists and was not written by this command.*--overwrite"):
         run(predictor, images, out, pictures=True)
     assert [path.read_bytes() for path in out.iterdir()] == [before]
     assert run(predictor, images, out, pictures=True, overwrite=True) == (1, 0)

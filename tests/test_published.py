@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from model import weights
+from model.published import published_names, swap_red_and_blue
 from model.pwcnet import VARIANTS, PWCNet, to_network
 
 FILE = pathlib.Path(__file__).parent / "published_flows.npz"
@@ -39,10 +39,10 @@ def images() -> list[np.ndarray]:
 def load_plain_weights(network: PWCNet) -> None:
     """Give a dense network `plain_weights`."""
     parameters = network.parameters_dict()
-    for here, there in weights.published_names(network.variant).items():
+    for here, there in published_names(network.variant).items():
         value = plain_weights(there, parameters[here].shape)
         if network.variant == "nvlabs":
-            value = weights.swap_red_and_blue(here, value)
+            value = swap_red_and_blue(here, value)
         parameters[here].set_data(Tensor(value))
 
 

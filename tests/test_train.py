@@ -115,7 +115,7 @@ def test_a_dataset_that_lacks_the_needed_split_is_refused(
     job = train(data, tmp_path / "run", validate=[everything])
     check_refused(job, "everything: split val has no pair")
     twin = shutil.copytree(unseen, tmp_path / "other" / "mixed")
-    check_refused(train(mixed, tmp_path / "run", validate=[twin], batch=2), "several folders mixed")
+    check_refused(train(mixed, tmp_path / "run", validate=[twin], batch=2), "several folders named mixed")
     assert not (tmp_path / "run").exists()
 
 

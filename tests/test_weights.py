@@ -20,6 +20,7 @@ from model import checkpoint_file, weights
 from model.export_torch import export_weights
 from model.import_torch import import_weights
 from model.inference import load_predictor
+from model.published import FIRST_LAYER, published_names
 from model.pwcnet import PWCNet
 from prep.synthesis.version1 import make_pair
 
@@ -142,7 +143,7 @@ def test_import_and_export_change_no_bit(imported: Imported, tmp_path: pathlib.P
 
 def first_layer(ckpt: pathlib.Path) -> np.ndarray:
     """The weights of the first convolution in a checkpoint."""
-    value = checkpoint_file.read_values(ckpt)[weights.FIRST_LAYER]
+    value = checkpoint_file.read_values(ckpt)[FIRST_LAYER]
     assert isinstance(value, np.ndarray)
     return value
 
@@ -151,7 +152,7 @@ def test_the_first_network_took_bgr(imported: Imported) -> None:
     """The import reverses the input channels of NVlabs' first convolution, and changes nothing else."""
     variant, network, _, ckpt = imported
     first = first_layer(ckpt)
-    name = weights.published_names(variant)[weights.FIRST_LAYER]
+    name = published_names(variant)[FIRST_LAYER]
     theirs = network.state_dict()[name].numpy()
     np.testing.assert_array_equal(first, theirs[:, ::-1] if variant == "nvlabs" else theirs)
 
@@ -168,7 +169,7 @@ def test_ptlflow_s_network_took_rgb(tmp_path: pathlib.Path) -> None:
     torch.save(ptlflow(network.state_dict()), tmp_path / "in.ckpt")
     done = script("import_torch", tmp_path / "in.ckpt", tmp_path / "out.ckpt")
     assert done.returncode == 0 and "took RGB images, detected by pytorch-lightning_version" in done.stdout
-    theirs = network.state_dict()[weights.published_names("nvlabs")[weights.FIRST_LAYER]].numpy()
+    theirs = network.state_dict()[published_names("nvlabs")[FIRST_LAYER]].numpy()
     first = first_layer(tmp_path / "out.ckpt")
     np.testing.assert_array_equal(first, theirs)
 

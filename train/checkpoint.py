@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import pathlib
-import re
 import time
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,11 +20,10 @@ from launch.communicator import ALONE, Communicator
 from launch.errors import UserError, print_warning
 from launch.logs import print_note
 from model import weights
+from train.run_folder import BEST, checkpoint_name, list_checkpoints
 
-NAME = re.compile(r"step-(\d{8})\.ckpt")
-BEST = "best.ckpt"
-"""The weights with the smallest validation EPE, which the file holds as text: MindSpore stores numbers in float32,
-and a resumed run must compare with the same number as one that was not interrupted."""
+KEPT = 3
+"""Number of regular checkpoints that are kept."""
 MAX_AGE = 60
 """Seconds of training, and a step, that a run loses at most if it is killed. mpirun kills its ranks a third of a
 second after SIGTERM or Ctrl-C, which is less than many a step takes."""
@@ -36,25 +34,25 @@ class Saved(NamedTuple):
 
     path: str
     values: dict[str, Any]
-    """By name: NumPy arrays for parameters, numbers and texts for the rest."""
+    """Values by name: NumPy arrays for parameters, numbers and texts for the rest."""
 
 
 class Checkpoints:
     """The checkpoints of a run: regular ones, one in between whenever the last is old, and the best weights.
 
-    The newest `keep` regular ones stay, and the newest two of all. A save costs the training a copy of the state,
+    The newest `KEPT` regular ones stay, and the newest two of all. A save costs the training a copy of the state,
     which a thread writes. As a context manager, it has written everything when it ends.
 
     Args:
         folder: of the files.
         model_options: keyword arguments that build the network, stored in the files.
         every: steps between regular checkpoints.
-        keep: number of these to keep.
         enabled: False on all ranks but one, where nothing is written.
         validation: name of the dataset whose EPE decides which weights are the best.
 
     Attributes:
-        best: smallest validation EPE so far, in pixels.
+        best: smallest validation EPE so far, in pixels. The files hold it as text: MindSpore stores numbers in float32,
+            and a resumed run must compare with the same number as one that was not interrupted.
         on_disk: newest step that is known to be on the disk.
     """
 
@@ -63,14 +61,12 @@ class Checkpoints:
         folder: pathlib.Path,
         model_options: dict[str, Any],
         every: int,
-        keep: int = 3,
         enabled: bool = True,
         validation: str = "",
     ) -> None:
         self.folder = folder
         self.model_options = json.dumps(model_options)
         self.every = every
-        self.keep = keep
         self.enabled = enabled
         self.best = math.inf
         self.on_disk = 0
@@ -120,7 +116,7 @@ class Checkpoints:
         """
         self.saved = time.monotonic()
         if self.enabled:
-            self.write(self.folder / f"step-{step:08d}.ckpt", state, {"step": step, "best": repr(self.best)})
+            self.write(self.folder / checkpoint_name(step), state, {"step": step, "best": repr(self.best)})
             self.writing.append(self.writer.submit(self.delete_old, step))
 
     def save_if_best(self, step: int, network: nn.Cell, epe: float) -> None:
@@ -160,12 +156,12 @@ class Checkpoints:
 
     def delete_old(self, newest: int) -> None:
         """Delete the checkpoints that need not be kept beside that of step `newest`."""
-        saved = {step_of(path): path for path in list_checkpoints(self.folder)}
+        saved = list_checkpoints(self.folder)
         # Those of later steps are damaged: the run has resumed from an earlier one.
         intact = sorted(step for step in saved if step <= newest)
         self.on_disk = max(intact, default=0)
         regular = [step for step in intact if step % self.every == 0]
-        for step in saved.keys() - {*intact[-2:], *regular[-self.keep :]}:
+        for step in saved.keys() - {*intact[-2:], *regular[-KEPT:]}:
             saved[step].unlink()
 
     def restore(self, state: nn.Cell, comm: Communicator = ALONE) -> int:
@@ -196,7 +192,7 @@ class Checkpoints:
     def read_newest(self) -> Saved | None:
         """Read the newest intact checkpoint; None if there are no checkpoints."""
         paths = list_checkpoints(self.folder)
-        for path in reversed(paths):
+        for path in reversed(paths.values()):
             try:
                 values = weights.read(path)
             except weights.NewerFormat:
@@ -247,13 +243,3 @@ def to_parameters(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: Parameter(value, name=name) if isinstance(value, np.ndarray) else value for name, value in values.items()
     }
-
-
-def list_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The regular and in-between checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*.ckpt") if NAME.fullmatch(path.name))
-
-
-def step_of(path: pathlib.Path) -> int:
-    """The step in a checkpoint's name, step-NNNNNNNN.ckpt."""
-    return int(path.stem.removeprefix("step-"))

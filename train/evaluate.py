@@ -20,96 +20,23 @@ if __name__ == "__main__":  # run as a file: import the packages, not this file'
     environment.check()
 
 import argparse
-import dataclasses
 import hashlib
 import pathlib
 import signal
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from launch import progress, ranks, session
 from launch.arguments import Parser
-from launch.communicator import ALONE, Communicator
+from launch.communicator import Communicator
 from launch.errors import UserError, run
-from launch.watchdog import Phase
 from model.backend import add_backend_option
 from model.precision import add_precision_option
 from prep import reader
 from prep.shards import Manifest, hash_manifest
 from train import report
-from train.metrics import SUMS, Evaluation, Sample, find_worst, pair_sums
+from train.evaluation import EvaluationOptions, count_share, evaluate
 from train.submission import Benchmark, check_out, list_test_pairs, write_submission
-
-if TYPE_CHECKING:
-    from model.inference import FlowPredictor
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """How to evaluate a split."""
-
-    batch: int = 1
-    """Pairs per batch and rank."""
-    pictures: Collection[int] = ()
-    """Positions in the split of the pairs to keep for drawing."""
-    worst: int = 0
-    """How many of the pairs with the largest EPE to keep for drawing, too."""
-
-
-def evaluate(
-    predictor: "FlowPredictor",
-    split: reader.DatasetSplit,
-    comm: Communicator = ALONE,
-    options: EvaluationOptions | None = None,
-    on_batch: Callable[[int], object] | None = None,
-) -> Evaluation:
-    """Evaluate a network on every pair of a split.
-
-    Args:
-        predictor: computes the flow.
-        split: to evaluate on.
-        comm: the ranks, which share the pairs and must all call this.
-        options: see `EvaluationOptions`.
-        on_batch: called after each batch with its number of pairs.
-
-    Returns:
-        The same on every rank, except that `samples` has only the pairs that this rank evaluated.
-    """
-    options = options or EvaluationOptions()
-    sums = np.zeros((len(split), len(SUMS)))
-    samples: dict[int, Sample] = {}
-    for batch in reader.evaluation_batches(split, batch=options.batch, rank=comm.rank, ranks=comm.size):
-        comm.progress(Phase.VALIDATING)
-        assert batch.occluded is not None  # only training batches lack it
-        predicted = predictor.flow_batch(batch.image1, batch.image2)
-        # Where pairs are in the batch, by their position in the split; without those that fill the last batch.
-        rows = {position: row for row, position in enumerate(batch.index.tolist()) if position >= 0}
-        for position, row in rows.items():
-            sums[position] = pair_sums(predicted[row], batch.flow[row], batch.valid[row], batch.occluded[row])
-        # The worst pairs over all ranks are among the worst of each.
-        keep = {*options.pictures, *find_worst(sums, {*samples, *rows}, options.worst)}
-        samples = {position: samples[position] for position in keep & samples.keys()}
-        for position in keep & rows.keys():
-            row = rows[position]
-            flow = np.where(batch.valid[row][..., None] > 0, batch.flow[row], np.float32(np.nan))
-            samples[position] = Sample(batch.image1[row].copy(), flow, predicted[row].copy())
-        if on_batch:
-            on_batch(len(rows))
-    comm.sum(sums)  # exact: every element is zero on all ranks but one
-    worst = find_worst(sums, range(len(split)), options.worst)
-    samples = {position: samples[position] for position in samples.keys() & {*options.pictures, *worst}}
-    return Evaluation(sums, worst, samples)
-
-
-def count_share(split: reader.DatasetSplit, batch: int, comm: Communicator) -> int:
-    """The number of pairs that this rank evaluates."""
-    order = reader.evaluation_order(split.sizes, batch * comm.size)
-    return sum(not position.padding for positions in order for position in positions[comm.rank :: comm.size])
-
-
-# --- Command line ---------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -128,7 +55,7 @@ def main() -> None:
         "--split",
         default="val",
         metavar="NAME",
-        help="split of --data: train, val or, for Sintel, one pass such as val-clean (default: val)",
+        help="split of --data: train, val or, for Sintel, one pass such as val-clean",
     )
     parser.add_argument(
         "--out",
@@ -141,7 +68,7 @@ def main() -> None:
         type=int,
         default=8,
         metavar="N",
-        help="number of pairs to draw, spread over the split, and number of the worst pairs to draw (default: 8)",
+        help="number of pairs to draw, spread over the split, and number of the worst pairs to draw",
     )
     parser.add_argument(
         "--submission",
@@ -152,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--root", type=pathlib.Path, metavar="DIR", help="the unpacked test set of Sintel or KITTI, for --submission"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs per batch and rank (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs per batch and rank")
     session.add_options(parser)
     add_backend_option(parser)
     add_precision_option(parser)
@@ -180,8 +107,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
     Raises:
         UserError: an option is invalid, or a file is missing or damaged.
     """
-    if args.batch < 1 or args.pictures < 0:
-        raise UserError(f"--batch is {args.batch} and --pictures {args.pictures}; expected at least 1 and at least 0")
+    for option, value, least in (("--batch", args.batch, 1), ("--pictures", args.pictures, 0)):
+        if value < least:
+            raise UserError(f"{option} is {value}, expected at least {least}")
     if bool(args.submission) != bool(args.root) or bool(args.submission) == bool(args.data):
         raise UserError("give --data DIR to evaluate, or --submission DIR and --root DIR to write a submission")
     if not args.ckpt.is_file():

@@ -38,7 +38,7 @@ def now() -> float:
 
 
 PROCESS_START = process_start()
-"""Read when this module is imported: later, in a job of several ranks, a rank runs in a child of this process."""
+"""When this process started. Read on import: in a job of several ranks, a rank later runs in a child of it."""
 
 
 class Goodput:

@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         metavar="N",
         help="micro-batches in which each rank computes its share of the batch, to need less memory; the result is "
-        "the same up to rounding (default: 1)",
+        "the same up to rounding",
     )
     parser.rename_option("--accumulate", "--accumulation-steps")
     session.add_options(parser)

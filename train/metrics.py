@@ -195,7 +195,7 @@ def compute_metrics(sums: np.ndarray) -> Metrics:
 
 
 def find_worst(sums: np.ndarray, positions: Iterable[int], count: int) -> list[int]:
-    """Of some positions, those of the `count` pairs with the largest EPE, in descending order.
+    """The positions of the `count` pairs with the largest EPE, in descending order.
 
     Pairs without known flow are left out; a prediction of nan is worst of all.
 

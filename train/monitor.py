@@ -35,7 +35,7 @@ class SummaryProcess(_writer_pool.WriterPool):
     """The process that writes SummaryRecord's files, in place of MindSpore 2.8.0's own.
 
     That one polls without a pause, packs events in a pool of further processes, and receives them through a queue
-    on which the training blocks for ever once nobody reads it. This one is a single process that reads from a pipe.
+    on which the training blocks forever once nobody reads it. This one is a single process that reads from a pipe.
     The training keeps only the writing end and this process only the reading end, so each notices when the other is
     gone: however the training ends, the process writes what it has received and exits; if the process dies, the
     training goes on without it.
@@ -124,7 +124,7 @@ def survived(what: str) -> Iterator[None]:
 class EventFile:
     """A TensorBoard event file, written directly and not by tensorboardX's thread.
 
-    Once that thread fails to write, its callers block for ever. This class warns once and drops what follows.
+    Once that thread fails to write, its callers block forever. This class warns once and drops what follows.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:

@@ -14,11 +14,11 @@ import yaml
 from launch.errors import UserError
 
 LARGEST_FILE = 64 * 1024
-"""In bytes; a recipe has about a thousand."""
+"""Bytes in a file at most; a recipe has about a thousand."""
 LONGEST_SCALAR = 100
-"""Characters of a number or text."""
+"""Characters in a number or text at most."""
 DEPTH = 3
-"""A mapping of lists of scalars."""
+"""Levels of nesting at most: a mapping of lists of scalars."""
 TYPES = ("bool", "int", "float", "null")
 """Types of scalars without quotes; PyYAML's others, such as dates, stay text."""
 SURPRISING = re.compile(r"[-+]?0[0-7_]+$|.*:")
@@ -45,7 +45,7 @@ class Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As in the base class, which calls it for every nested node."""
+        """Compose a node as the base class does, which calls this for every nested one."""
         event = self.peek_event()
         problem = None
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:

@@ -297,9 +297,9 @@ class Difference(typing.NamedTuple):
 
     key: str
     old: object
-    """None if the stored recipe lacks a required key."""
+    """Value in the stored recipe; None if that lacks a required key."""
     new: object
-    """None if the key no longer exists."""
+    """Value of this start; None if the key no longer exists."""
 
 
 def differences(path: pathlib.Path, recipe: Recipe) -> list[Difference]:

@@ -55,9 +55,9 @@ class Report:
     split: DatasetSplit
     metrics: Metrics
     passes: dict[str, Metrics]
-    """By rendering pass, clean and final; empty for a dataset that is rendered once."""
+    """Metrics by rendering pass, clean and final; empty for a dataset that is rendered once."""
     scenes: dict[str, dict[str, Metrics]]
-    """By scene and pass; empty for datasets other than Sintel."""
+    """Metrics by scene and pass; empty for datasets other than Sintel."""
 
     def table(self) -> str:
         """A table for the terminal, with a column for each pass if there are several."""

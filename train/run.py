@@ -25,7 +25,7 @@ class RunPlan:
     recipe: Recipe
     training: list[DatasetSplit]
     validation: dict[str, DatasetSplit]
-    """By name of the dataset; the first one decides which checkpoint is the best."""
+    """Splits by the name of their dataset; the first one decides which checkpoint is the best."""
     folder: RunFolder
     made_with: dict[str, Any]
     """Versions, ranks and hashes of the data, for the record."""
@@ -177,8 +177,8 @@ def open_validation(data: list[pathlib.Path], validate: list[pathlib.Path]) -> d
         split = DatasetSplit.open(path, "val")
         if path.name in splits:
             raise UserError(
-                f"--data and --validate name several folders {path.name}; the curves are told apart by these names, "
-                "so rename one"
+                f"--data and --validate include several folders named {path.name}; curves are identified by folder "
+                "name, so rename one of them"
             )
         if not split.labelled.any() and (number == 0 or folder in validate):
             raise UserError(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from launch.errors import UserError
@@ -18,6 +19,10 @@ FORMAT = 1
 LOGS = "logs"
 """Folder in it with the log file of each rank."""
 LOCK = "lock"
+BEST = "best.ckpt"
+"""File in the folder of checkpoints with the weights that have the smallest validation EPE."""
+CHECKPOINT = re.compile(r"step-(\d{8})\.ckpt")
+"""Names of the other checkpoints, which hold the whole state after a step."""
 RENAMED = {"parts of a rank's batch": "accumulation steps"}
 """Former names of what a start records."""
 
@@ -34,7 +39,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.starts = path / "starts.json"
         self.checkpoints = path / "checkpoints"
-        self.best_checkpoint = self.checkpoints / "best.ckpt"
+        self.best_checkpoint = self.checkpoints / BEST
         self.goodput = path / "goodput.json"
         self.result = path / "result.json"
         self._lock: Lock | None = None
@@ -88,7 +93,7 @@ class RunFolder:
     @property
     def has_checkpoints(self) -> bool:
         """Whether a step of the run is saved."""
-        return any(self.checkpoints.glob("step-????????.ckpt"))
+        return bool(list_checkpoints(self.checkpoints))
 
     def check_checkpoints(self, starts: list[dict[str, Any]]) -> None:
         """Raise UserError if the records know of a saved step, but no checkpoint is left: the run would start again.
@@ -189,3 +194,14 @@ class RunFolder:
         ]
         write_json(self.starts, [*starts, {"after_step": steps_done, "format": FORMAT, **made_with}])
         return changes
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint after a step; it matches `CHECKPOINT`."""
+    return f"step-{step:08d}.ckpt"
+
+
+def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The regular and in-between checkpoints in a folder by their steps, oldest first."""
+    matches = ((CHECKPOINT.fullmatch(path.name), path) for path in sorted(folder.glob("step-*.ckpt")))
+    return {int(match[1]): path for match, path in matches if match}

@@ -34,5 +34,5 @@ def schedule(recipe: Recipe, step: int) -> float:
 
 
 def interpolate(start: float, end: float, fraction: float) -> float:
-    """From start to end along half a cosine, at a fraction in [0, 1] of the way."""
+    """The value at a fraction in [0, 1] of the way from start to end along half a cosine."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))

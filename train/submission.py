@@ -237,7 +237,7 @@ def write_submission(
     with progress.bar(total=sum(map(len, shares)), unit="pair", disable=comm.rank != 0) as bar:
         for share in shares:  # one graph for each size
             pairs = (FramePair(pair.file, read_image(pair.image1), read_image(pair.image2)) for pair in share)
-            predict(predictor, pairs, SubmissionWriter(partial), batch=batch, on_pairs=bar.update)
+            predict(predictor, pairs, SubmissionWriter(partial).write, batch=batch, on_pairs=bar.update)
     comm.barrier()
     if comm.rank == 0:
         if missing := [pair.file for pair in benchmark.pairs if not (partial / pair.file).is_file()]:

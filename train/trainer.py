@@ -25,7 +25,7 @@ from train import goodput
 from train import recipe as recipes
 from train.augment import Augment
 from train.checkpoint import Checkpoints, load_initial_weights
-from train.evaluate import EvaluationOptions, count_share, evaluate
+from train.evaluation import EvaluationOptions, count_share, evaluate
 from train.metrics import Evaluation, Metrics
 from train.monitor import Monitor, Stopwatch, resident_memory, survived
 from train.recipe import Recipe
@@ -206,7 +206,7 @@ class Trainer:
                 "the loss"
             )
 
-    def train_step(self, batch: reader.Batch) -> StepResult:
+    def train_step(self, batch: reader.Batch) -> None:
         """Do one step on this rank's share of the global batch."""
         if self.steps_done == self.first_step:
             with self.goodput.spending("compilation"):
@@ -225,7 +225,6 @@ class Trainer:
             self.fail_diverged(batch)
         if self.steps_done % self.recipe.log_every == 0:
             self.log(result, rate)
-        return result
 
     def finish_step(self, stop_request: StopRequest) -> None:
         """Validate and save if that is due after a step, and stop if that was requested."""
@@ -308,7 +307,7 @@ class Trainer:
 
     # --- Validation ---
 
-    def validate(self) -> Validation:
+    def validate(self) -> None:
         """Validate the weights, and their moving average if there is one; keep the best in best.ckpt."""
         self.comm.progress(Phase.VALIDATING, self.steps_done)
         with self.goodput.spending("validation"):
@@ -318,7 +317,6 @@ class Trainer:
                 with self.step.averaged_weights():
                     ema_epe = next(iter(self.validate_weights(averaged=True).values())).epe
         self.validations.append(Validation(self.steps_done, datasets, ema_epe))
-        return self.validations[-1]
 
     def validate_weights(self, averaged: bool = False) -> dict[str, Metrics]:
         """Validate the network's present weights on every dataset; `averaged` says which these are."""

@@ -18,7 +18,7 @@ LOSS_SCALE_FACTOR = 2.0
 LOSS_SCALE_STEPS = 1000
 """Steps without overflow after which the loss scale grows."""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-"""Of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
+"""Constants of Adam (D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", 2015)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class UpdateInputs:
     """What an update works on."""
 
     weights: tuple[Parameter, ...]
-    """Of the network."""
+    """The network's parameters."""
     state: State
     losses: Parameter
     """The sum of the loss vectors of all passes."""

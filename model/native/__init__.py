@@ -41,7 +41,7 @@ def measure_peak(bfloat16: bool) -> float | None:
 
 
 def function(name: str, result: Any) -> Callable[..., Any]:
-    """A function of the library that is no operator of a graph; `result` is its ctypes type.
+    """A function of the library that is not an operator of a graph; `result` is its ctypes type.
 
     Raises:
         build.BuildError: the library for MindSpore's current device has no such function.

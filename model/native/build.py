@@ -8,7 +8,6 @@ installs one, and the environment variable PWCNET_GPU_OPERATORS names another.
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -23,14 +22,14 @@ from collections.abc import Callable
 from launch.errors import print_line
 from launch.files import cache_folder
 from launch.gpus import driver_version
+from launch.lock import wait_for_lock
 from launch.logs import print_note
+from launch.paths import OPERATORS
 
 HERE = pathlib.Path(__file__).parent
 GPU_LIBRARY = "PWCNET_GPU_OPERATORS"
 """Environment variable with the path of a GPU library that was built on another machine."""
 GPU_SOURCES = [HERE / "cuda" / name for name in ("activation.cu", "cost_volume.cu", "version.cu", "warp.cu")]
-BUNDLED = "share/pwcnet-mindspore"
-"""Folder of an environment where launch/bundle.sh puts a GPU library."""
 GPU_ARCHITECTURES = (70, 75, 80, 86, 89, 90)
 
 
@@ -66,8 +65,8 @@ def load_library(device: str) -> ctypes.CDLL | None:
         path = os.path.abspath(path or build_library(TARGETS[device]()))
         if ":" in path:  # which MindSpore takes for the end of it
             raise BuildError(
-                f"{path}: MindSpore loads no operators from a path with a colon; keep them elsewhere, by XDG_CACHE_HOME"
-                f"{f' or {GPU_LIBRARY}' if device == 'GPU' else ''}"
+                f"{path}: MindSpore cannot load operators from a path with a colon; set XDG_CACHE_HOME to a different "
+                f"folder{f', or {GPU_LIBRARY} to a library in one' if device == 'GPU' else ''}"
             )
         # DEEPBIND: the library's own symbols first, as MindSpore brings an oneDNN of another version.
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
@@ -107,7 +106,7 @@ def find_installed(package: str, name: str) -> pathlib.Path | None:
 
 def find_bundled() -> str | None:
     """The path of the GPU library that launch/bundle.sh installed for these sources, if it did."""
-    path = pathlib.Path(sys.prefix) / BUNDLED / bundled_name()
+    path = pathlib.Path(sys.prefix) / OPERATORS / bundled_name()
     return str(path) if path.is_file() else None
 
 
@@ -123,11 +122,11 @@ def gpu_target() -> Target:
     """The library for GPUs, for every architecture that this nvcc knows."""
     compiler = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
     if release := re.search(rb"release (\d+)", compiler_version(compiler)):
-        check_driver(compiler, int(release[1]), "name an older nvcc in NVCC")
+        check_driver(compiler, int(release[1]), "set NVCC to an older nvcc")
     listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     architectures = [number for number in GPU_ARCHITECTURES if f"compute_{number}" in listed]
     if not architectures:
-        raise BuildError(f"{compiler} knows none of the GPUs from sm_70 to sm_90; name a newer nvcc in NVCC")
+        raise BuildError(f"{compiler} supports no GPU architecture from sm_70 to sm_90; set NVCC to a newer nvcc")
     command = [compiler, "-std=c++14", "-O3", "--shared", "-Xcompiler", "-fPIC"]
     for number in architectures:
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
@@ -137,7 +136,7 @@ def gpu_target() -> Target:
 
 
 TARGETS: dict[str, Callable[[], Target]] = {"CPU": cpu_target, "GPU": gpu_target}
-"""By MindSpore's device target."""
+"""Functions that describe the library to compile, by MindSpore's device target."""
 
 
 def check_driver(path: str, release: int, remedy: str) -> None:
@@ -184,8 +183,7 @@ def build_library(target: Target) -> pathlib.Path:
     if path.is_file():
         return path
     with open(path.with_suffix(".lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         if not path.is_file():
             # Not by `print_note`: it may be any rank that builds.
             print_line(f"note: building the {target.name} operators for this machine, once")

@@ -144,9 +144,13 @@ bool is_flow(const Geometry& g, const Images& x, const Images& y) {
 // Reads a call's settings, and checks that the shapes of its input `x` and output `y` follow from them.
 Status read_geometry(const Call& call, const Sizes& sizes, const int32_t* settings, int x, int y, Geometry* geometry) {
   const int64_t height = rank_of(call, x) == 6 ? sizes[kRows] - 1 : sizes[kH];
-  const Geometry g{sizes[kN],   sizes[kC],   sizes[kOut],          height,
-                   sizes[kW],   settings[0], settings[1],          settings[2] ? kLeaky : kNothing,
-                   settings[3], 0,           is_bfloat16(call, x), is_bfloat16(call, y)};
+  Geometry g(sizes[kN], sizes[kC], sizes[kOut], height, sizes[kW]);
+  g.stride = settings[0];
+  g.dilation = settings[1];
+  g.after = settings[2] ? kLeaky : kNothing;
+  g.bfloat16 = settings[3];
+  g.bfloat16_x = is_bfloat16(call, x);
+  g.bfloat16_y = is_bfloat16(call, y);
   if (g.stride < 1 || g.dilation < 1) {
     std::fprintf(stderr, "%s: stride is %d and dilation %d, expected 1 or more\n", call.name, settings[0], settings[1]);
     return kShape;
@@ -231,7 +235,11 @@ void differentiate_weights(const Geometry& g, const Images& x, memory* upstream,
 }
 
 void differentiate_input(const Geometry& g, const memory& upstream, const float* weight, const Images& x_gradient) {
-  const Geometry turned{g.n, g.out, g.in, g.h, g.w, g.stride, g.dilation, kNothing, g.bfloat16, 0, 0, g.bfloat16_x};
+  Geometry turned(g.n, g.out, g.in, g.h, g.w);
+  turned.stride = g.stride;
+  turned.dilation = g.dilation;
+  turned.bfloat16 = g.bfloat16;
+  turned.bfloat16_y = g.bfloat16_x;
   if (suits_winograd(turned)) {
     float* turned_weight = scratch.floats(g.in * g.out * kTaps);
     turn_weights(weight, g.out, g.in, 0, g.in, turned_weight, g.out);
@@ -277,7 +285,8 @@ extern "C" int has_bfloat16() { return has_isa(dnnl::cpu_isa::avx512_core_bf16);
 extern "C" double measure_peak(int bfloat16) {
   std::lock_guard<std::mutex> lock(operator_mutex);
   scratch.restart();
-  const Geometry g{std::min(omp_get_max_threads(), 4), 256, 256, 48, 56, 1, 1, kNothing, bfloat16, 0};
+  Geometry g(std::min(omp_get_max_threads(), 4), 256, 256, 48, 56);
+  g.bfloat16 = bfloat16;
   const auto& [chosen, primitive] = find_convolution(g).forward();
   const auto zeros = [](const memory::desc& desc) {
     const memory found = allocate(desc);
@@ -317,7 +326,7 @@ PWCNET_OPERATOR(Convolution3x3) {
              });
 }
 
-// Of an image, whose gradient is seldom needed.
+// The convolution of an image, whose gradient is seldom needed.
 PWCNET_OPERATOR_ALIAS(ImageConvolution3x3, Convolution3x3)
 
 // x, weight, y, gradient of y, settings -> gradients of weight, bias and, if there is a tensor for it, x

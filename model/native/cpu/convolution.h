@@ -19,14 +19,18 @@ enum After : int64_t {
 };
 
 struct Geometry {
-  int64_t n, in, out, h, w, stride, dilation;
-  After after;
-  // Whether images, weights and upstream gradients are rounded to bfloat16. Products are summed in float32.
-  int64_t bfloat16;
+  int64_t n = 0, in = 0, out = 0, h = 0, w = 0, stride = 1, dilation = 1;
+  After after = kNothing;
   // The layout of images: blocks of so many channels, or whatever is fastest if it is 0.
-  int64_t block;
+  int64_t block = 0;
+  // Whether images, weights and upstream gradients are rounded to bfloat16. Products are summed in float32.
+  bool bfloat16 = false;
   // Whether the gradient of x, and y, are rounded to bfloat16.
-  int64_t bfloat16_x = 0, bfloat16_y = 0;
+  bool bfloat16_x = false, bfloat16_y = false;
+
+  Geometry() = default;
+  // Only the sizes: everything else is set by its name, so that no flag can be taken for another.
+  Geometry(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) : n(n), in(in), out(out), h(h), w(w) {}
 
   int64_t out_h() const { return (h - 1) / stride + 1; }
   int64_t out_w() const { return (w - 1) / stride + 1; }
@@ -40,7 +44,7 @@ struct Geometry {
   }
   bool operator<(const Geometry& o) const { return fields() < o.fields(); }
 
-  static memory::data_type type_of(int64_t bfloat16) {
+  static memory::data_type type_of(bool bfloat16) {
     return bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
   }
 };

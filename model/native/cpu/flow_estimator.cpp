@@ -45,7 +45,9 @@ int64_t preferred_block(bool bfloat16) {
   static int64_t found[2] = {-1, -1};
   int64_t& block = found[bfloat16];
   if (block < 0) {
-    const Geometry example{1, 256, 128, 96, 112, 1, 1, kLeaky, bfloat16, 0};
+    Geometry example(1, 256, 128, 96, 112);
+    example.after = kLeaky;
+    example.bfloat16 = bfloat16;
     const memory::desc layout = find_convolution(example).forward().chosen.src_desc();
     const auto is = [&](memory::format_tag tag) {
       return layout == memory::desc(layout.get_dims(), layout.get_data_type(), tag);
@@ -135,17 +137,23 @@ class Estimator {
 
   static constexpr bool kBfloat16 = sizeof(T) == sizeof(Bfloat16);
 
-  Geometry flow_geometry() const {
-    return {layout_.n, total(), kFlowChannels, layout_.h, layout_.w, 1, 1, kNothing, kBfloat16, kBlock};
-  }
+  Geometry flow_geometry() const { return single(total(), kFlowChannels, kNothing); }
   // What Winograd's filtering computes a layer from: each image alone.
   Geometry single(int64_t in, int64_t out, After after) const {
-    return {layout_.n, in, out, layout_.h, layout_.w, 1, 1, after, kBfloat16, kBlock};
+    Geometry g(layout_.n, in, out, layout_.h, layout_.w);
+    g.after = after;
+    g.block = kBlock;
+    g.bfloat16 = kBfloat16;
+    return g;
   }
   // What oneDNN computes it from: the tall image.
   Convolution& tall(int64_t in, int64_t out, After after) const {
-    return find_convolution(
-        {1, in, out, layout_.rows(), layout_.w, 1, 1, after, kBfloat16, kBlock, 0, kBfloat16 && after != kAdd});
+    Geometry g(1, in, out, layout_.rows(), layout_.w);
+    g.after = after;
+    g.block = kBlock;
+    g.bfloat16 = kBfloat16;
+    g.bfloat16_y = kBfloat16 && after != kAdd;
+    return find_convolution(g);
   }
 
   // One of the estimator's convolutions, or of its gradient's; leaves anything in the rows after the images of `y`.
@@ -308,7 +316,7 @@ PWCNET_OPERATOR(FlowEstimator) {
   });
 }
 
-// With features that another operator reads.
+// The estimator with features that another operator reads.
 PWCNET_OPERATOR_ALIAS(FeatureEstimator, FlowEstimator)
 
 // Six weights, features, gradient of the features if anything else reads them, gradient of the flow, settings

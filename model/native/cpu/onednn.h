@@ -1,13 +1,10 @@
 // What the operators that use oneDNN share: its engine, memory in scratch blocks, and convolutions that are kept.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <dnnl.hpp>
 #include <list>
 #include <map>
-#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -80,17 +77,6 @@ inline void execute(const dnnl::primitive& primitive, const memory::desc& scratc
   arguments.insert({DNNL_ARG_SCRATCHPAD, allocate(scratchpad)});
   primitive.execute(stream(), arguments);
   stream().wait();
-}
-
-// Copies `count` floats of each of `n` images.
-inline void copy_planes(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t n,
-                        int64_t count) {
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t part = 0; part < 64; ++part) {
-      const int64_t begin = count * part / 64, end = count * (part + 1) / 64;
-      std::memcpy(to + i * to_stride + begin, from + i * from_stride + begin, (end - begin) * sizeof(float));
-    }
 }
 
 // Keeps the most recently used of what is expensive to make.
