@@ -12,11 +12,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mindspore.mindrecord"])
 
 
-def run(words: list[str], cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(words: list[str], cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a script, the first of the words, as `subprocess.run` does, with what it prints as text."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = CONTEXT.Process(target=run_here, args=(words, cwd, *paths))
+        process = CONTEXT.Process(target=run_here, args=(words, cwd or Path.cwd(), *paths))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

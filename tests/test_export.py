@@ -3,10 +3,9 @@
 import argparse
 import functools
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
+import forked
 import mindspore
 import numpy as np
 import pytest
@@ -126,13 +125,7 @@ def test_a_file_that_fails_the_check_gets_no_name(tmp_path: pathlib.Path, monkey
 
 def command(*arguments: object) -> tuple[int, str, str]:
     """Run the command as a user does: (status, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, tiny.ROOT / "model" / "export.py", *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run([*map(str, (tiny.ROOT / "model" / "export.py", *arguments))])
     return done.returncode, done.stdout, done.stderr
 
 

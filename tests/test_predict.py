@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -186,10 +187,7 @@ def test_prefetching_keeps_order_and_errors() -> None:
 
 def command(*arguments: object) -> tuple[int, str, str]:
     """Run the command as a user does: (status, stdout, stderr)."""
-    script = tiny.ROOT / "model" / "predict.py"
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run([*map(str, (tiny.ROOT / "model" / "predict.py", *arguments))])
     return done.returncode, done.stdout, done.stderr
 
 

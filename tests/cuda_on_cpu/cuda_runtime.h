@@ -5,6 +5,7 @@
 // the threads can also run in reverse order, missing barriers. It says nothing about speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -54,19 +55,55 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
 inline void atomicAdd(float* target, float value) { *target += value; }
 
 struct Fibre {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(64 * 1024);
-  bool done;
+  ucontext_t begin;
+  jmp_buf position;  // where it goes on: unlike swapcontext, jumps need no system call
+  std::vector<char> stack;
+  int thread;
 };
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fibre* running;
+inline std::vector<Fibre*> waiting;  // at a barrier
+inline int started, ended;           // threads of the block
 inline std::function<void()> body;
 
-inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+inline void leave() {
+  if (!_setjmp(running->position)) _longjmp(scheduler, 1);
+}
+
+inline void __syncthreads() {
+  waiting.push_back(running);
+  leave();
+}
+
+// Runs one thread after the other until one waits: a block without barriers needs a single fibre.
+inline void run_threads() {
+  const int count = blockDim.x * blockDim.y;
+  while (started < count) {
+    const int thread = run_threads_reversed ? count - 1 - started : started;
+    ++started;
+    running->thread = thread;
+    threadIdx = dim3(thread % blockDim.x, thread / blockDim.x, 0);
+    body();
+    ++ended;
+  }
+}
 
 inline void run_fibre() {
-  body();
-  running->done = true;
+  for (;; leave()) run_threads();
+}
+
+// Goes on with a fibre until it leaves.
+inline void resume(Fibre* fibre) {
+  running = fibre;
+  threadIdx = dim3(fibre->thread % blockDim.x, fibre->thread / blockDim.x, 0);
+  if (_setjmp(scheduler)) return;
+  if (!fibre->stack.empty()) _longjmp(fibre->position, 1);
+  fibre->stack.resize(64 * 1024);
+  getcontext(&fibre->begin);
+  fibre->begin.uc_stack.ss_sp = fibre->stack.data();
+  fibre->begin.uc_stack.ss_size = fibre->stack.size();
+  makecontext(&fibre->begin, run_fibre, 0);
+  setcontext(&fibre->begin);
 }
 
 // Runs one block; false if some of its threads ended while others wait at a barrier.
@@ -74,26 +111,16 @@ inline bool run_block() {
   static std::vector<Fibre> fibres(1024);
   const int count = blockDim.x * blockDim.y;
   std::memset(shared_memory, 0xff, kSharedBytes);
-  for (int i = 0; i < count; ++i) {
-    Fibre& fibre = fibres[i];
-    fibre.done = false;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.data();
-    fibre.context.uc_stack.ss_size = fibre.stack.size();
-    fibre.context.uc_link = &scheduler;
-    makecontext(&fibre.context, run_fibre, 0);
+  waiting.clear();
+  started = ended = 0;
+  for (int i = 0; started < count; ++i) resume(&fibres[i]);
+  while (ended == 0) {
+    std::vector<Fibre*> at_barrier;
+    at_barrier.swap(waiting);
+    for (Fibre* fibre : at_barrier) resume(fibre);
   }
-  for (int done = 0; done < count;) {
-    if (done != 0) return false;
-    for (int i = 0; i < count; ++i) {
-      const int thread = run_threads_reversed ? count - 1 - i : i;
-      threadIdx = dim3(thread % blockDim.x, thread / blockDim.x, 0);
-      running = &fibres[thread];
-      swapcontext(&scheduler, &running->context);
-      done += running->done;
-    }
-  }
-  return true;
+  for (Fibre* fibre : waiting) fibre->stack.clear();  // it never goes on: the next block begins it anew
+  return ended == count;
 }
 
 // What a launch does, with the limits of a real one.
