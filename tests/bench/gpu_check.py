@@ -406,7 +406,7 @@ def check_network(options: Namespace) -> Result:
     start_mindspore(options)
     with np.load(reference_path(options)) as file:
         weights = dict(file)
-    exact = NetworkResult(weights.pop("flow"), weights.pop("gradient"), weights)
+    exact_flow, exact_gradient = weights.pop("flow"), weights.pop("gradient")
     cases: dict[str, tuple[Backend, bool]] = {"mindspore, float32": ("mindspore", False)}
     if options.device == "gpu":
         cases = {"native, float32": ("native", False), "native, float16": ("native", True), **cases}
@@ -421,13 +421,16 @@ def check_network(options: Namespace) -> Result:
             lines.append(f"{name}: {describe_error(error)}")
             wrong.append(name)
             continue
-        flow, gradient = norm_error(found.flow, exact.flow), norm_error(found.gradient, exact.gradient)
+        flow, gradient = norm_error(found.flow, exact_flow), norm_error(found.gradient, exact_gradient)
         ends = np.cumsum([weight.size for weight in weights.values()])[:-1]
-        parts = zip(weights, np.split(found.gradient, ends), np.split(exact.gradient, ends), strict=True)
+        parts = zip(weights, np.split(found.gradient, ends), np.split(exact_gradient, ends), strict=True)
         by_weight = {weight: norm_error(*arrays) for weight, *arrays in parts}
         worst = max(by_weight, key=lambda weight: (not by_weight[weight] < np.inf, by_weight[weight]))
         errors[name] = {"flow": flow, "gradient": gradient, **by_weight}
-        lines.append(f"{name} {flow:.0e}, {gradient:.0e} ({worst} {by_weight[worst]:.0e})")
+        repeats = "the same" if found.repeats else "other"
+        lines.append(
+            f"{name} {flow:.0e}, {gradient:.0e} ({worst} {by_weight[worst]:.0e}), {repeats} bits when repeated"
+        )
         limit = NETWORK_TOLERANCE[float16]
         # Comparisons with NaN are false.
         if not (flow < limit and gradient < limit and by_weight[worst] < WEIGHT_TOLERANCE):
@@ -452,8 +455,10 @@ class NetworkResult(NamedTuple):
     """The finest level's."""
     gradient: np.ndarray
     """That of the loss, of all weights one after the other."""
+    repeats: bool
+    """Whether a second pass gives the same gradient, bit for bit."""
     weights: dict[str, np.ndarray]
-    """By name."""
+    """The network's weights by name."""
 
 
 def compute_network(backend: Backend, float16: bool, weights: dict[str, np.ndarray] | None = None) -> NetworkResult:
@@ -474,10 +479,13 @@ def compute_network(backend: Backend, float16: bool, weights: dict[str, np.ndarr
             weight.set_data(Tensor(rng.normal(0, 0.1, weight.shape).astype(np.float32)))
     options = Namespace(batch=2, size=(128, 192))
     (tensors,) = train_step.micro_batches(make_batch(options))
-    train_step.add(*tensors)
-    gradient = train_step.sums[1].asnumpy() / train_step.loss_scale
+    gradients = []
+    for _ in range(2):
+        train_step.add(*tensors)
+        gradients.append(train_step.sums[1].asnumpy() / train_step.loss_scale)
     flow = train_step.state.network(*(to_network(image) for image in tensors[:2]))[-1].asnumpy()
-    return NetworkResult(flow, gradient, {weight.name: weight.asnumpy() for weight in train_step.weights})
+    weights = {weight.name: weight.asnumpy() for weight in train_step.weights}
+    return NetworkResult(flow, gradients[0], np.array_equal(*gradients), weights)
 
 
 def random_arrays(options: Namespace) -> dict[str, np.ndarray]:
