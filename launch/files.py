@@ -1,6 +1,7 @@
 """Output files and folders that appear when they are complete, and the cache folder."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -23,8 +24,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def partial_of(out: str | os.PathLike[str]) -> pathlib.Path:
-    """The work folder that is renamed to the output folder `out` when it is complete. `out` must not be a link."""
-    return pathlib.Path(f"{os.path.normpath(out)}.partial")
+    """The work folder that is renamed to the output folder `out`, or what that links to, when it is complete."""
+    path = os.path.realpath(out) if os.path.islink(out) else os.path.normpath(out)
+    return pathlib.Path(f"{path}.partial")
 
 
 def check_replaceable(out: pathlib.Path) -> None:
@@ -55,6 +57,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         OSError: the file could not be written; the error names `path`.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial

@@ -70,7 +70,7 @@ def check(payload: memoryview, *, pair: str, field: str, source: StrPath) -> Non
     ):
         raise UserError(
             f"{source}: {field} of pair {pair} is damaged (its checksum does not match); restore the file from a copy "
-            "or convert the dataset again"
+            "or remove the dataset and convert it again"
         )
 
 
@@ -92,7 +92,7 @@ def decode(
     if found != shape or TYPES.get(kind) != dtype:
         raise UserError(
             f"{source}: {field} of pair {pair} is {width}x{height} ({channels} of {kind!r}), but the manifest says "
-            f"{shape[1]}x{shape[0]} {dtype}; restore both from a copy or convert the dataset again"
+            f"{shape[1]}x{shape[0]} {dtype}; restore both from a copy, or remove the dataset and convert it again"
         )
     body, size = payload[HEADER.size :], math.prod(shape) * dtype.itemsize
     if number > CONSTANT:
@@ -132,7 +132,7 @@ def unpack(record: Payload, number: int, *, pair: str, source: StrPath) -> list[
     if start + sum(lengths) != len(record):
         raise UserError(
             f"{source}: the record of pair {pair} is damaged (wrong lengths of its fields); restore the file from a "
-            "copy or convert the dataset again"
+            "copy, or remove the dataset and convert it again"
         )
     payloads = []
     for length in lengths:

@@ -60,7 +60,7 @@ def main() -> None:
         drop_output()  # rank 0 reports for all
     plan = make_plan(options)
     if is_complete(out, plan):
-        report_complete(out, plan)
+        report_complete(out)
         return
     layout = shards.PageLayout.fitting(
         largest_image(plan.pairs, options.codec), max(len(shard.pairs) for shard in plan.planned)
@@ -77,7 +77,7 @@ def main() -> None:
             if lock:
                 shutil.rmtree(partial)
                 lock.release()
-            report_complete(out, plan)
+            report_complete(out)
             return
     else:
         # Rank 0 may even have finished, if no shard of this rank was left to write.
@@ -381,8 +381,16 @@ def report_split(dataset: Dataset, render_pass: str, split: splits.Split, option
         )
     if unlabelled == pairs:
         return  # nothing to validate on
-    own = options.dataset == "pairs"
-    remedy = "give --val-share to hold some out" if own else "give --split-file to use a different split"
+    if options.split_file:
+        remedy = "give a different --split-file"
+    elif options.dataset != "pairs":
+        remedy = "give --split-file to use a different split"
+    elif options.val_share:
+        remedy = f"--val-share {options.val_share:g} of {counted(pairs, 'pair')} leaves none"
+    elif split.val:
+        remedy = "mark some as train in the list's 'split' column"
+    else:
+        remedy = "mark some as val in a 'split' column of the list or, without one, give --val-share"
     for name, chosen in (("training", split.train), ("validation", split.val)):
         if not chosen:
             print_note(f"no pairs for {name}; {remedy}")
@@ -588,22 +596,19 @@ def finish(partial: Path, out: Path, plan: Plan, options: argparse.Namespace) ->
     print(
         f"{out}: {counted(len(manifest), 'pair')} in {counted(len(finished), 'shard')}, "
         f"{shards.stored_bytes(finished, out) / 1e6:.1f} MB "
-        f"({raw / 1e6:.1f} MB before); {next_steps(out, plan)}"
+        f"({raw / 1e6:.1f} MB before); {next_steps(out, manifest)}"
     )
 
 
-def report_complete(out: Path, plan: Plan) -> None:
+def report_complete(out: Path) -> None:
     """Say that an earlier conversion has already finished."""
-    print(f"{out}: already complete, nothing to do; {next_steps(out, plan)}")
+    print(f"{out}: already complete, nothing to do; {next_steps(out, shards.Manifest.load(out))}")
 
 
-def next_steps(out: Path, plan: Plan) -> str:
+def next_steps(out: Path, manifest: shards.Manifest) -> str:
     """What to run after a conversion."""
     folder = shlex.quote(str(out))
-    inspect = f"next: python prep/inspect.py {folder} --html {folder}.html"
-    if any(pair.flow for pair in plan.pairs):
-        return f"{inspect}, then launch/train.sh --config RECIPE --data {folder} --out RUN"
-    return f"{inspect}; training needs pairs with ground truth, too"
+    return f"next: python prep/inspect.py {folder} --html {folder}.html; {shards.suggest_training({out: manifest})}"
 
 
 if __name__ == "__main__":

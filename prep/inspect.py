@@ -16,7 +16,6 @@ import collections
 import concurrent.futures
 import html
 import io
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from launch.errors import UserError, counted, run
 from prep import flow_viz
 from prep.datasets import Sample
 from prep.formats import flow as flow_format
-from prep.shards import FIELDS, PIXEL_BYTES, Manifest, Shard, decode_record, stored_bytes
+from prep.shards import FIELDS, PIXEL_BYTES, Manifest, Shard, decode_record, stored_bytes, suggest_training
 
 SHEET_PAIRS = 8
 PANEL_WIDTH = 512
@@ -85,11 +84,7 @@ def main() -> None:
     shown = sum(len(dataset.panels) for dataset in datasets)
     path = options.png or options.html
     hint = f"{path}: the sheet with {shown} pairs" if path else "see some pairs: --html OUT or --png OUT"
-    if labelled := [dataset for dataset in datasets if dataset.manifest.unlabelled < len(dataset.manifest)]:
-        words = " ".join(f"--data {shlex.quote(str(dataset.folder))}" for dataset in labelled)
-        print(f"{hint}; to train: launch/train.sh --config RECIPE {words} --out RUN")
-    else:
-        print(f"{hint}; training needs pairs with ground truth, too")
+    print(f"{hint}; {suggest_training({dataset.folder: dataset.manifest for dataset in datasets})}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -180,7 +175,7 @@ def measure(folder: Path, pairs: int) -> MeasuredDataset:
         shard.check_structure(folder)
     places = [(shard, index) for shard in manifest.shards.values() for index in range(len(shard.names))]
     if not places:
-        raise UserError(f"{folder}: contains no pairs; convert the dataset again")
+        raise UserError(f"{folder}: contains no pairs; remove the dataset and convert it again")
     chosen = spread_evenly(len(places), pairs)
     drawn = set(chosen[spread_evenly(len(chosen), SHEET_PAIRS)].tolist())
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

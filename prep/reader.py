@@ -315,7 +315,7 @@ def read_samples(
         if record.name != name:
             raise UserError(
                 f"{file}: the name of pair {name} is damaged (found {record.name!r}); restore the file from a copy or "
-                "convert the dataset again"
+                "remove the dataset and convert it again"
             )
         height, width = split.sizes[index].tolist()
         sample = decode_record(record.data, fields, size=(height, width), pair=name, source=file)
@@ -392,7 +392,7 @@ def _explain(split: DatasetSplit, error: Exception) -> UserError:
             return damage
     return UserError(
         f"{split.folder}: MindSpore cannot read this dataset ({extract_reason(error)}); restore it from a copy or "
-        "convert it again"
+        "remove it and convert it again"
     )
 
 

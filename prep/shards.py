@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -203,7 +204,7 @@ class Shard:
         except (ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as error:
             raise UserError(
                 f"{path}: not a shard of {len(self.names)} pairs ({type(error).__name__}: {one_line(error)}); "
-                "restore it from a copy or convert the dataset again"
+                "restore it from a copy, or remove the dataset and convert it again"
             ) from None
         return places
 
@@ -272,7 +273,7 @@ class Manifest:
             if version > SCHEMA_VERSION:
                 raise UserError(
                     f"{path}: schema version {version}, but this toolkit supports versions up to {SCHEMA_VERSION}; "
-                    "update the toolkit or convert the dataset again"
+                    "update the toolkit, or remove the dataset and convert it again"
                 )
             if fields.pop("sha256", None) != hash_fields(fields):
                 raise ValueError("its SHA-256 does not match its content")
@@ -283,9 +284,13 @@ class Manifest:
             return schema.read(cls, {**fields, "shards": by_file})
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy or convert the dataset "
-                "again"
+                f"{path}: damaged ({type(error).__name__}: {error}); restore it from a copy, or remove the dataset "
+                "and convert it again"
             ) from None
+
+    def has_ground_truth(self, split: str) -> bool:
+        """Whether a split exists and has pairs with ground truth."""
+        return any(self.shards[file].labelled for file in self.splits.get(split, []))
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, whole or not at all."""
@@ -297,6 +302,16 @@ class Manifest:
         if split not in self.splits:
             raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(sorted(self.splits))}")
         return [self.shards[file] for file in self.splits[split]]
+
+
+def suggest_training(datasets: Mapping[Path, Manifest]) -> str:
+    """How to train on datasets, by their folders, or why they are of no use for that."""
+    if fit := [folder for folder, manifest in datasets.items() if manifest.has_ground_truth("train")]:
+        words = " ".join(f"--data {shlex.quote(str(folder))}" for folder in fit)
+        return f"to train: launch/train.sh --config RECIPE {words} --out RUN"
+    if any(manifest.has_ground_truth("val") for manifest in datasets.values()):
+        return "no training pairs with ground truth: for --validate of launch/train.sh, and train/evaluate.py"
+    return "training needs pairs with ground truth, too"
 
 
 def decode_record(

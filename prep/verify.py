@@ -21,7 +21,7 @@ import tqdm
 from launch import progress
 from launch.arguments import Parser
 from launch.errors import UserError, counted, run
-from prep.shards import FIELDS, Manifest, Shard, decode_record
+from prep.shards import FIELDS, Manifest, Shard, decode_record, suggest_training
 
 
 def main() -> None:
@@ -39,9 +39,7 @@ def main() -> None:
         raise UserError(f"{title}, {counted(len(problems), 'problem')} (above)")
     folder = shlex.quote(str(options.folder))
     if options.deep:
-        print(
-            f"{title}, every byte and pair is correct; next: launch/train.sh --config RECIPE --data {folder} --out RUN"
-        )
+        print(f"{title}, every byte and pair is correct; {suggest_training({options.folder: manifest})}")
     else:
         print(f"{title}, all present; next: python prep/verify.py {folder} --deep, which reads everything")
 

@@ -173,6 +173,7 @@ def test_datasets_are_compared_side_by_side(converted: Path, frames: Path, tmp_p
     (["nowhere"], "expected a folder written by prep/convert.py"),
     (["--pairs", "0"], "--pairs 0: expected 1 or more"),
     (["--png", "nowhere/at all.png"], "nowhere/at all.png"),
+    (["--html", "."], "error: .: Is a directory"),
     (["a", "b", "c", "d"], "5 datasets; at most 4 can be compared"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_of_error(converted: Path, arguments: list[Any], message: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -288,6 +289,24 @@ def test_a_list_with_a_split_needs_no_share(files: Path) -> None:
         pairs.PairList(path, split_file=True).list_pairs(files, "")
 
 
+@pytest.mark.parametrize(
+    "column,options,note",
+    [
+        ("val", [], "no pairs for training; mark some as train in the list's 'split' column"),
+        ("train", [], "no pairs for validation; mark some as val in a 'split' column of the list or, without one,"),
+        (None, ["--val-share", "0.1"], "no pairs for validation; --val-share 0.1 of 1 pair leaves none"),
+        (None, ["--split-file", "all.txt"], "no pairs for training; give a different --split-file"),
+    ],
+)
+def test_the_remedy_for_an_empty_split_is_possible(
+    files: Path, tmp_path: Path, column: str | None, options: list[str], note: str
+) -> None:
+    tiny.split_file(tmp_path / "all.txt", [0])
+    list_file = write_list(files / "pairs.csv", {**ROWS[1], "split": column or ""})
+    words = ["--out", tmp_path / "out", *options]
+    assert note in run_convert("pairs", "--list", list_file, *words, cwd=tmp_path).stderr
+
+
 def test_a_share_and_a_split_file_contradict_each_other(files: Path, tmp_path: Path) -> None:
     path = write_list(files / "pairs.csv", ROWS[1], ROWS[1] | {"image1": "1.png"})
     split = tiny.split_file(tmp_path / "val.txt", [0])
@@ -500,6 +519,7 @@ def test_a_truncated_video_is_refused(tmp_path: Path, suffix: str, codec: str) -
     (lambda folder: (folder / "walk/11.PNG").touch(), "walk/11.png: 11.PNG has the same name; remove or rename one"),
     (lambda folder: (folder / "walk/12.png").symlink_to("nowhere"),
      "walk/12.png: a broken link; restore the file that it leads to, or remove the link"),
+    (lambda folder: (folder / "gone.avi").symlink_to("nowhere"), "gone.avi: a broken link; restore the file"),
     (lambda folder: (folder / "ride.avi").write_bytes(b"x" * 99), "ride.avi: is not a video that OpenCV can decode"),
 ])  # fmt: skip
 def test_a_mistake_in_frames_is_named(shots: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
@@ -512,6 +532,7 @@ def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -
     (shots / "again").symlink_to("walk")
     (shots / "walk" / "up").symlink_to("..")
     (shots / "lost").symlink_to("nowhere")
+    os.mkfifo(shots / "walk" / "pipe.png")
     done = run_convert("frames", "--root", shots, "--out", tmp_path / "out", "--step", 6)
     assert done.returncode == 0, done.stderr
     names = reader.DatasetSplit.open(tmp_path / "out", "train").names
@@ -520,8 +541,10 @@ def test_links_are_followed_unless_they_lead_back(shots: Path, tmp_path: Path) -
     assert len(names) == 16
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
+        f"note: {shots}/again/pipe.png: skipped: not a file",
         f"note: {shots}/again/up: skipped: a link to one of its parent folders",
         f"note: {shots}/lost: skipped: a broken link",
+        f"note: {shots}/walk/pipe.png: skipped: not a file",
         f"note: {shots}/walk/up: skipped: a link to one of its parent folders",
         f"note: {shots}: skipped 2 files in unknown formats; the first is {shots}/again/notes.txt",
     ]

@@ -281,5 +281,9 @@ def test_a_manifest_that_is_damaged_or_newer(copy: Path, text: str, message: str
 def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path, converted: Path) -> None:
     with pytest.raises(UserError, match=r"not found; expected a folder written by prep/convert.py"):
         reader.DatasetSplit.open(tmp_path, "train")
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    with pytest.raises(UserError, match="whose last run was interrupted: run the same command again to resume"):
+        Manifest.load(tmp_path / "link")
     with pytest.raises(UserError, match="has no split 'test'; it has train, val"):
         reader.DatasetSplit.open(converted, "test")

@@ -66,10 +66,7 @@ class FrameSequences:
             ]
         if names[0].lower().endswith(video.SUFFIXES):
             return self._pair_video(paths[0], names[0])
-        if paths[0].exists():
-            others.append(paths[0])
-        else:
-            self._note(f"{paths[0]}: skipped: a broken link")
+        others.append(paths[0])
         return []
 
     def _pair_video(self, path: ReleasePath, name: str) -> list[PairFiles]:
@@ -93,7 +90,7 @@ def find_files(
 
     Args:
         folder: where to look.
-        note: called with a message about a folder that is skipped.
+        note: called with a message about what is skipped.
         prefix: begins the names.
         above: the folders around it, without links.
 
@@ -102,25 +99,32 @@ def find_files(
         its other files alone.
 
     Raises:
-        UserError: an image is a broken link.
+        UserError: an image or video is a broken link.
     """
+
+    def is_file(name: str) -> bool:
+        path = folder / name
+        if path.is_file():
+            return True
+        if not path.exists() and name.lower().endswith(IMAGE_SUFFIXES + video.SUFFIXES):
+            raise UserError(f"{path}: a broken link; restore the file that it leads to, or remove the link")
+        note(f"{path}: skipped: {'not a file' if path.exists() else 'a broken link'}")
+        return False
+
     here = os.path.realpath(folder)
     if here in above:
         note(f"{folder}: skipped: a link to one of its parent folders")
         return
     names, folders = list_names(folder), set(list_folders(folder))
-    images = select_images(names, folders)
-    for path in (folder / name for name in images):
-        if not path.exists():
-            raise UserError(f"{path}: a broken link; restore the file that it leads to, or remove the link")
+    images = list(filter(is_file, select_images(names, folders)))
     if images:
         yield {prefix + name: folder / name for name in images}
-    for name in sorted({*names} - {*images}):
+    for name in sorted(names):
         if name.startswith("."):
             continue
         if name in folders:
             yield from find_files(folder / name, note, f"{prefix}{name}/", (*above, here))
-        else:
+        elif not is_image(name) and is_file(name):
             yield {prefix + name: folder / name}
 
 
