@@ -42,7 +42,7 @@ from launch.errors import UserError
 from launch.files import naming, replacing, write_bytes, write_json
 from launch.paths import OPERATORS, ROOT
 from launch.processes import end_with_parent
-from launch.requirements import required
+from launch.requirements import read_setup, required
 
 FORMAT_VERSION = 1
 PYTHONS = ("3.10", "3.11", "3.12")
@@ -125,7 +125,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--split", type=parse_size, metavar="SIZE", help="cut files into pieces of at most this size, for example 60M"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = [extra for extra in read_setup()["options.extras_require"] if extra != "gpu"]
+    if unknown := sorted({*options.extras} - {*known}):
+        raise UserError(f"--extras {' '.join(unknown)}: setup.cfg has no such extra; it has {', '.join(known)}")
+    if unknown := [str(number) for number in options.gpu or [] if not 70 <= number <= 90]:
+        raise UserError(f"--gpu {' '.join(unknown)}: expected architectures from 70 to 90, such as 80 or 90")
+    return options
 
 
 def parse_size(text: str) -> int:

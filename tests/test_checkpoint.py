@@ -133,6 +133,27 @@ def test_the_best_epe_survives_a_resume(tmp_path: pathlib.Path, capsys: pytest.C
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_lost_best_weights_are_replaced_by_the_next_validated_ones(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
+    """A warning says so. Until then, evaluation of the run's best weights would fail."""
+    cell, path = Weights(), tmp_path / "best.ckpt"
+    with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        checkpoints.save_if_best(1, cell, 2.0)
+        checkpoints.save(1, cell)
+    path.write_bytes(path.read_bytes()[:100])
+    if not damaged:
+        path.unlink()
+    with checkpoint.Checkpoints(tmp_path, {}, every=1) as checkpoints:
+        assert checkpoints.restore(cell) == 1
+        checkpoints.save_if_best(2, cell, 3.0)
+    assert weights.read(path)["step"] == 2
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and "best.ckpt" in warning
+    assert warning.endswith("; the next validation writes it anew\n")
+
+
 def test_the_best_weights_on_another_dataset_are_kept(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

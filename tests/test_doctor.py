@@ -193,6 +193,21 @@ def test_a_section_that_fails_does_not_stop_the_next(tmp_path: pathlib.Path) -> 
     assert table.count("\n| ") == 2 + 4 and table in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--torch-python", "/no/python"], "--torch-python /no/python: no such program"),
+        (["--batch", "0"], "--batch 0: expected at least 1"),
+        (["--size", "60", "64"], "--size 60 64: expected multiples of 64"),
+    ],
+)
+def test_a_wrong_option_of_gpu_check_is_refused_at_once(tmp_path: pathlib.Path, words: list[str], message: str) -> None:
+    """Later, it would waste time on a GPU machine."""
+    command = gpu_check_command(tmp_path, "--only", "environment", *words)
+    done = subprocess.run(command, text=True, check=False, capture_output=True, timeout=60)
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_the_time_limit_is_kept_and_the_sections_left_out_are_named(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         gpu_check_command(tmp_path, "--limit", "1", "--only", "read"),

@@ -211,14 +211,18 @@ class Checkpoints:
         return None
 
     def read_best(self, values: dict[str, Any]) -> float:
-        """The EPE of best.ckpt, or of a checkpoint's values without it; infinite if it is of another dataset.
+        """The EPE of best.ckpt; infinite if it is of another dataset, or if there is none, so that it is written anew.
 
-        best.ckpt may be of a later step than the newest checkpoint.
+        It may be of a later step than the newest checkpoint, whose values stand in for those of older versions' files.
         """
-        with contextlib.suppress(UserError):
+        try:
             best = weights.read(self.folder / BEST)
-            if "best" in best:
-                values = best
+        except UserError as error:
+            if float(values.get("best", math.inf)) < math.inf:
+                print_warning(f"{error}; the next validation writes it anew")
+            return math.inf
+        if "best" in best:
+            values = best
         is_same = values.get("validation", self.validation) == self.validation
         return float(values.get("best", math.inf)) if is_same else math.inf
 

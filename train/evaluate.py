@@ -130,11 +130,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, str], reader.DatasetSpl
     split = reader.DatasetSplit.open(args.data, args.split)
     if not len(split):
         manifest = Manifest.load(args.data)
-        filled = [name for name in manifest.splits if any(shard.names for shard in manifest.shards_of(name, args.data))]
-        raise UserError(
-            f"{args.data}: split {args.split} has no pairs; evaluate on another one: "
-            f"--split {' or '.join(sorted(filled))}"
-        )
+        others = " or ".join(sorted(filter(manifest.has_ground_truth, manifest.splits)))
+        remedy = f"evaluate on another one: --split {others}" if others else "no other split has ground truth"
+        raise UserError(f"{args.data}: split {args.split} has no pairs; {remedy}")
     if not split.labelled.any():
         raise UserError(
             f"{args.data}: no pair of split {args.split} has ground truth to evaluate on; to see the flow of these "
@@ -161,9 +159,13 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
         return
     result = report.make_report(split, evaluation)
     report.write_metrics(args.out, result, evaluation, args.ckpt)
-    pictures = {name: chosen for name, chosen in (("flow", spread), ("worst", evaluation.worst)) if chosen}
-    for name, chosen in pictures.items():
-        save_png(args.out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
+    pictures = {"flow": spread, "worst": evaluation.worst}
+    for name, chosen in list(pictures.items()):
+        if chosen:
+            save_png(args.out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
+        else:  # one of an earlier evaluation would look like one of this
+            del pictures[name]
+            (args.out / f"{name}.png").unlink(missing_ok=True)
     print(result.table())
     files = ["evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)]
     print(

@@ -1,6 +1,7 @@
 """What a run shows while it runs: SummaryRecord files, TensorBoard event files, a progress bar."""
 
 import contextlib
+import math
 import multiprocessing
 import pathlib
 import signal
@@ -270,9 +271,10 @@ class Monitor:
             self.events.add(0, tensorboard.text(tag, f"```\n{text}\n```"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each of several curves; `values` are by tag."""
+        """Add a point to each of several curves; `values` are by tag. TensorBoard gets finite ones only."""
         if self.enabled:
-            self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in values.items()))
+            finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+            self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in finite.items()))
             for tag, value in values.items():
                 self.summary.add_value("scalar", tag, mindspore.Tensor(value, mindspore.float32))
             self.summary.record(step)

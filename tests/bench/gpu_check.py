@@ -960,7 +960,10 @@ def start_section(name: str, options: Namespace, seconds: float) -> Result:
         folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
         others = [folder for folder in folders if "/site-packages/nvidia/" not in folder]
         variables["LD_LIBRARY_PATH"] = ":".join(others) or None
-    done = doctor.run_limited(command, seconds, **variables)
+    try:
+        done = doctor.run_limited(command, seconds, **variables)
+    except OSError as error:
+        return {"status": doctor.FAIL, "line": f"{python}: {error.strerror}", "seconds": 0, "log": ""}
     log = (done.out + done.err)[-20000:]
     if file.is_file():
         result = json.loads(file.read_text())
@@ -1037,6 +1040,20 @@ def run_sections(options: Namespace) -> dict[str, Result]:
     return results
 
 
+def check_options(options: Namespace) -> None:
+    """Raise UserError if an option is invalid: at once, not when its section runs."""
+    for name, value in (("batch", options.batch), ("repeats", options.repeats), ("pairs", options.pairs)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
+    if min(options.size) < 64 or any(side % 64 for side in options.size):
+        height, width = options.size
+        raise UserError(f"--size {height} {width}: expected multiples of 64")
+    if os.path.exists(options.out) and not os.path.isdir(options.out):
+        raise UserError(f"--out {options.out}: is a file; expected a folder to write to")
+    if not shutil.which(options.torch_python):
+        raise UserError(f"--torch-python {options.torch_python}: no such program; give the path of an interpreter")
+
+
 def main() -> int | None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog=f"sections: {', '.join(SECTIONS)}")
     parser.add_argument(
@@ -1069,6 +1086,7 @@ def main() -> int | None:
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = os.path.abspath(options.out)
+    check_options(options)
     if options.rank:
         return run_rank(options)
     if options.section:
