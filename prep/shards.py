@@ -305,12 +305,12 @@ class Manifest:
 
 
 def suggest_training(datasets: Mapping[Path, Manifest]) -> str:
-    """How to train on datasets, by their folders, or why they are of no use for that."""
+    """How to train on datasets, given by folder, or why that is impossible."""
     if fit := [folder for folder, manifest in datasets.items() if manifest.has_ground_truth("train")]:
         words = " ".join(f"--data {shlex.quote(str(folder))}" for folder in fit)
         return f"to train: launch/train.sh --config RECIPE {words} --out RUN"
     if any(manifest.has_ground_truth("val") for manifest in datasets.values()):
-        return "no training pairs with ground truth: for --validate of launch/train.sh, and train/evaluate.py"
+        return "no training pairs with ground truth; suitable for launch/train.sh --validate and train/evaluate.py"
     return "training needs pairs with ground truth, too"
 
 

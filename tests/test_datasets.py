@@ -362,7 +362,7 @@ def test_middlebury_is_all_for_validation(tmp_path: Path) -> None:
     assert datasets.read_pair(pairs[0])["valid"].tolist() == 3 * [40 * [0]] + 21 * [40 * [1]]
     out = tmp_path / "out"
     done = tiny.run_convert("middlebury", root, out)
-    assert "no training pairs with ground truth: for --validate of launch/train.sh" in done.stdout
+    assert "no training pairs with ground truth; suitable for launch/train.sh --validate and" in done.stdout
     assert reader.DatasetSplit.open(out, "val").names == names(pairs)
     (root / "other-data/Venus/frame11.png").unlink()
     with pytest.raises(UserError, match=r"Venus/frame11.png: missing; restore"):

@@ -159,15 +159,14 @@ def evaluate_checkpoint(args: argparse.Namespace, split: reader.DatasetSplit, co
         return
     result = report.make_report(split, evaluation)
     report.write_metrics(args.out, result, evaluation, args.ckpt)
-    pictures = {"flow": spread, "worst": evaluation.worst}
-    for name, chosen in list(pictures.items()):
+    files = ["evaluation.json", "evaluation.md"]
+    for name, chosen in (("flow.png", spread), ("worst.png", evaluation.worst)):
         if chosen:
-            save_png(args.out / f"{name}.png", report.draw_pairs(split, evaluation, strips, chosen))
-        else:  # one of an earlier evaluation would look like one of this
-            del pictures[name]
-            (args.out / f"{name}.png").unlink(missing_ok=True)
+            save_png(args.out / name, report.draw_pairs(split, evaluation, strips, chosen))
+            files.append(name)
+        else:  # a picture of an earlier evaluation would look like one of this
+            (args.out / name).unlink(missing_ok=True)
     print(result.table())
-    files = ["evaluation.json", "evaluation.md", *(f"{name}.png" for name in pictures)]
     print(
         f"\nresults: {', '.join(files)} in {args.out}; to predict other images: "
         f"python model/predict.py IMG1 IMG2 --ckpt {args.ckpt} --out flow"

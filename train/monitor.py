@@ -271,8 +271,9 @@ class Monitor:
             self.events.add(0, tensorboard.text(tag, f"```\n{text}\n```"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each of several curves; `values` are by tag. TensorBoard gets finite ones only."""
+        """Add a point to each of several curves; `values` are by tag."""
         if self.enabled:
+            # tensorboardX warns on the terminal about other values, such as the gradient norm after an overflow.
             finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
             self.events.add(step, *(tensorboard.scalar(tag, value) for tag, value in finite.items()))
             for tag, value in values.items():

@@ -11,7 +11,7 @@ struct __half {
 
 inline float __half2float(__half value) {
   const uint32_t magnitude = value.bits & 0x7fff;
-  float result = magnitude * 0x1p-24f;  // below the normal numbers; not by float's, which MindSpore's threads take for 0
+  float result = magnitude * 0x1p-24f;  // if subnormal; without subnormal floats, which MindSpore flushes to 0
   if (magnitude >= 0x400) {
     // The difference of the exponents' biases, or infinity and NaN.
     const uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112 << 23 : 0x70000000);
